@@ -1,0 +1,59 @@
+# The one door. Every target works in any folder and does its own set-up; set-up runs again only when what it read changed.
+#
+#   make demo          train and serve two categories of solar cells, end to end (KEEP=1 leaves everything up)
+#   make test          all tests            make check    lint, types, imports
+#   make unit | integration | e2e           one folder of tests
+#   make fmt           format               make constraints   pin the whole tree anew
+#   make clean         remove what was made
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin/python
+STAMP := $(VENV)/.flawstream-set-up
+EXTRAS := demo,openvino,triton,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt check test unit contracts integration e2e demo constraints clean
+
+help:
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flawstream needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Name another: make PYTHON=python3.12"; exit 1; }
+	@echo "==> Setting up $(VENV) (once; some 7 GB and a few minutes, most of it PyTorch)"
+	@test -x $(BIN) || $(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+	@echo "==> [1/2] pip"
+	@$(BIN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
+	@echo "==> [2/2] flawstream with [$(EXTRAS)], pinned by constraints.txt"
+	@$(BIN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $(STAMP)
+	@echo "==> Set-up done"
+
+fmt: setup
+	@$(BIN) -m ruff format .
+	@$(BIN) -m ruff check --fix .
+
+check: setup
+	@echo "==> format"; $(BIN) -m ruff format --check .
+	@echo "==> lint"; $(BIN) -m ruff check .
+	@echo "==> types"; $(BIN) -m mypy
+	@echo "==> imports"; $(BIN) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+test: setup
+	@$(BIN) -m pytest
+
+unit contracts integration e2e: setup
+	@$(BIN) -m pytest tests/$@
+
+demo: setup
+	@$(BIN) -m flawstream_cli demo $(if $(KEEP),--keep)
+
+constraints: setup
+	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; $(BIN) -m pip freeze --exclude-editable --all | grep -viE '^(setuptools|wheel)=='; } > constraints.new
+	@mv constraints.new constraints.txt; echo "==> constraints.txt written"
+
+clean:
+	rm -rf $(VENV) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

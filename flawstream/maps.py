@@ -1,0 +1,136 @@
+"""Anomaly maps: from a model's native grids to pixels, to bytes and back, to boxes and to pictures.
+
+Knows no model and no transport. The values are nats per channel throughout (`flawstream.fastflow.score`).
+"""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import MessageError, Reason
+from schemas.messages import AnomalyMap, Box, MapCodec
+
+Grid = NDArray[np.float16] | NDArray[np.float32]
+
+_PNG_RANGE = 64.0
+"""png16 spans 0 to this many nats per channel; a flow's values on normal images are about 0.5."""
+
+
+def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Average the scales at full size, as FastFlow does (arXiv 2111.07677, section 3.3).
+
+    Args:
+        grids: One (H_s, W_s) map per feature scale.
+        shape: (height, width) in pixels of the result.
+
+    Returns:
+        (height, width) float32.
+    """
+    height, width = shape
+    total = np.zeros(shape, np.float32)
+    for grid in grids:
+        total += cv2.resize(grid.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    return total / np.float32(len(grids))
+
+
+def encode_map(grids: Sequence[NDArray[np.float16]], shape: tuple[int, int], codec: MapCodec, top: float) -> AnomalyMap:
+    """Write a map as bytes.
+
+    Args:
+        grids: One (H_s, W_s) map per feature scale.
+        shape: (height, width) in pixels of the map once decoded.
+        codec: How to write it.
+        top: The value that `heatmap-jpeg` paints as hot as can be.
+    """
+    if codec is MapCodec.NONE:
+        return AnomalyMap(codec=codec)
+    if codec is MapCodec.GRID_F16:
+        data = b"".join(grid.astype("<f2").tobytes() for grid in grids)
+        return AnomalyMap(codec=codec, shape=shape, grids=tuple((g.shape[0], g.shape[1]) for g in grids), data=data)
+    values = upsample(grids, shape)
+    if codec is MapCodec.F16:
+        return AnomalyMap(codec=codec, shape=shape, data=values.astype("<f2").tobytes())
+    if codec is MapCodec.PNG16:
+        levels = np.clip(values * (65535 / _PNG_RANGE), 0, 65535).astype(np.uint16)
+        return AnomalyMap(codec=codec, shape=shape, data=cv2.imencode(".png", levels)[1].tobytes())
+    return AnomalyMap(codec=codec, shape=shape, data=encode_jpeg(paint(values, top)))
+
+
+def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
+    """Read a map back.
+
+    Returns:
+        (height, width) float32, nats per channel.
+
+    Raises:
+        MessageError: `malformed`: no map, a picture that no longer holds values, or bytes that do not fit the shape.
+    """
+    try:
+        if encoded.codec is MapCodec.GRID_F16:
+            counts = [height * width for height, width in encoded.grids]
+            flat = np.frombuffer(encoded.data, "<f2")
+            parts = np.split(flat, np.cumsum(counts)[:-1])
+            return upsample(
+                [part.reshape(grid) for part, grid in zip(parts, encoded.grids, strict=True)], encoded.shape
+            )
+        if encoded.codec is MapCodec.F16:
+            return np.frombuffer(encoded.data, "<f2").reshape(encoded.shape).astype(np.float32)
+        if encoded.codec is MapCodec.PNG16:
+            levels = np.asarray(cv2.imdecode(np.frombuffer(encoded.data, np.uint8), cv2.IMREAD_UNCHANGED))
+            return levels.reshape(encoded.shape).astype(np.float32) * np.float32(_PNG_RANGE / 65535)
+    except (TypeError, ValueError, cv2.error, ZeroDivisionError) as error:
+        raise MessageError(
+            Reason.MALFORMED, f"the {encoded.codec} map does not fit its shape {encoded.shape}: {error}"
+        ) from error
+    raise MessageError(Reason.MALFORMED, f"a map of codec {encoded.codec} holds no values to read")
+
+
+def find_boxes(
+    values: NDArray[np.float32], threshold: float, image_shape: tuple[int, int], most: int = 32
+) -> tuple[Box, ...]:
+    """Find the connected regions above a threshold.
+
+    Args:
+        values: (height, width) anomaly map.
+        threshold: Nats per channel.
+        image_shape: (height, width) of the original image; the boxes are in its pixels.
+        most: At most so many boxes, those with the highest values.
+
+    Returns:
+        The boxes, the highest score first.
+    """
+    count, labels, stats, _ = cv2.connectedComponentsWithStats((values > threshold).astype(np.uint8), connectivity=8)
+    if count == 1:  # the background alone
+        return ()
+    peaks = np.full(count, -np.inf, np.float32)
+    np.maximum.at(peaks, labels.ravel(), values.ravel())
+    peaks[0] = -np.inf
+    down, across = image_shape[0] / values.shape[0], image_shape[1] / values.shape[1]
+    return tuple(
+        Box(
+            x=int(stats[k, cv2.CC_STAT_LEFT] * across),
+            y=int(stats[k, cv2.CC_STAT_TOP] * down),
+            width=max(1, round(stats[k, cv2.CC_STAT_WIDTH] * across)),
+            height=max(1, round(stats[k, cv2.CC_STAT_HEIGHT] * down)),
+            score=float(peaks[k]),
+        )
+        for k in np.argsort(-peaks)[: min(most, count - 1)]
+    )
+
+
+def paint(values: NDArray[np.float32], top: float) -> NDArray[np.uint8]:
+    """Paint a map in colours, from 0 (dark blue) to `top` (dark red).
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    levels = np.clip(values * (255 / max(top, 1e-6)), 0, 255).astype(np.uint8)
+    coloured: NDArray[np.uint8] = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)[:, :, ::-1]
+    return np.ascontiguousarray(coloured)
+
+
+def encode_jpeg(pixels: NDArray[np.uint8], quality: int = 85) -> bytes:
+    """Write an (H, W, 3) uint8 RGB picture as JPEG."""
+    return bytes(cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())

@@ -1,0 +1,1 @@
+"""The `flawstream` command: the only room above all others."""

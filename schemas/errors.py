@@ -1,0 +1,95 @@
+"""Every error that flawstream raises on purpose: the class decides what happens next, the code goes on the wire.
+
+Knows nothing of who raises or catches. An exception that is none of these is a bug.
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Reason(StrEnum):
+    """Why an image ended as a dead letter: a closed set."""
+
+    MALFORMED = "malformed"
+    UNDECODABLE = "undecodable"
+    UNKNOWN_CATEGORY = "unknown_category"
+    TOO_LARGE = "too_large"
+    FORBIDDEN_REFERENCE = "forbidden_reference"
+    POISON = "poison"
+
+
+class FlawstreamError(Exception):
+    """The root of all errors raised on purpose.
+
+    The text says what happened with the value, why, and what to do.
+    """
+
+    code: ClassVar[str] = "error"
+
+
+class ConfigError(FlawstreamError):
+    """Cannot start: a setting or an argument is wrong."""
+
+    code = "config"
+
+
+class MessageError(FlawstreamError):
+    """This input can never succeed: it is refused, and on the stream it becomes a dead letter.
+
+    Attributes:
+        reason: The code that goes on the wire.
+    """
+
+    code = "message"
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class TransientError(FlawstreamError):
+    """May succeed later: the entry stays pending and is tried again."""
+
+    code = "transient"
+
+
+class StreamUnavailableError(TransientError):
+    """The stream server does not answer."""
+
+    code = "stream_unavailable"
+
+
+class BacklogFullError(TransientError):
+    """The backlog is full: the producer is refused and nothing was written."""
+
+    code = "backlog_full"
+
+
+class DetectorOverloadedError(TransientError):
+    """The detector's queue is full."""
+
+    code = "detector_overloaded"
+
+
+class RegistryError(FlawstreamError):
+    """A model version is missing, damaged, or newer than this program reads."""
+
+    code = "registry"
+
+
+class WeightsError(FlawstreamError):
+    """Backbone weights cannot be had."""
+
+    code = "weights"
+
+
+class DatasetError(FlawstreamError):
+    """A data set folder cannot be trained on or evaluated."""
+
+    code = "dataset"
+
+
+class ShapeError(FlawstreamError, ValueError):
+    """An array has another shape than its caller promised: our bug."""
+
+    code = "shape"

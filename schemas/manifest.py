@@ -1,0 +1,125 @@
+"""What training writes beside the weights and serving loads: all that is needed to run and to judge a model version."""
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from schemas.messages import Category
+
+MANIFEST_FORMAT = 1
+"""Raised when a manifest of before can no longer be read as it stands."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackboneSpec(_Part):
+    """The frozen network whose features a flow was trained on. Equal specs share one backbone when serving.
+
+    Attributes:
+        name: timm's name.
+        weights: Where they came from: `package`, `timm`, or a file's name.
+        weights_sha256: Of the tensors that are used, in order.
+        strides: Feature stages by stride, pixels.
+        channels: Channels of each stage.
+        input_size: Side in pixels.
+        mean: Per colour channel, of pixels in [0, 1].
+        std: Per colour channel, of pixels in [0, 1].
+    """
+
+    name: str
+    weights: str
+    weights_sha256: str
+    strides: tuple[int, ...]
+    channels: tuple[int, ...]
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def grid_sizes(self) -> tuple[int, ...]:
+        """Give the side of each stage's feature map."""
+        return tuple(self.input_size // stride for stride in self.strides)
+
+
+class FlowSpec(_Part):
+    """The shape of the flows, one a stage."""
+
+    steps: int
+    hidden_ratio: float
+    conv3x3_only: bool
+    clamp: float
+
+
+class Calibration(_Part):
+    """What held-out normal images scored. None of them trained the flow.
+
+    Attributes:
+        top_fraction: How the image score was taken from the map; 0 means the maximum.
+        scores: Image scores, ascending.
+        false_alarm_rate: What was asked for.
+        threshold: An image score above it is anomalous.
+        pixel_threshold: A map value above it is an anomalous pixel.
+    """
+
+    top_fraction: float
+    scores: tuple[float, ...] = Field(min_length=1)
+    false_alarm_rate: float
+    threshold: float
+    pixel_threshold: float
+
+
+class Metrics(_Part):
+    """How the version did on the test folder, if there was one.
+
+    Attributes:
+        image_auroc: Area under the ROC curve of image scores; absent without both classes.
+        pixel_auroc: The same over pixels; absent without masks.
+        false_alarm_rate: Share of normal test images above the threshold.
+        recall: Share of defective test images above the threshold.
+        normal_images: Test images.
+        anomalous_images: Test images.
+    """
+
+    image_auroc: float | None = None
+    pixel_auroc: float | None = None
+    false_alarm_rate: float | None = None
+    recall: float | None = None
+    normal_images: int = 0
+    anomalous_images: int = 0
+
+
+class TrainingRecord(_Part):
+    """What the version was trained on and how."""
+
+    dataset_sha256: str
+    train_images: int
+    calibration_images: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    clip_norm: float
+    seed: int
+    final_loss: float
+    duration_s: float
+
+
+class ModelManifest(_Part):
+    """One immutable model version."""
+
+    format: int = MANIFEST_FORMAT
+    category: Category
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    created_at: AwareDatetime
+    backbone: BackboneSpec
+    flow: FlowSpec
+    calibration: Calibration
+    metrics: Metrics = Metrics()
+    training: TrainingRecord
+    libraries: dict[str, str]
+    files: dict[str, str] = Field(description="SHA-256 of every file beside the manifest, by name.")
+
+    @property
+    def model(self) -> str:
+        """Name the version as results do."""
+        return f"{self.category}@{self.version}"

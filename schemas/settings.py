@@ -1,0 +1,238 @@
+"""The one tree of settings: defaults, then a YAML file, then `FLAWSTREAM_<SECTION>__<FIELD>` in the environment.
+
+A part of the program receives its section and never the tree. Nothing is read at import.
+"""
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from schemas.errors import ConfigError
+from schemas.messages import MapCodec
+
+ENV_PREFIX = "FLAWSTREAM_"
+_MIB = 1 << 20
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RedisSettings(_Section):
+    """Where the streams live. Any Redis 7 or Valkey server."""
+
+    url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Server URL, `redis://` or `rediss://`, without a password."
+    )
+    username: str | None = Field(None, description="ACL user.")
+    password: SecretStr | None = Field(None, description="Password; never printed.")
+    prefix: str = Field("flawstream", min_length=1, max_length=64, description="What every key starts with.")
+    timeout_s: float = Field(5.0, gt=0, description="Longest wait for a reply, and for a connection.")
+    block_ms: int = Field(
+        1000, ge=1, description="How long a read waits at the server for a new entry; must stay below timeout_s."
+    )
+
+    @model_validator(mode="after")
+    def _block_is_shorter_than_the_timeout(self) -> Self:
+        if self.block_ms >= self.timeout_s * 1000:
+            raise ValueError(
+                f"block_ms={self.block_ms} must stay below timeout_s={self.timeout_s}: a read would time out"
+            )
+        return self
+
+
+class LimitSettings(_Section):
+    """What is refused before anything is decoded."""
+
+    max_image_bytes: int = Field(16 * _MIB, ge=1024, description="Longest compressed image.")
+    max_fields_bytes: int = Field(64 * 1024, ge=256, description="All fields of an entry but the image, together.")
+    max_pixels: int = Field(64_000_000, ge=64, description="Largest width times height.")
+    max_aspect: float = Field(32.0, ge=1.0, description="Largest ratio of the longer to the shorter side.")
+
+
+class BacklogSettings(_Section):
+    """When producers are refused, and what is kept of the results."""
+
+    max_images: int = Field(10_000, ge=1, description="Entries on the images stream past which a push is refused.")
+    keep_results: int = Field(
+        100_000,
+        ge=1,
+        description="Results kept on the stream; older ones go, but never what a registered group has yet to read.",
+    )
+
+
+class WorkerSettings(_Section):
+    """One stream worker."""
+
+    replicas: int = Field(1, ge=0, description="Stream workers to run.")
+    batch_size: int = Field(16, ge=1, le=1024, description="Most entries read, decoded and detected together.")
+    in_flight: int = Field(3, ge=1, le=64, description="Batches of one worker under way at once.")
+    decode_threads: int = Field(2, ge=1, le=64, description="Threads that decode images.")
+    claim_idle_ms: int = Field(
+        60_000, ge=100, description="A pending entry untouched for so long belongs to a dead worker."
+    )
+    max_deliveries: int = Field(
+        5, ge=1, description="An entry given out more often than this is a dead letter: `poison`."
+    )
+    sweep_s: float = Field(10.0, gt=0, description="Time between two looks for entries of dead workers.")
+    map_codec: MapCodec = Field(MapCodec.GRID_F16, description="How maps are written into results.")
+    num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for a worker.")
+
+
+class DetectorSettings(_Section):
+    """One detector replica: the backbone, and the heads of all categories."""
+
+    replicas: int = Field(1, ge=1, description="Detector replicas to run.")
+    engine: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="`auto` takes torch on a GPU, else openvino where it is installed, else torch."
+    )
+    max_batch_images: int = Field(32, ge=1, le=4096, description="Most images the engine is given at once.")
+    max_queue_images: int = Field(512, ge=1, description="Images waiting past which calls are refused.")
+    max_resident: int = Field(256, ge=1, description="Categories kept loaded; the least recently used goes first.")
+    refresh_s: float = Field(2.0, gt=0, description="Time between two looks for newly promoted versions.")
+    num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for a replica.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs, or a share of one, that Ray reserves for a replica.")
+
+
+class ApiSettings(_Section):
+    """The HTTP API."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network.")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+
+
+class ModelSettings(_Section):
+    """The frozen backbone and the shape of the flows on it. Fixed in a model version's manifest once trained."""
+
+    backbone: str = Field("tf_efficientnet_lite0", description="Any timm model that yields feature maps by stage.")
+    weights: str = Field(
+        "auto",
+        description="`auto`: the installed package for tf_efficientnet_lite0, timm's own loading for all others. "
+        "`package`, `timm`, or the path of a .safetensors, .pth or .pt state dict.",
+    )
+    strides: tuple[int, ...] = Field(
+        (8, 16, 32),
+        min_length=1,
+        description="Feature stages by their stride in pixels; stages past the last are cut off.",
+    )
+    input_size: int = Field(
+        256, ge=32, le=2048, multiple_of=32, description="Side in pixels that images are resized to."
+    )
+    flow_steps: int = Field(8, ge=1, le=64, description="Flow steps at each stage.")
+    hidden_ratio: float = Field(1.0, gt=0, le=4, description="Hidden channels of a subnet over its input channels.")
+    conv3x3_only: bool = Field(False, description="3x3 subnets in every step; otherwise 3x3 and 1x1 take turns.")  # noqa: FBT003
+    clamp: float = Field(2.0, gt=0, description="Soft clamp of the log scale.")
+    top_fraction: float = Field(
+        0.03,
+        ge=0,
+        le=1,
+        description="The image score is the mean of this share of the map's highest values; 0: the maximum.",
+    )
+
+
+class TrainingSettings(_Section):
+    """The recipe: one set of defaults for all categories."""
+
+    epochs: int = Field(
+        20, ge=1, description="Passes over the training images. The last epoch is kept, never the best."
+    )
+    batch_size: int = Field(16, ge=1, description="Images in a step.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak of the one-cycle schedule.")
+    weight_decay: float = Field(1e-5, ge=0, description="AdamW's decoupled decay.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of a gradient.")
+    calibration_fraction: Fraction = Field(
+        0.2, description="Share of the normal images that never trains the flow and sets thresholds and p-values."
+    )
+    false_alarm_rate: Fraction = Field(0.05, description="Share of normal parts that may be called anomalous.")
+    seed: int = Field(0, ge=0, description="Seed of the split, the permutations, the weights and the order of images.")
+    num_gpus: float = Field(
+        0.0, ge=0, description="GPUs, or a share of one, that Ray reserves for a category in training."
+    )
+
+
+class RegistrySettings(_Section):
+    """Where model versions are kept."""
+
+    root: str = Field(".flawstream/models", description="A folder, or an fsspec URL such as s3://bucket/models.")
+
+
+class Settings(BaseSettings):
+    """All of flawstream's settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        nested_model_default_partial_update=True,
+    )
+
+    redis: RedisSettings = RedisSettings()
+    limits: LimitSettings = LimitSettings()
+    backlog: BacklogSettings = BacklogSettings()
+    worker: WorkerSettings = WorkerSettings()
+    detector: DetectorSettings = DetectorSettings()
+    api: ApiSettings = ApiSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    registry: RegistrySettings = RegistrySettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the environment above what is handed in, which is what the YAML file said."""
+        del settings_cls, dotenv_settings, file_secret_settings
+        return env_settings, init_settings
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read the settings, the environment's word over the file's.
+
+    Args:
+        path: A YAML file of sections; absent: `FLAWSTREAM_CONFIG` names one, or none is read.
+
+    Raises:
+        ConfigError: A file that cannot be read, a name nobody knows, or a value out of bounds.
+    """
+    _refuse_unknown_sections()
+    named = path or os.environ.get(f"{ENV_PREFIX}CONFIG")
+    from_file: dict[str, Any] = {}
+    if named:
+        try:
+            from_file = yaml.safe_load(Path(named).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the settings file {named}: {error}") from error
+        if not isinstance(from_file, dict):
+            raise ConfigError(f"the settings file {named} holds a {type(from_file).__name__}; it must hold sections")
+    try:
+        return Settings(**from_file)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors(include_url=False)
+        )
+        raise ConfigError(f"settings refused: {problems}. `flawstream doctor --settings` lists every field") from None
+
+
+def _refuse_unknown_sections() -> None:
+    """pydantic-settings drops a variable whose section has a typo without a word."""
+    known = set(Settings.model_fields) | {"config"}
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX):
+            section = name.removeprefix(ENV_PREFIX).split("__")[0].lower()
+            if section not in known:
+                close = get_close_matches(section, known, n=1)
+                hint = f"; did you mean {ENV_PREFIX}{close[0].upper()}?" if close else ""
+                raise ConfigError(f"the environment sets {name}, and there is no section {section!r}{hint}")

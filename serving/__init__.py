@@ -1,0 +1,1 @@
+"""Ray Serve: detectors with dynamic batching, stream workers and the HTTP API."""

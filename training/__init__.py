@@ -1,0 +1,1 @@
+"""Ray jobs that turn folders of normal images into model versions."""

@@ -1,0 +1,136 @@
+"""What the worker loop is handed, as protocols, and the values that pass between them.
+
+The loop knows these and nothing of Redis, Ray or torch; a test hands it fakes, a deployment the real things.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import Reason
+from schemas.messages import DeadLetter, DetectionResult, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of the images stream, given to this worker.
+
+    Attributes:
+        entry_id: Redis's id, `<milliseconds>-<sequence>`.
+        fields: As the producer wrote them.
+        deliveries: How often the entry was given out, this time included.
+    """
+
+    entry_id: str
+    fields: Mapping[bytes, bytes]
+    deliveries: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What a model says of one image.
+
+    Attributes:
+        score: Image score, nats per channel, higher is more anomalous.
+        p_value: Conformal, in (0, 1].
+        threshold: `score` above it is anomalous.
+        pixel_threshold: A map value above it is an anomalous pixel.
+        verdict: `score` against `threshold`.
+        model: `category@version`.
+        grids: One (H_s, W_s) float16 anomaly map per feature scale, nats per channel.
+    """
+
+    score: float
+    p_value: float
+    threshold: float
+    pixel_threshold: float
+    verdict: Verdict
+    model: str
+    grids: tuple[NDArray[np.float16], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one image of a batch cannot be judged; its neighbours are not concerned."""
+
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one entry ends: it leaves the images stream and this is written, in one step."""
+
+    entry_id: str
+    outcome: DetectionResult | DeadLetter
+
+
+class Detector(Protocol):
+    """Judges decoded images of any mix of categories."""
+
+    async def input_size(self) -> int:
+        """Tell the side in pixels that images must have."""
+        ...
+
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Detection | Refusal]:
+        """Judge a batch.
+
+        Args:
+            images: (B, H, W, 3) RGB, H = W = `input_size()`.
+            categories: B names.
+
+        Returns:
+            B outcomes, in order.
+
+        Raises:
+            TransientError: Nothing was judged and a later call may succeed.
+        """
+        ...
+
+
+class StreamReader(Protocol):
+    """Gives out entries of the images stream to one named consumer of the workers' group."""
+
+    async def read(self, max_entries: int) -> list[Entry]:
+        """Take the consumer's own pending entries first, then new ones; wait a moment where there is none.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ...
+
+    async def claim(self, max_entries: int) -> list[Entry]:
+        """Take over entries that their consumer has not touched for too long.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ...
+
+
+class ResultSink(Protocol):
+    """Ends entries, each exactly once."""
+
+    async def publish(self, endings: Sequence[Ending]) -> list[bool]:
+        """Write each outcome and take its entry off the images stream, in one step per entry.
+
+        Returns:
+            For each ending, whether the entry was still this consumer's. Where not, nothing was written: another
+            worker has the entry.
+
+        Raises:
+            StreamUnavailableError: The server does not answer. Each entry either ended or is still pending.
+        """
+        ...
+
+
+class Clock(Protocol):
+    """Time, handed in so that a test can hold it."""
+
+    def now(self) -> datetime:
+        """Tell the time of day, with its zone."""
+        ...
