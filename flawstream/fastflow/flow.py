@@ -1,0 +1,177 @@
+"""The 2D normalizing flow of one feature scale, and its folded form for inference.
+
+Shape legend: B images, C channels, H W height and width of the scale's grid.
+
+A step is the block that public re-implementations of FastFlow use (FrEIA's all-in-one block): affine coupling with a
+small convolutional subnet, soft clamp, global affine, fixed permutation. Here the permutation is an index where theirs
+is a C x C matrix. Knows no backbone and no loss.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_DAMPING = 0.1
+"""Subnet outputs start small, so that a new step is close to the identity."""
+_SOFTPLUS_BETA = 0.5
+_SCALE_FACTOR = 0.1
+
+
+class FlowStep(nn.Module):
+    """One invertible step.
+
+    Source: FastFlow, section 3.2 and figure 3; the affine coupling is RealNVP's (arXiv 1605.08803, section 3.2).
+
+    Args:
+        channels: C.
+        kernel_size: Of the subnet's two convolutions, 3 or 1.
+        hidden_ratio: Hidden channels of the subnet over its input channels.
+        clamp: Bound of the log scale.
+        generator: Draws the permutation.
+    """
+
+    def __init__(
+        self, channels: int, *, kernel_size: int, hidden_ratio: float, clamp: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.passive = channels - channels // 2
+        self.active = channels // 2
+        self.clamp = clamp
+        hidden = max(1, int(self.passive * hidden_ratio))
+        self.subnet = nn.Sequential(
+            nn.Conv2d(self.passive, hidden, kernel_size, padding="same"),
+            nn.ReLU(),
+            nn.Conv2d(hidden, 2 * self.active, kernel_size, padding="same"),
+        )
+        one = math.log(math.expm1(_SOFTPLUS_BETA / _SCALE_FACTOR)) / _SOFTPLUS_BETA
+        self.raw_scale = nn.Parameter(torch.full((1, channels, 1, 1), one))
+        self.offset = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.permutation: Tensor
+        self.register_buffer("permutation", torch.randperm(channels, generator=generator))
+
+    def global_scale(self) -> Tensor:
+        """Give the (1, C, 1, 1) positive factor of the global affine."""
+        return _SCALE_FACTOR * functional.softplus(self.raw_scale, beta=_SOFTPLUS_BETA)
+
+    def coupling(self, passive: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute log scale and shift of the active half from the passive one, both (B, C // 2, H, W)."""
+        log_scale, shift = torch.split(_DAMPING * self.subnet(passive), self.active, dim=1)
+        return self.clamp * torch.tanh(log_scale), shift
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map features towards the normal distribution.
+
+        Args:
+            x: (B, C, H, W) float.
+
+        Returns:
+            (B, C, H, W) and the (B,) log-determinant of the Jacobian, nats.
+        """
+        passive, active = torch.split(x, [self.passive, self.active], dim=1)
+        log_scale, shift = self.coupling(passive)
+        scale = self.global_scale()
+        y = torch.cat([passive, active * log_scale.exp() + shift], dim=1) * scale + self.offset
+        log_det = log_scale.sum(dim=(1, 2, 3)) + scale.log().sum() * (x.shape[2] * x.shape[3])
+        return y[:, self.permutation], log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo `forward`; (B, C, H, W) to (B, C, H, W)."""
+        y = (z[:, torch.argsort(self.permutation)] - self.offset) / self.global_scale()
+        passive, active = torch.split(y, [self.passive, self.active], dim=1)
+        log_scale, shift = self.coupling(passive)
+        return torch.cat([passive, (active - shift) * (-log_scale).exp()], dim=1)
+
+
+class Flow(nn.Module):
+    """The steps of one scale; 3x3 and 1x1 subnets take turns unless all are 3x3 (FastFlow, section 4.2)."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        steps: int,
+        hidden_ratio: float,
+        conv3x3_only: bool,
+        clamp: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(
+            FlowStep(
+                channels,
+                kernel_size=3 if conv3x3_only or step % 2 == 0 else 1,
+                hidden_ratio=hidden_ratio,
+                clamp=clamp,
+                generator=generator,
+            )
+            for step in range(steps)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, C, H, W) features to latents of the same shape and the (B,) log-determinant, nats."""
+        log_det = x.new_zeros(x.shape[0])
+        for step in self.steps:
+            x, step_log_det = step(x)
+            log_det = log_det + step_log_det
+        return x, log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Map (B, C, H, W) latents back to features."""
+        for step in reversed(self.steps):
+            z = step.inverse(z)  # type: ignore[operator]  # ModuleList forgets what it holds
+        return z
+
+
+class FoldedStep(nn.Module):
+    """A step for inference: no log-determinant, and all constants folded into the subnet's last layer.
+
+    With damping d, global affine (g, o) and the subnet's last layer split into log-scale and shift halves:
+    `(x exp(s) + d t) g + o = x exp(s + log g) + (d g t + o)`, so d and g go into the weights and o into the bias.
+    The passive half's affine stays: its offset cannot pass a zero-padded 3x3 convolution exactly.
+    """
+
+    def __init__(self, step: FlowStep, *, permute: bool) -> None:
+        super().__init__()
+        first, activation, last = step.subnet
+        assert isinstance(first, nn.Conv2d)  # noqa: S101 - FlowStep made it so
+        assert isinstance(last, nn.Conv2d)  # noqa: S101 - the same
+        scale, offset = step.global_scale().detach(), step.offset.detach()
+        gain = torch.full((2 * step.active,), _DAMPING)
+        gain[step.active :] *= scale[0, step.passive :, 0, 0]
+        folded = nn.Conv2d(last.in_channels, last.out_channels, last.kernel_size[0], padding="same")
+        folded.weight = nn.Parameter(last.weight.detach() * gain[:, None, None, None], requires_grad=False)
+        bias = torch.zeros_like(gain) if last.bias is None else last.bias.detach() * gain
+        bias[step.active :] += offset[0, step.passive :, 0, 0]
+        folded.bias = nn.Parameter(bias, requires_grad=False)
+        self.subnet = nn.Sequential(first, activation, folded)
+        self.passive, self.active, self.clamp = step.passive, step.active, step.clamp
+        self.passive_scale = nn.Buffer(scale[:, : step.passive].clone())
+        self.passive_offset = nn.Buffer(offset[:, : step.passive].clone())
+        self.log_scale = nn.Buffer(scale[:, step.passive :].log())
+        self.permutation = nn.Buffer(step.permutation.clone()) if permute else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        passive, active = torch.split(x, [self.passive, self.active], dim=1)
+        log_scale, shift = torch.split(self.subnet(passive), self.active, dim=1)
+        active = active * torch.exp(self.clamp * torch.tanh(log_scale) + self.log_scale) + shift
+        y = torch.cat([passive * self.passive_scale + self.passive_offset, active], dim=1)
+        return y if self.permutation is None else torch.index_select(y, 1, self.permutation)
+
+
+class FoldedFlow(nn.Module):
+    """A flow for inference. Its latents are the flow's but for their order: the last permutation is left out."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        last = len(flow.steps) - 1
+        self.steps = nn.Sequential(
+            *(FoldedStep(step, permute=k < last) for k, step in enumerate(flow.steps))  # type: ignore[arg-type]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) features to latents of the same shape."""
+        latents: Tensor = self.steps(x)
+        return latents

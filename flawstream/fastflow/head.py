@@ -1,0 +1,108 @@
+"""The trained part of a model version: per scale, feature statistics and a flow. Written to and read from safetensors.
+
+Shape legend: B images, C channels, K latent channels, H W height and width of a scale's grid, s a scale.
+"""
+
+from collections.abc import Sequence
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from flawstream.fastflow.flow import Flow, FoldedFlow
+from flawstream.fastflow.score import anomaly_grid
+from flawstream.fastflow.statistics import FeatureStatistics
+from schemas.errors import RegistryError
+from schemas.manifest import BackboneSpec, FlowSpec
+
+
+class FastFlowHead(nn.Module):
+    """Everything of a category's model but the backbone.
+
+    Args:
+        backbone: Gives channels and grid sizes.
+        flow: The shape of the flows.
+        seed: Draws the permutations and the first weights.
+    """
+
+    def __init__(self, backbone: BackboneSpec, flow: FlowSpec, *, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
+            self.statistics = nn.ModuleList(
+                FeatureStatistics(channels, side)
+                for channels, side in zip(backbone.channels, backbone.grid_sizes, strict=True)
+            )
+            self.flows = nn.ModuleList(
+                Flow(
+                    channels,
+                    steps=flow.steps,
+                    hidden_ratio=flow.hidden_ratio,
+                    conv3x3_only=flow.conv3x3_only,
+                    clamp=flow.clamp,
+                    generator=generator,
+                )
+                for channels in backbone.channels
+            )
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Map features to latents.
+
+        Args:
+            features: One (B, C_s, H_s, W_s) float tensor per scale.
+
+        Returns:
+            Per scale (B, K_s, H_s, W_s) latents, and (B,) log-determinants, nats.
+        """
+        pairs = [
+            flow(statistics(scale))
+            for flow, statistics, scale in zip(self.flows, self.statistics, features, strict=True)
+        ]
+        return [latents for latents, _ in pairs], [log_det for _, log_det in pairs]
+
+    def to_bytes(self) -> bytes:
+        """Write all tensors as safetensors."""
+        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in self.state_dict().items()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, backbone: BackboneSpec, flow: FlowSpec) -> "FastFlowHead":
+        """Read a head.
+
+        Raises:
+            RegistryError: The bytes are no safetensors, or hold a head of another shape.
+        """
+        head = cls(backbone, flow)
+        try:
+            head.load_state_dict(safetensors.torch.load(data))
+        except (SafetensorError, RuntimeError) as error:
+            raise RegistryError(
+                f"the weights do not fit their manifest ({error}); the version is damaged, train it again"
+            ) from error
+        return head.eval()
+
+
+class FoldedHead(nn.Module):
+    """A head for inference: features in, anomaly grids out. Exact up to float rounding."""
+
+    def __init__(self, head: FastFlowHead) -> None:
+        super().__init__()
+        self.statistics = head.statistics
+        self.flows = nn.ModuleList(FoldedFlow(flow) for flow in head.flows)  # type: ignore[arg-type]
+        self.requires_grad_(requires_grad=False)
+        self.eval()
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Score every position of every scale.
+
+        Args:
+            features: One (B, C_s, H_s, W_s) float32 tensor per scale.
+
+        Returns:
+            One (B, H_s, W_s) float32 tensor per scale, nats per channel.
+        """
+        return [
+            anomaly_grid(flow(statistics(scale)))
+            for flow, statistics, scale in zip(self.flows, self.statistics, features, strict=True)
+        ]

@@ -1,0 +1,53 @@
+"""From latents to anomaly maps and image scores.
+
+Shape legend: B images, K latent channels, H W height and width of a scale's grid, s a scale.
+
+Source: FastFlow, section 3.3. The paper scores a position by `-exp(log p)`; that saturates for gross defects, so the
+score here is the negative log-likelihood without its constant, `0.5 mean_k z_k^2`: nats per channel, 0.5 on average for
+what is normal, higher for what is not. `likelihood_score` is the paper's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from schemas.errors import ShapeError
+
+
+def anomaly_grid(latents: Tensor) -> Tensor:
+    """Score every position of one scale; (B, K, H, W) latents to (B, H, W), nats per channel, 0 or more."""
+    return 0.5 * latents.square().mean(dim=1)
+
+
+def likelihood_score(grid: Tensor) -> Tensor:
+    """Turn nats per channel into the paper's score, in [-1, 0); the shape stays."""
+    return -torch.exp(-grid)
+
+
+def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
+    """Score whole images: scales averaged at the finest grid, then the mean of the highest values.
+
+    Args:
+        grids: One (B, H_s, W_s) float32 tensor per feature scale.
+        top_fraction: Share of the positions that counts, in [0, 1]; 0 takes the maximum alone.
+
+    Returns:
+        (B,) float32, nats per channel.
+
+    Raises:
+        ShapeError: No grid, or batch sizes differ.
+    """
+    if not grids or len({grid.shape[0] for grid in grids}) != 1:
+        raise ShapeError(f"grids of one batch are needed, got shapes {[tuple(grid.shape) for grid in grids]}")
+    finest = max((grid.shape[1:] for grid in grids), key=lambda shape: shape[0] * shape[1])
+    total = torch.zeros((grids[0].shape[0], *finest), dtype=torch.float32, device=grids[0].device)
+    for grid in grids:
+        sized = grid.float()
+        if grid.shape[1:] != finest:
+            sized = functional.interpolate(sized[:, None], size=finest, mode="bilinear", align_corners=False)[:, 0]
+        total += sized
+    positions = (total / len(grids)).flatten(start_dim=1)
+    count = max(1, int(positions.shape[1] * top_fraction))
+    return positions.topk(count, dim=1).values.mean(dim=1)

@@ -1,0 +1,124 @@
+"""Features of the frozen backbone, computed once per image and read again in every epoch.
+
+Shape legend: B images, C channels, H W height and width of a scale's grid, s a scale.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flawstream.compiled import CompiledModule, openvino_is_installed
+from flawstream.fastflow.backbone import Backbone
+from flawstream.images import DecodedImage, decode_image
+from schemas.errors import DatasetError, MessageError
+from schemas.settings import LimitSettings
+
+_BATCH = 16
+_DECODE_THREADS = 2
+
+
+class FeatureExtractor:
+    """The backbone on the fastest thing at hand: a GPU, else OpenVINO where it is installed, else torch on the CPU.
+
+    Args:
+        backbone: The frozen network.
+        limits: What is too large to be decoded.
+        threads: CPU threads; 0 takes all.
+    """
+
+    def __init__(self, backbone: Backbone, limits: LimitSettings, threads: int = 0) -> None:
+        self.spec = backbone.spec
+        self._limits = limits
+        size = backbone.spec.input_size
+        self._run: Callable[[NDArray[np.uint8]], list[Tensor]]
+        if not torch.cuda.is_available() and openvino_is_installed():
+            compiled = CompiledModule(backbone, [(size, size, 3)], dtype=torch.uint8, threads=threads)
+            self._run = lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
+        else:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            moved = backbone.to(device).to(memory_format=torch.channels_last)
+            self._run = lambda images: moved(torch.from_numpy(images).to(device))
+
+    def batches(self, paths: Sequence[Path]) -> Iterator[tuple[list[DecodedImage], list[Tensor]]]:
+        """Decode and compute, the next batch being decoded while one is computed.
+
+        Yields:
+            The images of a batch, and one (B, C_s, H_s, W_s) float32 tensor per scale.
+
+        Raises:
+            DatasetError: A file cannot be read or is no image.
+        """
+        with ThreadPoolExecutor(_DECODE_THREADS) as pool, torch.inference_mode():
+            starts = range(0, len(paths), _BATCH)
+            waiting = [pool.submit(self._read, path) for path in paths[:_BATCH]]
+            for start in starts:
+                images = [future.result() for future in waiting]
+                waiting = [pool.submit(self._read, path) for path in paths[start + _BATCH : start + 2 * _BATCH]]
+                yield images, self._run(np.stack([image.pixels for image in images]))
+
+    def _read(self, path: Path) -> DecodedImage:
+        try:
+            return decode_image(path.read_bytes(), self.spec.input_size, self._limits)
+        except OSError as error:
+            raise DatasetError(f"cannot read {path}: {error.strerror}") from error
+        except MessageError as error:
+            raise DatasetError(f"{path}: {error}; mend the file or take it out") from error
+
+
+class FeatureCache:
+    """Features of many images on disk, as float16 arrays that are mapped and not read whole.
+
+    Args:
+        folder: Where the arrays are written; its owner removes it.
+        paths: The images.
+        extractor: Computes their features, in `fill`.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[Path], extractor: FeatureExtractor) -> None:
+        spec = extractor.spec
+        self._paths = paths
+        self._extractor = extractor
+        self._scales = [
+            np.lib.format.open_memmap(
+                folder / f"stride-{stride}.npy", mode="w+", dtype=np.float16, shape=(len(paths), channels, side, side)
+            )
+            for stride, channels, side in zip(spec.strides, spec.channels, spec.grid_sizes, strict=True)
+        ]
+
+    def fill(self) -> Iterator[int]:
+        """Compute all features.
+
+        Yields:
+            The number of images done.
+
+        Raises:
+            DatasetError: A file cannot be read or is no image.
+        """
+        done = 0
+        for images, features in self._extractor.batches(self._paths):
+            for array, scale in zip(self._scales, features, strict=True):
+                array[done : done + len(images)] = scale.cpu().numpy()
+            done += len(images)
+            yield done
+
+    def take(self, rows: NDArray[np.int64]) -> list[Tensor]:
+        """Read some images' features; one (B, C_s, H_s, W_s) float32 tensor per scale."""
+        return [torch.from_numpy(array[rows].astype(np.float32)) for array in self._scales]
+
+    def sums(self, rows: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
+        """Sum features and their squares over some images; per scale two (C, H, W) float64 tensors."""
+        totals = []
+        for array in self._scales:
+            total = np.zeros(array.shape[1:], np.float64)
+            squares = np.zeros(array.shape[1:], np.float64)
+            for row in rows:
+                values = array[row].astype(np.float64)
+                total += values
+                squares += values * values
+            totals.append((torch.from_numpy(total), torch.from_numpy(squares)))
+        return totals

@@ -1,0 +1,158 @@
+"""One category from a folder of images to a published model version, told step by step. No Ray in here."""
+
+import hashlib
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flawstream.calibration import calibrate, shortage
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.registry import Registry, new_version
+from schemas.manifest import FlowSpec, ModelManifest, TrainingRecord
+from schemas.settings import ModelSettings, TrainingSettings
+from training.datasets.samples import CategoryData
+from training.evaluate import Evaluation, score_images
+from training.features import FeatureCache, FeatureExtractor
+from training.fit import Step, fit_head, split_rows
+
+WEIGHTS_FILE = "flow.safetensors"
+
+
+class Stage(StrEnum):
+    """What a category's training is busy with."""
+
+    FEATURES = "features"
+    TRAINING = "training"
+    CALIBRATING = "calibrating"
+    EVALUATING = "evaluating"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a category is.
+
+    Attributes:
+        category: Its name.
+        stage: What is being done.
+        done: Images done in this stage.
+        total: Images to do in this stage.
+        note: Something worth showing beside the bar.
+        manifest: The published version, at the end.
+    """
+
+    category: str
+    stage: Stage
+    done: int
+    total: int
+    note: str = ""
+    manifest: ModelManifest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be trained, how, and where it goes.
+
+    Attributes:
+        data: The category's images.
+        model: The shape of the flows.
+        training: The recipe.
+        registry_root: Where the version is written.
+        promote: Whether it becomes the current one.
+    """
+
+    data: CategoryData
+    model: ModelSettings
+    training: TrainingSettings
+    registry_root: str
+    promote: bool = True
+
+
+def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
+    """Train, calibrate, evaluate and publish one category.
+
+    Args:
+        job: What to do.
+        extractor: The backbone, shared by the jobs of a process.
+
+    Yields:
+        Progress; the last one carries the manifest.
+
+    Raises:
+        DatasetError: An image or a mask cannot be read.
+        ConfigError: Training diverged.
+        RegistryError: The registry cannot be written.
+    """
+    started = time.monotonic()
+    data, recipe = job.data, job.training
+    flow = FlowSpec(
+        steps=job.model.flow_steps,
+        hidden_ratio=job.model.hidden_ratio,
+        conv3x3_only=job.model.conv3x3_only,
+        clamp=job.model.clamp,
+    )
+    torch.manual_seed(recipe.seed)
+    head = FastFlowHead(extractor.spec, flow, seed=recipe.seed)
+    with tempfile.TemporaryDirectory(prefix="flawstream-features-") as folder:
+        features = FeatureCache(Path(folder), data.train, extractor)
+        for done in features.fill():
+            yield Progress(data.name, Stage.FEATURES, done, len(data.train))
+        rows, held_out = split_rows(len(data.train), recipe)
+        last = Step(0, 0, float("nan"))
+        for last in fit_head(head, features, rows, recipe):
+            note = f"epoch {last.epoch}/{recipe.epochs}  loss {last.loss:.3f}"
+            yield Progress(data.name, Stage.TRAINING, last.images, recipe.epochs * len(rows), note)
+    calibration_paths = [data.train[row] for row in held_out]
+    scored = []
+    for image in score_images(extractor, head, job.model.top_fraction, calibration_paths):
+        scored.append((image.score, image.anomaly_map.max()))
+        yield Progress(data.name, Stage.CALIBRATING, len(scored), len(held_out))
+    scores, peaks = np.array(scored, dtype=np.float64).T
+    calibration = calibrate(scores, peaks, recipe.false_alarm_rate, job.model.top_fraction)
+    evaluation = Evaluation()
+    test_images = score_images(extractor, head, job.model.top_fraction, [sample.path for sample in data.test])
+    for done, (sample, image) in enumerate(zip(data.test, test_images, strict=True), start=1):
+        evaluation.add(sample, image)
+        yield Progress(data.name, Stage.EVALUATING, done, len(data.test))
+    weights = head.to_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
+    created_at = datetime.now(UTC)
+    manifest = ModelManifest(
+        category=data.name,
+        version=new_version(created_at, digest),
+        created_at=created_at,
+        backbone=extractor.spec,
+        flow=flow,
+        calibration=calibration,
+        metrics=evaluation.metrics(calibration.threshold),
+        training=TrainingRecord(
+            dataset_sha256=data.sha256(),
+            train_images=len(rows),
+            calibration_images=len(held_out),
+            epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            clip_norm=recipe.clip_norm,
+            seed=recipe.seed,
+            final_loss=last.loss,
+            duration_s=time.monotonic() - started,
+        ),
+        libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
+        files={WEIGHTS_FILE: digest},
+    )
+    registry = Registry(job.registry_root)
+    registry.write(manifest, {WEIGHTS_FILE: weights})
+    if job.promote:
+        registry.promote(manifest.category, manifest.version)
+    warning = shortage(len(held_out), recipe.false_alarm_rate) or ""
+    yield Progress(data.name, Stage.DONE, 1, 1, warning, manifest)
