@@ -18,6 +18,9 @@ from schemas.settings import LimitSettings
 
 Fields = Mapping[bytes, bytes]
 
+MAX_FIELDS = 1000
+"""Most fields of an entry: a script at the server can hand on no more than some 4,000."""
+
 _IMAGE_FIELDS = ("id", "category", "image", "image_ref", "captured_at", "traceparent")
 _RESULT_FIELDS = frozenset(DetectionResult.model_fields) - {"extra"} | {"map_codec", "map_shape", "map_grids"}
 _DEAD_PREFIX = b"dead."
@@ -35,20 +38,7 @@ def parse_image(entry_id: str, fields: Fields, limits: LimitSettings) -> ImageMe
     Raises:
         MessageError: `too_large`, `malformed`, or `forbidden_reference` (an image by reference).
     """
-    size_bytes = len(fields.get(b"image", b""))
-    if size_bytes > limits.max_image_bytes:
-        raise MessageError(
-            Reason.TOO_LARGE,
-            f"field image has {size_bytes:,} bytes and {limits.max_image_bytes:,} are allowed; "
-            "send a smaller image or raise limits.max_image_bytes",
-        )
-    rest_bytes = sum(len(key) + len(value) for key, value in fields.items() if key != b"image")
-    if rest_bytes > limits.max_fields_bytes:
-        raise MessageError(
-            Reason.TOO_LARGE,
-            f"the fields beside image have {rest_bytes:,} bytes and {limits.max_fields_bytes:,} are allowed; "
-            "send less or raise limits.max_fields_bytes",
-        )
+    _refuse_oversized(fields, limits)
     known: dict[str, Any] = {}
     extra: dict[str, bytes] = {}
     for key, value in fields.items():
@@ -169,6 +159,27 @@ def parse_dead_letter(fields: Fields) -> DeadLetter:
         )
     except (KeyError, ValueError) as error:
         raise MessageError(Reason.MALFORMED, f"not a dead letter of flawstream: {error}") from error
+
+
+def _refuse_oversized(fields: Fields, limits: LimitSettings) -> None:
+    if len(fields) > MAX_FIELDS:
+        raise MessageError(
+            Reason.TOO_LARGE, f"the entry has {len(fields):,} fields and {MAX_FIELDS:,} are allowed; send fewer"
+        )
+    size_bytes = len(fields.get(b"image", b""))
+    if size_bytes > limits.max_image_bytes:
+        raise MessageError(
+            Reason.TOO_LARGE,
+            f"field image has {size_bytes:,} bytes and {limits.max_image_bytes:,} are allowed; "
+            "send a smaller image or raise limits.max_image_bytes",
+        )
+    rest_bytes = sum(len(key) + len(value) for key, value in fields.items() if key != b"image")
+    if rest_bytes > limits.max_fields_bytes:
+        raise MessageError(
+            Reason.TOO_LARGE,
+            f"the fields beside image have {rest_bytes:,} bytes and {limits.max_fields_bytes:,} are allowed; "
+            "send less or raise limits.max_fields_bytes",
+        )
 
 
 def _put_context(fields: dict[bytes, bytes], message: ImageMessage | DetectionResult) -> None:

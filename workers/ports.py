@@ -3,7 +3,7 @@
 The loop knows these and nothing of Redis, Ray or torch; a test hands it fakes, a deployment the real things.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -96,15 +96,19 @@ class StreamReader(Protocol):
     """Gives out entries of the images stream to one named consumer of the workers' group."""
 
     async def read(self, max_entries: int) -> list[Entry]:
-        """Take the consumer's own pending entries first, then new ones; wait a moment where there is none.
+        """Take what this consumer was given before it started, one at a time, then new entries; wait where none is.
 
         Raises:
             StreamUnavailableError: The server does not answer.
         """
         ...
 
-    async def claim(self, max_entries: int) -> list[Entry]:
-        """Take over entries that their consumer has not touched for too long.
+    async def claim(self, max_entries: int, held: Collection[str] = ()) -> list[Entry]:
+        """Take over entries that their consumer, be it this one, has not touched for too long.
+
+        Args:
+            max_entries: At most so many.
+            held: Ids that this worker has in hand; they are not given out again.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -128,9 +132,28 @@ class ResultSink(Protocol):
         ...
 
 
+class Retention(Protocol):
+    """Keeps the results stream from growing for ever."""
+
+    async def trim(self) -> int:
+        """Take old results off their stream, never one that a registered group has still to read.
+
+        Returns:
+            How many were taken off.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ...
+
+
 class Clock(Protocol):
     """Time, handed in so that a test can hold it."""
 
     def now(self) -> datetime:
         """Tell the time of day, with its zone."""
+        ...
+
+    async def sleep(self, duration_s: float) -> None:
+        """Let a time pass."""
         ...

@@ -1,0 +1,34 @@
+"""What tests of more than one folder share: a real Valkey server, and async tests on asyncio."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from schemas.settings import RedisSettings
+from workers.embedded import EmbeddedServer
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Run tests marked `anyio` on asyncio."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[EmbeddedServer]:
+    """Give one Valkey server for all tests."""
+    with EmbeddedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_settings(valkey_server: EmbeddedServer) -> RedisSettings:
+    """Give the settings of an empty server, with reads that do not wait long."""
+    with socket.create_connection(("127.0.0.1", valkey_server.port)) as raw:
+        raw.sendall(b"CONFIG SET maxmemory 0\r\nFLUSHALL\r\n")
+        replies = b""
+        while replies.count(b"\r\n") < 2:
+            replies += raw.recv(64)
+    assert replies == b"+OK\r\n+OK\r\n"
+    return RedisSettings(url=valkey_server.url, block_ms=20)

@@ -1,0 +1,199 @@
+"""What every `ResultSink` does, by the fake and on a real Valkey."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import pytest
+from fakes import ARRIVED, FakeReader, FakeSink, FakeStream, image_entry, png
+from redis.asyncio import Redis
+
+from schemas.errors import Reason
+from schemas.keys import StreamKeys
+from schemas.messages import DeadLetter, DetectionResult, Verdict
+from schemas.settings import RedisSettings
+from schemas.wire import parse_dead_letter, parse_result
+from workers.connection import make_client
+from workers.ports import Ending, ResultSink
+from workers.reader import RedisStreamReader
+from workers.sink import RedisResultSink
+
+pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
+
+
+def result_of(entry_id: str) -> Ending:
+    result = DetectionResult(
+        id=entry_id,
+        category="bottle",
+        score=0.5,
+        p_value=0.5,
+        threshold=1.0,
+        verdict=Verdict.NORMAL,
+        model="bottle@v1",
+        image_shape=(8, 8),
+    )
+    return Ending(entry_id, result)
+
+
+def dead_letter_of(entry_id: str, fields: dict[bytes, bytes] | None = None) -> Ending:
+    letter = DeadLetter(
+        fields=fields or {b"image": b"\xff\x00", b"category": b"bottle"},
+        reason=Reason.UNDECODABLE,
+        detail="no image",
+        deliveries=1,
+        failed_at=ARRIVED,
+        entry_id=entry_id,
+    )
+    return Ending(entry_id, letter)
+
+
+class World(Protocol):
+    """A stream of images, some given to a consumer, and what became of them."""
+
+    async def give(self, consumer: str, count: int) -> list[str]: ...
+    async def take_over(self, consumer: str, entry_id: str) -> None: ...
+    def sink(self, consumer: str) -> ResultSink: ...
+    async def results(self) -> list[DetectionResult]: ...
+    async def dead(self) -> list[DeadLetter]: ...
+    async def left(self) -> int: ...
+
+
+class ResultSinkContract:
+    """The law."""
+
+    async def test_a_result_is_written_and_its_entry_is_gone(self, world: World) -> None:
+        (entry_id,) = await world.give("a", 1)
+        ending = result_of(entry_id)
+        assert await world.sink("a").publish([ending]) == [True]
+        assert await world.results() == [ending.outcome]
+        assert await world.left() == 0
+
+    async def test_results_and_dead_letters_end_together_each_on_its_stream(self, world: World) -> None:
+        first, second, third = await world.give("a", 3)
+        endings = [result_of(first), dead_letter_of(second), result_of(third)]
+        assert await world.sink("a").publish(endings) == [True, True, True]
+        assert [result.id for result in await world.results()] == [first, third]
+        assert await world.dead() == [endings[1].outcome]
+        assert await world.left() == 0
+
+    async def test_publishing_again_writes_nothing(self, world: World) -> None:
+        (entry_id,) = await world.give("a", 1)
+        sink = world.sink("a")
+        await sink.publish([result_of(entry_id)])
+        assert await sink.publish([result_of(entry_id)]) == [False]
+        assert len(await world.results()) == 1
+
+    async def test_an_entry_of_another_consumer_is_left_alone(self, world: World) -> None:
+        mine, taken = await world.give("a", 2)
+        await world.take_over("b", taken)
+        assert await world.sink("a").publish([result_of(taken), result_of(mine)]) == [False, True]
+        assert [result.id for result in await world.results()] == [mine]
+        assert await world.sink("b").publish([result_of(taken)]) == [True]
+        assert await world.left() == 0
+
+    async def test_an_entry_that_never_was_is_nobodys(self, world: World) -> None:
+        assert await world.sink("a").publish([result_of("1-1")]) == [False]
+        assert await world.results() == []
+
+    async def test_nothing_to_publish_is_nothing_done(self, world: World) -> None:
+        assert await world.sink("a").publish([]) == []
+
+
+class FakeWorld:
+    def __init__(self) -> None:
+        self._stream = FakeStream()
+
+    async def give(self, consumer: str, count: int) -> list[str]:
+        self._stream.add(*(image_entry(k) for k in range(count)))
+        return [entry.entry_id for entry in await FakeReader(self._stream, consumer).read(count)]
+
+    async def take_over(self, consumer: str, entry_id: str) -> None:
+        self._stream.give(self._stream.pending[entry_id].entry, consumer)
+
+    def sink(self, consumer: str) -> ResultSink:
+        return FakeSink(self._stream, consumer)
+
+    async def results(self) -> list[DetectionResult]:
+        return [end.outcome for end in self._stream.ended if isinstance(end.outcome, DetectionResult)]
+
+    async def dead(self) -> list[DeadLetter]:
+        return [end.outcome for end in self._stream.ended if isinstance(end.outcome, DeadLetter)]
+
+    async def left(self) -> int:
+        return len(self._stream.waiting) + len(self._stream.pending)
+
+
+class RedisWorld:
+    def __init__(self, client: Redis, settings: RedisSettings) -> None:
+        self.client = client
+        self.keys = StreamKeys(prefix=settings.prefix)
+        self._settings = settings
+
+    async def give(self, consumer: str, count: int) -> list[str]:
+        for _ in range(count):
+            await self.client.xadd(self.keys.images, {"category": "bottle", "image": png()})
+        reader = RedisStreamReader(self.client, self.keys, consumer, self._settings, claim_idle_ms=1000)
+        return [entry.entry_id for entry in await reader.read(count)]
+
+    async def take_over(self, consumer: str, entry_id: str) -> None:
+        await self.client.xclaim(self.keys.images, self.keys.group, consumer, 0, [entry_id])
+
+    def sink(self, consumer: str) -> ResultSink:
+        return RedisResultSink(self.client, self.keys, consumer)
+
+    async def results(self) -> list[DetectionResult]:
+        return [parse_result(fields) for _, fields in await self.client.xrange(self.keys.results)]
+
+    async def dead(self) -> list[DeadLetter]:
+        return [parse_dead_letter(fields) for _, fields in await self.client.xrange(self.keys.dead)]
+
+    async def left(self) -> int:
+        return int(await self.client.xlen(self.keys.images))
+
+
+class TestFakeSink(ResultSinkContract):
+    @pytest.fixture
+    def world(self) -> FakeWorld:
+        return FakeWorld()
+
+
+class TestRedisResultSink(ResultSinkContract):
+    @pytest.fixture
+    async def world(self, redis_settings: RedisSettings) -> AsyncIterator[RedisWorld]:
+        client = make_client(redis_settings)
+        yield RedisWorld(client, redis_settings)
+        await client.aclose()
+
+    async def test_a_batch_is_one_call_to_the_server(self, world: RedisWorld) -> None:
+        sink = world.sink("a")
+        await sink.publish([result_of(key) for key in await world.give("a", 1)])  # the server now knows the script
+        ids = await world.give("a", 16)
+        await world.client.config_resetstat()
+        await sink.publish([result_of(key) for key in ids])
+        seen = await world.client.info("commandstats")
+        inside_the_script = {f"cmdstat_{name}": 16 for name in ("xpending", "xadd", "xack", "xdel")}
+        expected = inside_the_script | {"cmdstat_evalsha": 1, "cmdstat_config|resetstat": 1}
+        assert {name: about["calls"] for name, about in seen.items()} == expected
+
+    async def test_a_server_that_forgot_its_scripts_is_taught_again(self, world: RedisWorld) -> None:
+        sink = world.sink("a")
+        await sink.publish([result_of(key) for key in await world.give("a", 1)])
+        await world.client.script_flush()
+        assert await sink.publish([result_of(key) for key in await world.give("a", 1)]) == [True]
+
+    async def test_a_server_that_was_emptied_meanwhile_takes_no_result(self, world: RedisWorld) -> None:
+        (entry_id,) = await world.give("a", 1)
+        await world.client.flushall()
+        assert await world.sink("a").publish([result_of(entry_id)]) == [False]
+        assert await world.results() == []
+
+    async def test_a_server_that_is_full_can_be_drained(self, world: RedisWorld) -> None:
+        ids = await world.give("a", 4)
+        await world.client.config_set("maxmemory", "1mb")
+        assert await world.sink("a").publish([result_of(key) for key in ids]) == [True] * 4
+        assert await world.left() == 0
+
+    async def test_the_largest_dead_letter_that_may_be_can_be_written(self, world: RedisWorld) -> None:
+        (entry_id,) = await world.give("a", 1)
+        ending = dead_letter_of(entry_id, {f"field-{k}".encode(): b"x" for k in range(1000)})
+        assert await world.sink("a").publish([ending]) == [True]
+        assert await world.dead() == [ending.outcome]

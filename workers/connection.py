@@ -1,0 +1,161 @@
+"""The connection to the stream server, and the one place where the client's exceptions become ours.
+
+Knows Redis and nothing of what is on the streams.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from schemas.errors import ConfigError, StreamUnavailableError
+from schemas.settings import RedisSettings
+
+Row = tuple[str, dict[bytes, bytes]]
+"""An entry's id, and its fields; an entry that was deleted has none."""
+
+_OLDEST_SERVER = 7
+_PASSING = (
+    RedisConnectionError,  # also: loading its data, wrong password, no free connection
+    RedisTimeoutError,
+    ReadOnlyError,
+    ClusterDownError,
+    TryAgainError,
+)
+_PASSING_CODES = ("BUSY ", "MISCONF ", "NOREPLICAS ", "UNBLOCKED ", "UNKILLABLE ")
+
+
+def make_client(settings: RedisSettings) -> Redis:
+    """Make a client; it connects when it is first used.
+
+    It never repeats a command by itself: a repeated XADD writes twice. A command that waits at the server takes a
+    connection of the pool for itself, so it holds up no other.
+
+    Raises:
+        ConfigError: The URL cannot be read.
+    """
+    scheme = urlsplit(settings.url).scheme
+    if scheme not in ("redis", "rediss"):
+        raise ConfigError(f"redis.url has the scheme {scheme!r}; write redis://host:port/0, or rediss:// for TLS")
+    try:
+        return Redis.from_url(
+            settings.url,
+            username=settings.username,
+            password=settings.password.get_secret_value() if settings.password else None,
+            socket_timeout=settings.timeout_s,
+            socket_connect_timeout=settings.timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            legacy_responses=False,
+            decode_responses=False,
+        )
+    except ValueError as error:  # its text may repeat the URL, and a URL may hold a password
+        raise ConfigError(
+            f"redis.url cannot be read ({type(error).__name__}); write redis://host:port/0, or rediss:// for TLS"
+        ) from None
+
+
+def address(client: Redis) -> str:
+    """Name the server as host:port."""
+    options = client.connection_pool.connection_kwargs
+    return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+
+
+async def require_server(client: Redis) -> None:
+    """See that the server answers and is one that runs our scripts.
+
+    Raises:
+        ConfigError: It is older than version 7, or refuses the user.
+        StreamUnavailableError: It does not answer.
+    """
+    try:
+        with stream_errors(client):
+            info = await client.info("server")
+    except ConfigError as error:
+        if isinstance(error.__cause__, NoPermissionError):
+            return  # INFO is withheld from this user; the first script will tell
+        raise
+    version = str(info.get("redis_version", "0"))
+    if int(version.split(".", maxsplit=1)[0]) < _OLDEST_SERVER:
+        raise ConfigError(
+            f"the server at {address(client)} is Redis {version} and flawstream needs {_OLDEST_SERVER} or later, "
+            "or any Valkey; point redis.url at a newer one, or leave it out to run the embedded server"
+        )
+
+
+def load_script(name: str) -> str:
+    """Read one of the scripts that run at the server."""
+    return (files("workers") / name).read_text(encoding="utf-8")
+
+
+def rows(reply: Any) -> list[Row]:
+    """Give the entries of a reply their types; the client's own are a union of all that any option may yield."""
+    return [(entry_id.decode(), fields) for entry_id, fields in reply]
+
+
+def is_missing_group(error: ResponseError) -> bool:
+    """Tell whether a reply says that the stream or its consumer group is not there."""
+    return str(error).startswith("NOGROUP")
+
+
+async def create_group(client: Redis, stream: str, group: str) -> None:
+    """Create a consumer group at the stream's start: one created at its end loses what came before."""
+    try:
+        await client.xgroup_create(stream, group, id="0", mkstream=True)
+    except ResponseError as error:
+        if not str(error).startswith("BUSYGROUP"):  # another was first
+            raise
+
+
+@contextmanager
+def stream_errors(client: Redis) -> Iterator[None]:
+    """Turn the client's exceptions into ours.
+
+    Raises:
+        StreamUnavailableError: The server does not answer, or not now.
+        ConfigError: The user or the password is refused, or the user lacks a right.
+    """
+    try:
+        yield
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"the server at {address(client)} refuses the user or the password; set redis.username and redis.password"
+        ) from error
+    except NoPermissionError as error:
+        raise ConfigError(f"the server at {address(client)} refuses: {error}; grant it to the user") from error
+    except OutOfMemoryError as error:
+        raise StreamUnavailableError(
+            f"the server at {address(client)} is out of memory and takes no writes; "
+            "let the workers drain it, or raise its maxmemory"
+        ) from error
+    except _PASSING as error:
+        raise StreamUnavailableError(_unavailable(client, error)) from error
+    except ResponseError as error:
+        if str(error).startswith(_PASSING_CODES):
+            raise StreamUnavailableError(_unavailable(client, error)) from error
+        raise
+
+
+def _unavailable(client: Redis, error: RedisError) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return (
+        f"the stream server at {address(client)} does not answer ({reason}); "
+        "see that it runs and that redis.url names it"
+    )

@@ -1,0 +1,305 @@
+"""The worker's loop: entries in, results and dead letters out. Knows no Redis, no Ray and no model, only `ports`."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from schemas.errors import MessageError, Reason, ShapeError, TransientError
+from schemas.messages import DeadLetter, DetectionResult
+from schemas.settings import LimitSettings, WorkerSettings
+from workers.answer import Times, build_result
+from workers.backoff import backoff_s
+from workers.dead_letters import bury
+from workers.decode import Decoder, Job, between_ms, since_arrival_ms
+from workers.ports import Clock, Detection, Detector, Ending, Entry, Refusal, ResultSink, Retention, StreamReader
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """What a worker has done since it started.
+
+    Attributes:
+        read: Entries given to it, those given again included.
+        batches: Batches taken up.
+        results: Images that ended as results.
+        dead: Images that ended as dead letters, by reason.
+        not_ours: Outcomes not written because another worker had the entry, or an earlier try had ended it.
+        retries: Tries that the detector or the server could not serve and that were made again.
+        errors: Bugs: unexpected exceptions. Their entries stay pending.
+    """
+
+    read: int = 0
+    batches: int = 0
+    results: int = 0
+    dead: Counter[Reason] = field(default_factory=Counter)
+    not_ours: int = 0
+    retries: int = 0
+    errors: int = 0
+
+
+class StreamWorker:
+    """Reads images, has them judged and publishes what came of it, so that each ends exactly once.
+
+    An entry that was given out before is handled in a batch of its own, so that one which breaks a worker takes
+    nobody along.
+
+    Args:
+        reader: Gives out entries.
+        sink: Ends them.
+        detector: Judges images.
+        clock: Tells the time.
+        settings: Sizes and limits of the loop.
+        limits: What is refused before it is decoded.
+        retention: Trims the results at every sweep; absent: nobody does.
+    """
+
+    def __init__(
+        self,
+        reader: StreamReader,
+        sink: ResultSink,
+        detector: Detector,
+        clock: Clock,
+        *,
+        settings: WorkerSettings,
+        limits: LimitSettings,
+        retention: Retention | None = None,
+    ) -> None:
+        self.stats = WorkerStats()
+        self._reader = reader
+        self._sink = sink
+        self._detector = detector
+        self._clock = clock
+        self._settings = settings
+        self._retention = retention
+        self._decoder = Decoder(settings.decode_threads, limits, clock)
+        self._slots = asyncio.Semaphore(settings.in_flight)
+        self._held: set[str] = set()
+        self._stop = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until told to stop, then finish the batches under way."""
+        self._stop = stop
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sweep_now_and_then())
+            failures = 0
+            while not stop.is_set():
+                await self._slots.acquire()  # before reading: what nobody has time for stays with the server
+                try:
+                    entries = [] if stop.is_set() else await self._reader.read(self._settings.batch_size)
+                    failures = 0
+                except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
+                    failures += 1
+                    entries = []
+                    self._note("reading", error)
+                    await self._pause(backoff_s(failures))
+                if not entries:
+                    self._slots.release()
+                elif _was_given_out_before(entries):
+                    await self._finish_and_release(entries)
+                else:
+                    tasks.create_task(self._finish_and_release(entries))
+
+    async def run_once(self) -> int:
+        """Read one batch and work it to its end.
+
+        Returns:
+            How many entries ended.
+
+        Raises:
+            StreamUnavailableError: Nothing could be read.
+        """
+        return await self._finish(await self._reader.read(self._settings.batch_size))
+
+    async def sweep(self) -> int:
+        """Take over what dead workers left behind, one entry at a time, and trim the results.
+
+        Returns:
+            How many entries ended.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ended = 0
+        while not self._stop.is_set():
+            async with self._slots:
+                entries = [] if self._stop.is_set() else await self._reader.claim(1, self._held)
+                ended += await self._finish(entries)
+            if not entries:
+                break
+        if self._retention is not None:
+            await self._retention.trim()
+        return ended
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._decoder.close()
+
+    async def _sweep_now_and_then(self) -> None:
+        while not self._stop.is_set():
+            try:
+                await self.sweep()
+            except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
+                self._note("sweeping", error)
+            await self._pause(self._settings.sweep_s)
+
+    async def _finish_and_release(self, entries: Sequence[Entry]) -> None:
+        try:
+            await self._finish(entries)
+        finally:
+            self._slots.release()
+
+    async def _finish(self, entries: Sequence[Entry]) -> int:
+        """Work a batch to its end. Whatever goes wrong concerns this batch only, and its entries stay pending."""
+        entries = [entry for entry in entries if entry.entry_id not in self._held]
+        if not entries:
+            return 0
+        self.stats.batches += 1
+        self.stats.read += len(entries)
+        ids = {entry.entry_id for entry in entries}
+        self._held |= ids
+        try:
+            endings = await self._judge(entries)
+            ended = await self._persist(partial(self._sink.publish, endings))
+        except Exception as error:  # noqa: BLE001 - a batch's outermost boundary
+            self._note(f"working on {len(entries)} entries, which stay pending,", error)
+            return 0
+        finally:
+            self._held -= ids
+        for ending, ours in zip(endings, ended, strict=True):
+            self._count(ending, ours=ours)
+        return sum(ended)
+
+    async def _judge(self, entries: Sequence[Entry]) -> list[Ending]:
+        """Find out how each entry ends. An entry left out is one with a bug: it stays pending."""
+        endings: list[Ending] = []
+        fit: list[Entry] = []
+        for entry in entries:
+            if entry.deliveries > self._settings.max_deliveries:
+                endings.append(self._bury(entry, self._poison(entry)))
+            else:
+                fit.append(entry)
+        if not fit:
+            return endings
+        size_px = await self._persist(self._detector.input_size)
+        jobs: list[Job] = []
+        for entry, opened in zip(fit, await self._decoder.decode(fit, size_px), strict=True):
+            if isinstance(opened, Job):
+                jobs.append(opened)
+            elif opened is not None:
+                endings.append(self._bury(entry, opened))
+            else:
+                self.stats.errors += 1
+        if jobs:
+            started_at = self._clock.now()
+            outcomes = await self._persist(partial(self._detect, jobs))
+            detect_ms = between_ms(started_at, self._clock.now())
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                if outcome is not None:
+                    endings += await self._conclude(job, outcome, detect_ms)
+        return endings
+
+    async def _detect(self, jobs: Sequence[Job]) -> list[Detection | Refusal | None]:
+        """Have a batch judged; where that fails, image by image, and nothing for one that fails alone.
+
+        Raises:
+            TransientError: The detector cannot, now.
+        """
+        try:
+            return list(await self._detect_together(jobs))
+        except TransientError:
+            raise
+        except MessageError as error:
+            if len(jobs) == 1:
+                return [Refusal(error.reason, str(error))]
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not take the neighbours down
+            names = ", ".join(job.entry.entry_id for job in jobs)
+            self._note(f"detecting {names}", error)
+            if len(jobs) == 1:
+                return [None]
+        return [outcome for job in jobs for outcome in await self._detect([job])]
+
+    async def _detect_together(self, jobs: Sequence[Job]) -> Sequence[Detection | Refusal]:
+        images = np.stack([job.image.pixels for job in jobs])
+        outcomes = await self._detector.detect(images, [job.message.category for job in jobs])
+        if len(outcomes) != len(jobs):
+            raise ShapeError(f"the detector gave {len(outcomes)} outcomes for {len(jobs)} images")
+        return outcomes
+
+    async def _conclude(self, job: Job, outcome: Detection | Refusal, detect_ms: float) -> list[Ending]:
+        """Put together how one image ends; nothing where that fails, which is a bug."""
+        if isinstance(outcome, Refusal):
+            return [self._bury(job.entry, outcome)]
+        total_ms = since_arrival_ms(job.entry.entry_id, self._clock.now())
+        times = Times(job.queued_ms, job.decode_ms, detect_ms, total_ms)
+        build = partial(build_result, job.message, job.image, outcome, self._settings.map_codec, times)
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._decoder.pool, build)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not take the neighbours down
+            self._note(f"putting the result of {job.entry.entry_id} together", error)
+            return []
+        return [Ending(job.entry.entry_id, result)]
+
+    def _bury(self, entry: Entry, why: MessageError | Refusal) -> Ending:
+        return Ending(entry.entry_id, bury(entry, why, self._clock.now()))
+
+    def _poison(self, entry: Entry) -> Refusal:
+        return Refusal(
+            Reason.POISON,
+            f"given out {entry.deliveries - 1} times and never ended, and {self._settings.max_deliveries} are allowed; "
+            "the log of the workers says what went wrong; push it again once that is mended",
+        )
+
+    async def _persist(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        """Try until it is done; once told to stop, one last time."""
+        failures = 0
+        while True:
+            last = self._stop.is_set()
+            try:
+                return await attempt()
+            except TransientError as error:
+                if last:
+                    raise
+                failures += 1
+                self.stats.retries += 1
+                delay_s = backoff_s(failures)
+                _log.warning("%s: %s; trying again in %.1f s", error.code, error, delay_s)
+            await self._pause(delay_s)
+
+    async def _pause(self, duration_s: float) -> None:
+        """Wait, or until told to stop."""
+        waits = [asyncio.ensure_future(self._clock.sleep(duration_s)), asyncio.ensure_future(self._stop.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def _note(self, doing: str, error: Exception) -> None:
+        """Log what went wrong; what nobody foresaw is a bug, with its traceback."""
+        if isinstance(error, TransientError):
+            _log.warning("%s: %s: %s", doing, error.code, error)
+        else:
+            self.stats.errors += 1
+            _log.error("%s failed unexpectedly", doing, exc_info=error)
+
+    def _count(self, ending: Ending, *, ours: bool) -> None:
+        match ending.outcome:
+            case _ if not ours:
+                self.stats.not_ours += 1
+            case DetectionResult():
+                self.stats.results += 1
+            case DeadLetter(reason=reason):
+                self.stats.dead[reason] += 1
+
+
+def _was_given_out_before(entries: Sequence[Entry]) -> bool:
+    return any(entry.deliveries > 1 for entry in entries)

@@ -1,0 +1,107 @@
+"""From an entry's bytes to pixels, on threads: the decoders let go of the interpreter lock while they work."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+
+from flawstream.images import DecodedImage, decode_image
+from schemas.errors import MessageError
+from schemas.messages import ImageMessage
+from schemas.settings import LimitSettings
+from schemas.wire import parse_image
+from workers.ports import Clock, Entry
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A decoded image on its way to the detector.
+
+    Attributes:
+        entry: Where it came from.
+        message: What the producer said.
+        image: Pixels at the detector's input size.
+        queued_ms: From the entry's arrival on the server to the worker's first look.
+        decode_ms: Bytes to pixels.
+    """
+
+    entry: Entry
+    message: ImageMessage
+    image: DecodedImage
+    queued_ms: float
+    decode_ms: float
+
+
+class Decoder:
+    """Decodes the images of a batch, each for itself.
+
+    Args:
+        threads: Images decoded at once.
+        limits: What is too large.
+        clock: For the times.
+    """
+
+    def __init__(self, threads: int, limits: LimitSettings, clock: Clock) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flawstream-decode")
+        self._limits = limits
+        self._clock = clock
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """Give the threads, for other work on pixels."""
+        return self._pool
+
+    async def decode(self, entries: Sequence[Entry], size_px: int) -> list[Job | MessageError | None]:
+        """Decode a batch.
+
+        Args:
+            entries: As they came from the stream.
+            size_px: Side of the pixels to make.
+
+        Returns:
+            For each entry a job, why it can never be one, or nothing where a bug of ours came between (it is logged).
+        """
+        seen_at = self._clock.now()
+        loop = asyncio.get_running_loop()
+        return list(
+            await asyncio.gather(
+                *(loop.run_in_executor(self._pool, self._decode_one, entry, size_px, seen_at) for entry in entries)
+            )
+        )
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode_one(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
+        started_at = self._clock.now()
+        try:
+            message = parse_image(entry.entry_id, entry.fields, self._limits)
+            image = decode_image(message.image or b"", size_px, self._limits)
+        except MessageError as error:
+            return error
+        except Exception:  # noqa: BLE001 - one image must not take its neighbours down
+            _log.exception("entry %s could not be decoded; this is a bug, and the entry stays pending", entry.entry_id)
+            return None
+        return Job(
+            entry=entry,
+            message=message,
+            image=image,
+            queued_ms=since_arrival_ms(entry.entry_id, seen_at),
+            decode_ms=between_ms(started_at, self._clock.now()),
+        )
+
+
+def since_arrival_ms(entry_id: str, now: datetime) -> float:
+    """Tell how long ago an entry arrived, by the server's clock; 0 where the clocks disagree."""
+    arrived_ms = int(entry_id.partition("-")[0])
+    return max(0.0, now.timestamp() * 1000 - arrived_ms)
+
+
+def between_ms(start: datetime, end: datetime) -> float:
+    """Tell the time between; 0 where the clock was set back."""
+    return max(0.0, (end - start).total_seconds() * 1000)
