@@ -46,6 +46,10 @@ class MessageError(FlawstreamError):
         super().__init__(detail)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["MessageError"], tuple[Reason, str]]:
+        """Keep the reason when the error crosses a process."""
+        return type(self), (self.reason, str(self))
+
 
 class TransientError(FlawstreamError):
     """May succeed later: the entry stays pending and is tried again."""
@@ -75,6 +79,12 @@ class RegistryError(FlawstreamError):
     """A model version is missing, damaged, or newer than this program reads."""
 
     code = "registry"
+
+
+class UnknownCategoryError(RegistryError):
+    """A category has no current version."""
+
+    code = "unknown_category"
 
 
 class WeightsError(FlawstreamError):

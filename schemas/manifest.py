@@ -40,6 +40,11 @@ class BackboneSpec(_Part):
         """Give the side of each stage's feature map."""
         return tuple(self.input_size // stride for stride in self.strides)
 
+    @property
+    def feature_shapes(self) -> list[tuple[int, int, int]]:
+        """Give (channels, height, width) of each stage's features."""
+        return [(count, side, side) for count, side in zip(self.channels, self.grid_sizes, strict=True)]
+
 
 class FlowSpec(_Part):
     """The shape of the flows, one a stage."""

@@ -4,13 +4,15 @@ A part of the program receives its section and never the tree. Nothing is read a
 """
 
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from schemas.errors import ConfigError
 from schemas.messages import MapCodec
@@ -18,11 +20,16 @@ from schemas.messages import MapCodec
 ENV_PREFIX = "FLAWSTREAM_"
 _MIB = 1 << 20
 
+_SERVICE_LINK = re.compile(
+    r"_SERVICE_HOST=|_SERVICE_PORT(_\w+)?=\d+$|_PORT(_\d+_(TCP|UDP|SCTP))?=\w+://|_PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)="
+)
+"""What Kubernetes puts into every pod's environment for a Service whose name starts with flawstream: none of ours."""
+
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class RedisSettings(_Section):
@@ -38,6 +45,13 @@ class RedisSettings(_Section):
     block_ms: int = Field(
         1000, ge=1, description="How long a read waits at the server for a new entry; must stay below timeout_s."
     )
+
+    @field_validator("url")
+    @classmethod
+    def _url_holds_no_password(cls, url: str) -> str:
+        if urlsplit(url).password:  # the URL is printed and logged
+            raise ValueError("a password must not stand in the URL; put it into redis.password")
+        return url
 
     @model_validator(mode="after")
     def _block_is_shorter_than_the_timeout(self) -> Self:
@@ -171,6 +185,7 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
         frozen=True,
         extra="forbid",
+        hide_input_in_errors=True,
         nested_model_default_partial_update=True,
     )
 
@@ -213,12 +228,14 @@ def load_settings(path: Path | None = None) -> Settings:
     if named:
         try:
             from_file = yaml.safe_load(Path(named).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the settings file {named}: {error}") from error
-        if not isinstance(from_file, dict):
-            raise ConfigError(f"the settings file {named} holds a {type(from_file).__name__}; it must hold sections")
+        if not isinstance(from_file, dict) or not all(isinstance(section, str) for section in from_file):
+            raise ConfigError(f"the settings file {named} must hold sections by name, such as `redis:`")
     try:
         return Settings(**from_file)
+    except SettingsError as error:  # a variable that must be JSON and is not; the value may be a secret: not printed
+        raise ConfigError(f"the environment's settings cannot be read: {error}") from None
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors(include_url=False)
@@ -229,9 +246,9 @@ def load_settings(path: Path | None = None) -> Settings:
 def _refuse_unknown_sections() -> None:
     """pydantic-settings drops a variable whose section has a typo without a word."""
     known = set(Settings.model_fields) | {"config"}
-    for name in os.environ:
-        if name.startswith(ENV_PREFIX):
-            section = name.removeprefix(ENV_PREFIX).split("__")[0].lower()
+    for name, value in os.environ.items():
+        if name.upper().startswith(ENV_PREFIX) and not _SERVICE_LINK.search(f"{name}={value}"):
+            section = name[len(ENV_PREFIX) :].split("__")[0].lower()
             if section not in known:
                 close = get_close_matches(section, known, n=1)
                 hint = f"; did you mean {ENV_PREFIX}{close[0].upper()}?" if close else ""

@@ -35,6 +35,7 @@ class Stage(StrEnum):
     CALIBRATING = "calibrating"
     EVALUATING = "evaluating"
     DONE = "done"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,59 @@
+"""Joining a Ray cluster or starting one on this machine: once a process, for training and for serving alike."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+from schemas.errors import ConfigError
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it Ray warns of a default that will change
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where the program runs.
+
+    Attributes:
+        dashboard_url: The Ray dashboard; empty where it is off.
+        cpus: In the whole cluster.
+        gpus: In the whole cluster.
+    """
+
+    dashboard_url: str
+    cpus: float
+    gpus: float
+
+
+def connect(address: str | None = None) -> Cluster:
+    """Join the cluster at `address`, or start one on this machine, bound to loopback.
+
+    Args:
+        address: A cluster's address, `auto` for the one that runs here already; None starts one.
+
+    Raises:
+        ConfigError: No cluster answers at the address.
+    """
+    if not ray.is_initialized():
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        local = {} if address else {"include_dashboard": True, "_node_ip_address": "127.0.0.1"}
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, "
+                "or leave the address out to run on this machine alone"
+            ) from error
+    url = ray.get_runtime_context().worker.node.webui_url if address is None else ""
+    resources = ray.cluster_resources()
+    return Cluster(f"http://{url}" if url else "", resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends."""
+    ray.shutdown()

@@ -1,0 +1,227 @@
+"""Detection as one plain object: engine, resident models and batching behind the `Detector` protocol. No Ray in here.
+
+Shape legend: B images, S side of an image in pixels, H W height and width of a scale's grid.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flawstream.calibration import p_values
+from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.score import image_scores
+from flawstream.registry import Registry
+from schemas.errors import Reason, RegistryError, ShapeError, UnknownCategoryError
+from schemas.manifest import BackboneSpec
+from schemas.messages import Verdict
+from schemas.settings import DetectorSettings, ModelSettings
+from serving.batching import DrainBatcher
+from serving.engines.choose import make_engine
+from serving.engines.engine import Engine, detect
+from serving.model_store import ModelStore, ResidentModel
+from workers.ports import Detection, Refusal
+
+log = logging.getLogger(__name__)
+
+
+class DetectorService:
+    """Judges images of any mix of categories (`workers.ports.Detector`).
+
+    Args:
+        registry: Where model versions are.
+        engine: Where they run.
+        settings: Batching and residency.
+    """
+
+    def __init__(self, registry: Registry, engine: Engine, settings: DetectorSettings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._store = ModelStore(registry, engine, settings.max_resident)
+        self._batcher = DrainBatcher(
+            self._judge, max_batch_images=settings.max_batch_images, max_queue_images=settings.max_queue_images
+        )
+        self._loading = asyncio.Lock()
+        self._refreshed_at_s = -np.inf
+        self._refresh_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the current versions, then begin to work and to look for new ones."""
+        await asyncio.to_thread(self._preload)
+        self._batcher.start()
+        self._refresh_task = asyncio.create_task(self._refresh_for_ever())
+
+    async def stop(self) -> None:
+        """Stop at once; calls that wait are refused and may go to another replica."""
+        if self._refresh_task is not None:
+            self._refresh_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._refresh_task
+        await self._batcher.stop()
+
+    @property
+    def alive(self) -> bool:
+        """Tell whether both loops run."""
+        return self._batcher.alive and self._refresh_task is not None and not self._refresh_task.done()
+
+    def status(self) -> dict[str, object]:
+        """Tell what is loaded and how it goes."""
+        return {
+            "engine": type(self._engine).__name__.removesuffix("Engine").lower(),
+            "backbone": self._engine.spec.name,
+            "input_size": self._engine.spec.input_size,
+            "categories": self._store.known,
+            "resident": self._store.resident,
+            "batches": self._batcher.batches,
+            "images": self._batcher.images,
+            "queued_images": self._batcher.queued_images,
+        }
+
+    async def input_size(self) -> int:
+        """Tell the side in pixels that images must have."""
+        return self._engine.spec.input_size
+
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Detection | Refusal]:
+        """Judge a batch.
+
+        Args:
+            images: (B, S, S, 3) uint8 RGB.
+            categories: B names.
+
+        Returns:
+            B outcomes, in order; a category that cannot be judged is refused and its neighbours are not concerned.
+
+        Raises:
+            DetectorOverloadedError: The queue is full; nothing was judged.
+            ShapeError: The images have another size.
+        """
+        side = self._engine.spec.input_size
+        if images.shape != (len(categories), side, side, 3) or images.dtype != np.uint8:
+            raise ShapeError(
+                f"expected ({len(categories)}, {side}, {side}, 3) uint8, got {images.shape} {images.dtype}"
+            )
+        models: dict[str, ResidentModel | Refusal] = {}
+        for category in set(categories):
+            models[category] = self._store.get(category) or await self._load(category)
+        outcomes: list[Detection | Refusal | None] = []
+        rows: list[int] = []
+        tags: list[ResidentModel] = []
+        for row, category in enumerate(categories):
+            model = models[category]
+            if isinstance(model, Refusal):
+                outcomes.append(model)
+                continue
+            outcomes.append(None)
+            rows.append(row)
+            tags.append(model)
+        detections = iter(await self._batcher.submit(images if len(rows) == len(images) else images[rows], tags))
+        return [next(detections) if outcome is None else outcome for outcome in outcomes]
+
+    def _judge(self, images: NDArray[np.uint8], models: Sequence[ResidentModel]) -> list[Detection]:
+        """Run one batch; in the batcher's thread."""
+        rows_of: dict[ResidentModel, list[int]] = {}
+        for row, model in enumerate(models):
+            rows_of.setdefault(model, []).append(row)
+        grids = detect(self._engine, images, [(model.run, np.array(rows, np.int64)) for model, rows in rows_of.items()])
+        halves = [grid.astype(np.float16) for grid in grids]
+        detections: list[Detection | None] = [None] * len(images)
+        for model, rows in rows_of.items():
+            calibration = model.manifest.calibration
+            scores = image_scores([torch.from_numpy(grid[rows]) for grid in grids], calibration.top_fraction).numpy()
+            shares = p_values(model.calibration_scores, scores)
+            for row, score, share in zip(rows, scores.tolist(), shares.tolist(), strict=True):
+                detections[row] = Detection(
+                    score=score,
+                    p_value=share,
+                    threshold=calibration.threshold,
+                    pixel_threshold=calibration.pixel_threshold,
+                    verdict=Verdict.ANOMALOUS if score > calibration.threshold else Verdict.NORMAL,
+                    model=model.manifest.model,
+                    grids=tuple(half[row] for half in halves),
+                )
+        return [detection for detection in detections if detection is not None]
+
+    async def _load(self, category: str) -> ResidentModel | Refusal:
+        """Load a category that is not resident, without holding up the batches of the others."""
+        async with self._loading:
+            model = self._store.get(category)
+            if model is not None:
+                return model
+            # a producer that sends nonsense must not make every image a look at the registry
+            recently = time.monotonic() - self._refreshed_at_s < self._settings.refresh_s
+            if category not in self._store.known and recently:
+                return _refuse(category, self._store.known)
+            try:
+                await self._refresh()
+                return await asyncio.to_thread(self._store.load, category)
+            except UnknownCategoryError:
+                return _refuse(category, self._store.known)
+            except RegistryError as error:
+                log.exception("category %s cannot be judged", category)
+                return Refusal(Reason.UNKNOWN_CATEGORY, f"the current version of {category!r} cannot be used: {error}")
+
+    async def _refresh(self) -> None:
+        await asyncio.to_thread(self._store.refresh)
+        self._refreshed_at_s = time.monotonic()
+
+    async def _refresh_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.refresh_s)
+            try:
+                await self._refresh()
+            except RegistryError:
+                log.exception("the registry cannot be read; the versions loaded go on")
+
+    def _preload(self) -> None:
+        self._store.refresh()
+        for category in list(self._store.known)[: self._settings.max_resident]:
+            try:
+                self._store.load(category)
+            except RegistryError:
+                log.exception("category %s cannot be served", category)
+
+
+def _refuse(category: str, known: dict[str, str]) -> Refusal:
+    listed = ", ".join(sorted(known)[:10]) or "none yet"
+    return Refusal(
+        Reason.UNKNOWN_CATEGORY,
+        f"category {category!r} has no current model version; known: {listed}. "
+        "Train it with `flawstream train`, or correct the producer",
+    )
+
+
+def make_detector(registry_root: str, model: ModelSettings, settings: DetectorSettings) -> DetectorService:
+    """Put a detector together: backbone and input size are those of the newest version in the registry.
+
+    Args:
+        registry_root: A folder or an fsspec URL.
+        model: Used where the registry is empty, and for the weights where a version's came from a file.
+        settings: Engine, batching and residency.
+
+    Raises:
+        ConfigError: The engine is not installed, or the backbone does not exist.
+        WeightsError: The backbone's weights cannot be had.
+        RegistryError: The registry cannot be read.
+    """
+    registry = Registry(registry_root)
+    manifests = [registry.manifest(category, version) for category, version in registry.currents().items()]
+    if manifests:
+        newest = max(manifests, key=lambda manifest: manifest.created_at)
+        model = _as_trained(model, newest.backbone)
+    return DetectorService(registry, make_engine(settings.engine, Backbone(model)), settings)
+
+
+def _as_trained(model: ModelSettings, trained: BackboneSpec) -> ModelSettings:
+    return model.model_copy(
+        update={
+            "backbone": trained.name,
+            "strides": trained.strides,
+            "input_size": trained.input_size,
+            "weights": trained.weights if trained.weights in ("package", "timm") else model.weights,
+        }
+    )

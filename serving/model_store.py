@@ -1,0 +1,141 @@
+"""The model versions a detector keeps ready: loaded from the registry, warmed up, swapped when another is promoted.
+
+Knows no batching and no Ray. `get` never blocks; everything else reads the registry and belongs in a thread.
+"""
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.registry import Registry
+from schemas.errors import RegistryError, UnknownCategoryError
+from schemas.manifest import BackboneSpec, ModelManifest
+from serving.engines.engine import Engine, HeadRunner
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "flow.safetensors"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentModel:
+    """A version that is ready to judge.
+
+    Attributes:
+        manifest: What it is.
+        run: Its head on the engine.
+        calibration_scores: (n,) float64, ascending.
+    """
+
+    manifest: ModelManifest
+    run: HeadRunner
+    calibration_scores: NDArray[np.float64]
+
+
+class ModelStore:
+    """Resident models by category; past `max_resident` the least recently used goes.
+
+    Args:
+        registry: Where versions are.
+        engine: Where they run; a version trained on another backbone is refused.
+        max_resident: Categories kept.
+    """
+
+    def __init__(self, registry: Registry, engine: Engine, max_resident: int) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._max_resident = max_resident
+        self._models: OrderedDict[str, ResidentModel] = OrderedDict()
+        self._lock = Lock()
+        self._known: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
+
+    @property
+    def known(self) -> dict[str, str]:
+        """Tell the current version of every category as of the last `refresh`."""
+        return dict(self._known)
+
+    @property
+    def resident(self) -> list[str]:
+        """Tell which versions are ready, as `category@version`."""
+        with self._lock:
+            return [model.manifest.model for model in self._models.values()]
+
+    def get(self, category: str) -> ResidentModel | None:
+        """Give a category's model if it is resident."""
+        with self._lock:
+            model = self._models.get(category)
+            if model is not None:
+                self._models.move_to_end(category)
+            return model
+
+    def load(self, category: str) -> ResidentModel:
+        """Load a category's current version, warm it up, and only then let it take traffic.
+
+        Raises:
+            UnknownCategoryError: The category has no current version.
+            RegistryError: It has one that cannot be used; a version of before stays.
+        """
+        version = self._registry.current(category)
+        if version is None:
+            raise UnknownCategoryError(
+                f"category {category!r} has no current version in the registry; train it with `flawstream train`, "
+                f"or promote one with `flawstream models promote {category} VERSION`"
+            )
+        present = self.get(category)
+        if present is not None and present.manifest.version == version:
+            return present
+        manifest = self._registry.manifest(category, version)
+        self._refuse_other_backbone(manifest)
+        weights = self._registry.read_file(manifest, WEIGHTS_FILE)
+        run = self._engine.prepare(FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow))
+        model = ResidentModel(manifest, run, np.array(manifest.calibration.scores))
+        with self._lock:
+            self._models[category] = model
+            self._models.move_to_end(category)
+            while len(self._models) > self._max_resident:
+                self._models.popitem(last=False)
+        log.info("ready: %s", manifest.model)
+        return model
+
+    def refresh(self) -> None:
+        """Look for promoted versions and load those whose category is resident. A version that fails is said once.
+
+        Raises:
+            RegistryError: The registry cannot be read.
+        """
+        self._known = self._registry.currents()
+        with self._lock:
+            stale = [
+                category
+                for category, model in self._models.items()
+                if self._known.get(category, model.manifest.version) != model.manifest.version
+            ]
+        for category in stale:
+            version = self._known[category]
+            if self._refused.get(category) == version:
+                continue
+            try:
+                self.load(category)
+            except RegistryError:
+                self._refused[category] = version
+                log.exception("%s@%s cannot be used; the version of before goes on", category, version)
+
+    def _refuse_other_backbone(self, manifest: ModelManifest) -> None:
+        ours, theirs = self._engine.spec, manifest.backbone
+        if _identity(ours) != _identity(theirs):
+            raise RegistryError(
+                f"{manifest.model} was trained on {theirs.name} at {theirs.input_size} px with strides "
+                f"{theirs.strides} and weights {theirs.weights_sha256[:12]}; this detector runs {ours.name} at "
+                f"{ours.input_size} px with strides {ours.strides} and weights {ours.weights_sha256[:12]}. "
+                "One service runs one backbone: train the category on that, or serve it from a registry of its own"
+            )
+
+
+def _identity(spec: BackboneSpec) -> tuple[object, ...]:
+    return spec.name, spec.input_size, spec.strides, spec.weights_sha256
