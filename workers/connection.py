@@ -31,6 +31,9 @@ from schemas.settings import RedisSettings
 Row = tuple[str, dict[bytes, bytes]]
 """An entry's id, and its fields; an entry that was deleted has none."""
 
+_CREATE_GROUP = """#!lua flags=allow-oom
+return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+"""
 _OLDEST_SERVER = 7
 _PASSING = (
     RedisConnectionError,  # also: loading its data, wrong password, no free connection
@@ -116,9 +119,12 @@ def is_missing_group(error: ResponseError) -> bool:
 
 
 async def create_group(client: Redis, stream: str, group: str) -> None:
-    """Create a consumer group at the stream's start: one created at its end loses what came before."""
+    """Create a consumer group at the stream's start: one created at its end loses what came before.
+
+    By a script, as the plain command is refused by a server at its memory limit, which then nobody could drain.
+    """
     try:
-        await client.xgroup_create(stream, group, id="0", mkstream=True)
+        await client.eval(_CREATE_GROUP, 1, stream, group)
     except ResponseError as error:
         if not str(error).startswith("BUSYGROUP"):  # another was first
             raise

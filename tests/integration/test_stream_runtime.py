@@ -1,0 +1,253 @@
+"""The worker on a real Valkey, with a fake detector: every image ends exactly once."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from fakes import FakeDetector, png
+from redis.asyncio import Redis
+
+from schemas.errors import Reason
+from schemas.keys import StreamKeys
+from schemas.messages import DetectionResult
+from schemas.settings import LimitSettings, RedisSettings, WorkerSettings
+from schemas.wire import parse_dead_letter, parse_result
+from workers.clock import SystemClock
+from workers.connection import make_client
+from workers.consumer import StreamWorker
+from workers.embedded import EmbeddedServer
+from workers.ports import Ending
+from workers.producer import Producer
+from workers.reader import RedisStreamReader
+from workers.results import DeadLetterReader, ResultReader
+from workers.retention import RedisRetention
+from workers.sink import RedisResultSink
+
+pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+
+KEYS = StreamKeys()
+CLAIM_AT_ONCE_MS = 0
+
+
+@pytest.fixture
+async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
+    client = make_client(redis_settings)
+    yield client
+    await client.aclose()
+
+
+def make_worker(
+    client: Redis, settings: RedisSettings, consumer: str, detector: FakeDetector | None = None
+) -> StreamWorker:
+    return StreamWorker(
+        RedisStreamReader(client, KEYS, consumer, settings, claim_idle_ms=CLAIM_AT_ONCE_MS),
+        RedisResultSink(client, KEYS, consumer),
+        detector or FakeDetector(),
+        SystemClock(),
+        settings=WorkerSettings(),
+        limits=LimitSettings(),
+        retention=RedisRetention(client, KEYS, 1000),
+    )
+
+
+@asynccontextmanager
+async def running(worker: StreamWorker) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await task
+        worker.close()
+
+
+async def push(client: Redis, count: int = 1) -> list[str]:
+    fields = {b"category": b"bottle", b"image": png()}
+    return [str((await client.xadd(KEYS.images, dict(fields))).decode()) for _ in range(count)]
+
+
+async def published(client: Redis) -> list[DetectionResult]:
+    return [parse_result(fields) for _, fields in await client.xrange(KEYS.results)]
+
+
+def raw_xadd(port: int, key: str, *values: bytes) -> bytes:
+    """Do what any client in any language does: one XADD in RESP over a socket."""
+    parts = [b"XADD", key.encode(), b"*", *values]
+    command = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(command)
+        reply = raw.makefile("rb")
+        assert reply.readline().startswith(b"$")
+        return reply.readline().strip()
+
+
+async def test_an_image_from_a_plain_socket_comes_back_on_the_results_stream(
+    client: Redis, redis_settings: RedisSettings, valkey_server: EmbeddedServer
+) -> None:
+    async with ResultReader(redis_settings) as results, running(make_worker(client, redis_settings, "a")):
+        fields = (b"category", b"bottle", b"id", b"cam1-42", b"image", png(200), b"shift", b"\x00\xff")
+        raw_xadd(valkey_server.port, KEYS.images, *fields)
+        async for _, result in results:
+            assert (result.id, result.category) == ("cam1-42", "bottle")
+            assert result.score == pytest.approx(2.0)
+            assert result.boxes
+            assert result.extra == {"shift": b"\x00\xff"}
+            break
+    assert await client.xlen(KEYS.images) == 0
+    assert (await client.xpending(KEYS.images, KEYS.group))["pending"] == 0
+
+
+async def test_whatever_is_pushed_ends_as_a_result_or_a_dead_letter(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    async with DeadLetterReader(redis_settings) as letters, running(make_worker(client, redis_settings, "a")):
+        good = await push(client, 40)
+        await client.xadd(KEYS.images, {b"\xff\xfe": b"\x00"})
+        await client.xadd(KEYS.images, {"category": "bottle", "image": b"\x89PNG\r\n\x1a\n cut off"})
+        await client.xadd(KEYS.images, {f"field-{k}": "x" for k in range(20_000)})
+        reasons: list[Reason] = []
+        async for _, letter in letters:
+            reasons.append(letter.reason)
+            if len(reasons) == 3:
+                break
+    assert sorted(reasons) == [Reason.MALFORMED, Reason.TOO_LARGE, Reason.UNDECODABLE]
+    assert sorted(result.id for result in await published(client)) == sorted(good)
+    assert await client.xlen(KEYS.images) == 0
+
+
+async def test_a_worker_killed_before_it_published_is_taken_over_and_the_image_ends_once(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    (entry_id,) = await push(client)
+    killed = make_worker(client, redis_settings, "a")
+    reached = asyncio.Event()
+
+    async def die_here(_: Sequence[Ending]) -> list[bool]:
+        reached.set()
+        await asyncio.Event().wait()
+        return []
+
+    killed._sink.publish = die_here  # type: ignore[method-assign]  # noqa: SLF001 - the moment between detect and publish
+    task = asyncio.create_task(killed.run_once())
+    await reached.wait()
+    task.cancel()
+    assert await client.xlen(KEYS.results) == 0
+    second = make_worker(client, redis_settings, "b")
+    assert await second.sweep() == 1
+    assert await second.sweep() == 0
+    assert [result.id for result in await published(client)] == [entry_id]
+
+
+async def test_two_workers_with_the_same_entry_publish_it_once(client: Redis, redis_settings: RedisSettings) -> None:
+    detectors = FakeDetector(), FakeDetector()
+    first, second = (
+        make_worker(client, redis_settings, name, detector) for name, detector in zip("ab", detectors, strict=True)
+    )
+    for detector in detectors:
+        detector.gate.clear()
+    ids = await push(client, 8)
+    works = [asyncio.create_task(first.run_once())]
+    await detectors[0].started.acquire()
+    works.append(asyncio.create_task(second.sweep()))  # takes them over while the first has them at its detector
+    await detectors[1].started.acquire()
+    for detector in detectors:
+        detector.gate.set()
+    ended = await asyncio.gather(*works)
+    assert sum(ended) == 8
+    assert ended[1] >= 1
+    assert sorted(result.id for result in await published(client)) == sorted(ids)
+    assert first.stats.not_ours == 8 - ended[0]
+
+
+async def test_an_entry_that_breaks_every_worker_ends_as_poison(client: Redis, redis_settings: RedisSettings) -> None:
+    await push(client)
+    detector = FakeDetector()
+    detector.poisonous = {128}
+    worker = make_worker(client, redis_settings, "a", detector)
+    worker._settings = WorkerSettings(max_deliveries=3)  # noqa: SLF001 - fewer rounds
+    assert await worker.run_once() == 0
+    # Idle for 0 ms is idle: one sweep goes on until the entry has ended.
+    assert await worker.sweep() == 1
+    ((_, fields),) = await client.xrange(KEYS.dead)
+    letter = parse_dead_letter(fields)
+    assert (letter.reason, letter.deliveries) == (Reason.POISON, 4)
+    assert len(detector.batches) == 3
+
+
+async def test_a_server_that_was_emptied_is_served_on(client: Redis, redis_settings: RedisSettings) -> None:
+    async with ResultReader(redis_settings) as results, running(make_worker(client, redis_settings, "a")):
+        found = aiter(results)
+        await push(client)
+        await anext(found)
+        await client.flushall()
+        (entry_id,) = await push(client)
+        assert (await anext(found))[1].id == entry_id
+
+
+async def test_a_server_that_comes_back_is_served_on(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path) as first, ExitStack() as later:
+        settings = RedisSettings(url=first.url, block_ms=20)
+        async with make_client(settings) as client, ResultReader(settings, "quality") as results:
+            worker = make_worker(client, settings, "a")
+            found = aiter(results)
+            async with running(worker):
+                await push(client)
+                before, _ = await anext(found)
+                await results.ack(before)
+                await asyncio.to_thread(first.stop)
+                later.enter_context(EmbeddedServer(tmp_path, first.port))
+                (entry_id,) = await push(client)
+                assert (await anext(found))[1].id == entry_id
+            assert worker.stats.results == 2
+
+
+async def test_a_full_server_is_drained(client: Redis, redis_settings: RedisSettings) -> None:
+    await push(client, 4)
+    await client.config_set("maxmemory", "1mb")
+    assert await make_worker(client, redis_settings, "a").run_once() == 4
+    async with Producer(redis_settings) as producer:
+        await client.config_set("maxmemory", "0")
+        await producer.push(png(), "bottle")
+    assert await client.xlen(KEYS.images) == 1
+
+
+async def add_results(client: Redis, count: int) -> list[str]:
+    """Write entries of which each fills a node of the stream, so that trimming is exact."""
+    return [str((await client.xadd(KEYS.results, {"map": b"x" * 8192})).decode()) for _ in range(count)]
+
+
+async def kept(client: Redis) -> list[str]:
+    return [entry_id.decode() for entry_id, _ in await client.xrange(KEYS.results)]
+
+
+async def test_results_are_trimmed_to_what_is_kept(client: Redis) -> None:
+    ids = await add_results(client, 10)
+    assert await RedisRetention(client, KEYS, 4).trim() == 6
+    assert await kept(client) == ids[6:]
+    assert await RedisRetention(client, KEYS, 4).trim() == 0
+
+
+async def test_results_that_a_group_has_still_to_read_are_never_trimmed(client: Redis) -> None:
+    ids = await add_results(client, 10)
+    await client.xgroup_create(KEYS.results, "quality", id=ids[1])
+    await client.xgroup_create(KEYS.results, "archive", id=ids[8])
+    await RedisRetention(client, KEYS, 2).trim()
+    assert set(ids[2:]) <= set(await kept(client))
+    assert ids[0] not in await kept(client)
+
+
+async def test_results_that_a_group_has_not_acknowledged_are_never_trimmed(client: Redis) -> None:
+    ids = await add_results(client, 10)
+    await client.xgroup_create(KEYS.results, "quality", id="0")
+    await client.xreadgroup("quality", "a", {KEYS.results: ">"})
+    await client.xack(KEYS.results, "quality", *ids[:3], *ids[4:])
+    await RedisRetention(client, KEYS, 2).trim()
+    assert await kept(client) == ids[3:]
+
+
+async def test_trimming_a_stream_that_is_not_there_does_nothing(client: Redis) -> None:
+    assert await RedisRetention(client, KEYS, 1).trim() == 0
