@@ -6,6 +6,7 @@ decoded. Knows no model and no transport.
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -14,11 +15,16 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from flawstream.png import check_chunks
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _CURE = "send a JPEG, PNG, WebP, BMP or TIFF"
+_ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
+
+# A damaged image becomes an error here; OpenCV would print each on stderr as well.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +32,36 @@ class DecodedImage:
     """An image as the model sees it.
 
     Attributes:
-        pixels: (size, size, 3) uint8 RGB.
-        original_shape: (height, width) in pixels before resizing.
+        pixels: (size, size, 3) uint8 RGB, upright.
+        original_shape: (height, width) in pixels before resizing, upright.
     """
 
     pixels: NDArray[np.uint8]
     original_shape: tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What an image says of itself before it is decoded.
+
+    Attributes:
+        format: Pillow's name.
+        width: Pixels, as stored.
+        height: Pixels, as stored.
+        orientation: EXIF's, 1 (upright) to 8; always 1 but for JPEG, as OpenCV sees to the others.
+    """
+
+    format: str
+    width: int
+    height: int
+    orientation: int = 1
+
+
 def decode_image(data: bytes, size: int, limits: LimitSettings) -> DecodedImage:
     """Decode an image and resize it to a square, stretching where it is not one.
 
-    Grey images become three equal channels, alpha is dropped, 16 bits are scaled to 8.
+    Grey images become three equal channels, alpha is dropped (in TIFF libtiff blends it with black), 16 bits are
+    scaled to 8, and an image whose EXIF data say that the camera was turned is turned upright.
 
     Args:
         data: JPEG, PNG, WebP, BMP or TIFF bytes.
@@ -47,27 +71,37 @@ def decode_image(data: bytes, size: int, limits: LimitSettings) -> DecodedImage:
     Raises:
         MessageError: `undecodable` or `too_large`.
     """
-    image_format, width, height = _read_header(data)
-    _refuse_oversized(width, height, limits)
+    header = _read_header(data)
+    _refuse_oversized(header.width, header.height, limits)
     try:
-        if image_format == "JPEG":
-            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=size, min_width=size, min_factor=1)
-        else:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if header.format == "JPEG":
+            return _decode_jpeg(data, size, header)
+        if header.format == "PNG":
+            check_chunks(data)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except (ValueError, cv2.error) as error:
-        raise MessageError(Reason.UNDECODABLE, f"the {image_format} is damaged ({_short(error)}); {_CURE}") from None
+        raise MessageError(Reason.UNDECODABLE, f"the {header.format} is damaged ({_short(error)}); {_CURE}") from None
     if pixels is None:
-        raise MessageError(Reason.UNDECODABLE, f"the {image_format} is damaged or of an unusual kind; {_CURE}")
-    return DecodedImage(_resize(pixels, size), (height, width))
+        raise MessageError(Reason.UNDECODABLE, f"the {header.format} is damaged or of an unusual kind; {_CURE}")
+    return DecodedImage(_resize(pixels, size), (pixels.shape[0], pixels.shape[1]))
 
 
-def _read_header(data: bytes) -> tuple[str, int, int]:
-    """Read format, width and height without decoding a pixel."""
+def _decode_jpeg(data: bytes, size: int, header: _Header) -> DecodedImage:
+    """Decode at the smallest scale that is large enough, and turn what is left, which is cheap."""
+    pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=size, min_width=size, min_factor=1)
+    shape = (header.width, header.height) if header.orientation in _ON_ITS_SIDE else (header.height, header.width)
+    return DecodedImage(_turn(_resize(pixels, size), header.orientation), shape)
+
+
+def _read_header(data: bytes) -> _Header:
+    """Read format, size and orientation without decoding a pixel."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that our own limits refuse
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                return str(image.format), image.width, image.height
+                if image.format in ("JPEG", "MPO"):  # MPO: a JPEG with more pictures behind the first
+                    return _Header("JPEG", image.width, image.height, _orientation(image.info.get("exif")))
+                return _Header(str(image.format), image.width, image.height)
     except UnidentifiedImageError:
         raise MessageError(
             Reason.UNDECODABLE,
@@ -77,6 +111,35 @@ def _read_header(data: bytes) -> tuple[str, int, int]:
         raise MessageError(Reason.TOO_LARGE, f"{_short(error)}; send a smaller image") from None
     except Exception as error:  # noqa: BLE001 - Pillow's parsers raise anything on hostile headers
         raise MessageError(Reason.UNDECODABLE, f"the image's header is damaged ({_short(error)}); {_CURE}") from None
+
+
+def _orientation(exif_data: bytes | None) -> int:
+    if not exif_data:
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(exif_data)
+        orientation = exif.get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - the same; an image with damaged EXIF data is shown as it lies, as OpenCV does
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+_TURNS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+}
+_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
+
+
+def _turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(_TURNS[orientation](pixels))
 
 
 def _refuse_oversized(width: int, height: int, limits: LimitSettings) -> None:

@@ -3,12 +3,14 @@
 Knows no model and no transport. The values are nats per channel throughout (`flawstream.fastflow.score`).
 """
 
+import struct
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from flawstream.png import check_chunks
 from schemas.errors import MessageError, Reason
 from schemas.messages import AnomalyMap, Box, MapCodec
 
@@ -16,6 +18,11 @@ Grid = NDArray[np.float16] | NDArray[np.float32]
 
 _PNG_RANGE = 64.0
 """png16 spans 0 to this many nats per channel; a flow's values on normal images are about 0.5."""
+
+_MAX_SIDE_PX = 4096
+"""A larger map is refused before memory is taken for it; models see at most 2048 pixels."""
+
+_F16_MAX = float(np.finfo(np.float16).max)
 
 
 def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float32]:
@@ -53,7 +60,7 @@ def encode_map(grids: Sequence[NDArray[np.float16]], shape: tuple[int, int], cod
     if codec is MapCodec.F16:
         return AnomalyMap(codec=codec, shape=shape, data=values.astype("<f2").tobytes())
     if codec is MapCodec.PNG16:
-        levels = np.clip(values * (65535 / _PNG_RANGE), 0, 65535).astype(np.uint16)
+        levels = np.rint(np.clip(values * (65535 / _PNG_RANGE), 0, 65535)).astype(np.uint16)
         return AnomalyMap(codec=codec, shape=shape, data=cv2.imencode(".png", levels)[1].tobytes())
     return AnomalyMap(codec=codec, shape=shape, data=encode_jpeg(paint(values, top)))
 
@@ -67,9 +74,12 @@ def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
     Raises:
         MessageError: `malformed`: no map, a picture that no longer holds values, or bytes that do not fit the shape.
     """
+    height, width = encoded.shape
     try:
+        if encoded.codec is not MapCodec.NONE and not (0 < height <= _MAX_SIDE_PX and 0 < width <= _MAX_SIDE_PX):
+            raise ValueError(f"a side must have 1 to {_MAX_SIDE_PX} pixels")  # noqa: TRY301 - told like the others below
         if encoded.codec is MapCodec.GRID_F16:
-            counts = [height * width for height, width in encoded.grids]
+            counts = [rows * columns for rows, columns in encoded.grids]
             flat = np.frombuffer(encoded.data, "<f2")
             parts = np.split(flat, np.cumsum(counts)[:-1])
             return upsample(
@@ -78,7 +88,12 @@ def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
         if encoded.codec is MapCodec.F16:
             return np.frombuffer(encoded.data, "<f2").reshape(encoded.shape).astype(np.float32)
         if encoded.codec is MapCodec.PNG16:
+            if encoded.data[16:24] != struct.pack(">II", width, height):  # PNG's header: a bomb is not unpacked
+                raise ValueError("the PNG has another size")  # noqa: TRY301 - the same
+            check_chunks(encoded.data)
             levels = np.asarray(cv2.imdecode(np.frombuffer(encoded.data, np.uint8), cv2.IMREAD_UNCHANGED))
+            if levels.dtype != np.uint16:
+                raise ValueError("no PNG of 16 bits")  # noqa: TRY301 - the same
             return levels.reshape(encoded.shape).astype(np.float32) * np.float32(_PNG_RANGE / 65535)
     except (TypeError, ValueError, cv2.error, ZeroDivisionError) as error:
         raise MessageError(
@@ -107,17 +122,19 @@ def find_boxes(
     peaks = np.full(count, -np.inf, np.float32)
     np.maximum.at(peaks, labels.ravel(), values.ravel())
     peaks[0] = -np.inf
-    down, across = image_shape[0] / values.shape[0], image_shape[1] / values.shape[1]
     return tuple(
-        Box(
-            x=int(stats[k, cv2.CC_STAT_LEFT] * across),
-            y=int(stats[k, cv2.CC_STAT_TOP] * down),
-            width=max(1, round(stats[k, cv2.CC_STAT_WIDTH] * across)),
-            height=max(1, round(stats[k, cv2.CC_STAT_HEIGHT] * down)),
-            score=float(peaks[k]),
-        )
+        _box(stats[k], min(float(peaks[k]), _F16_MAX), (values.shape[0], values.shape[1]), image_shape)
         for k in np.argsort(-peaks)[: min(most, count - 1)]
     )
+
+
+def _box(stats: NDArray[np.int32], score: float, map_shape: tuple[int, int], image_shape: tuple[int, int]) -> Box:
+    """Scale a region to the image's pixels, outwards to whole ones, so that it stays covered."""
+    left, top = int(stats[cv2.CC_STAT_LEFT]), int(stats[cv2.CC_STAT_TOP])
+    right, bottom = left + int(stats[cv2.CC_STAT_WIDTH]), top + int(stats[cv2.CC_STAT_HEIGHT])
+    x, y = left * image_shape[1] // map_shape[1], top * image_shape[0] // map_shape[0]
+    end_x, end_y = -(-right * image_shape[1] // map_shape[1]), -(-bottom * image_shape[0] // map_shape[0])
+    return Box(x=x, y=y, width=end_x - x, height=end_y - y, score=score)
 
 
 def paint(values: NDArray[np.float32], top: float) -> NDArray[np.uint8]:

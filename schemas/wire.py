@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from schemas.errors import MessageError, Reason
-from schemas.messages import AnomalyMap, DeadLetter, DetectionResult, ImageMessage, MapCodec
+from schemas.messages import AnomalyMap, Box, DeadLetter, DetectionResult, ImageMessage, MapCodec
 from schemas.settings import LimitSettings
 
 Fields = Mapping[bytes, bytes]
@@ -23,7 +23,8 @@ MAX_FIELDS = 1000
 
 _IMAGE_FIELDS = ("id", "category", "image", "image_ref", "captured_at", "traceparent")
 _RESULT_FIELDS = frozenset(DetectionResult.model_fields) - {"extra"} | {"map_codec", "map_shape", "map_grids"}
-_DEAD_PREFIX = b"dead."
+_BOXES = TypeAdapter(tuple[Box, ...])
+_DEAD_FIELDS = {name: f"dead.{name}".encode() for name in ("reason", "detail", "deliveries", "failed_at", "entry_id")}
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -47,6 +48,8 @@ def parse_image(entry_id: str, fields: Fields, limits: LimitSettings) -> ImageMe
             extra[name] = value
         elif name == "image":
             known[name] = value
+        elif name == "traceparent":
+            known[name] = value.decode("ascii", "replace")
         else:
             known[name] = _text(name, value)
     known["id"] = known.get("id") or entry_id
@@ -115,7 +118,7 @@ def parse_result(fields: Fields) -> DetectionResult:
         }
         return DetectionResult(
             **known,
-            boxes=tuple(json.loads(fields.get(b"boxes", b"[]"))),
+            boxes=_BOXES.validate_json(fields.get(b"boxes", b"[]")),
             image_shape=_read_shape(fields[b"image_shape"]),
             map=AnomalyMap(
                 codec=MapCodec(fields.get(b"map_codec", b"none").decode()),
@@ -132,13 +135,13 @@ def parse_result(fields: Fields) -> DetectionResult:
 def dead_letter_fields(letter: DeadLetter) -> dict[bytes, bytes]:
     """Write a dead letter: the original fields as they were, ours behind a prefix of their own."""
     ours = {
-        "reason": letter.reason,
+        "reason": letter.reason.value,
         "detail": letter.detail,
         "deliveries": str(letter.deliveries),
         "failed_at": letter.failed_at.isoformat(),
         "entry_id": letter.entry_id,
     }
-    return {**letter.fields, **{_DEAD_PREFIX + key.encode(): value.encode() for key, value in ours.items()}}
+    return {**letter.fields, **{_DEAD_FIELDS[name]: value.encode() for name, value in ours.items()}}
 
 
 def parse_dead_letter(fields: Fields) -> DeadLetter:
@@ -147,15 +150,15 @@ def parse_dead_letter(fields: Fields) -> DeadLetter:
     Raises:
         MessageError: `malformed`.
     """
-    ours = {key[len(_DEAD_PREFIX) :].decode(): value for key, value in fields.items() if key.startswith(_DEAD_PREFIX)}
     try:
+        ours = {name: fields[key].decode() for name, key in _DEAD_FIELDS.items()}
         return DeadLetter(
-            fields={key: value for key, value in fields.items() if not key.startswith(_DEAD_PREFIX)},
-            reason=Reason(ours["reason"].decode()),
-            detail=ours["detail"].decode(),
+            fields={key: value for key, value in fields.items() if key not in _DEAD_FIELDS.values()},
+            reason=Reason(ours["reason"]),
+            detail=ours["detail"],
             deliveries=int(ours["deliveries"]),
-            failed_at=datetime.fromisoformat(ours["failed_at"].decode()),
-            entry_id=ours["entry_id"].decode(),
+            failed_at=datetime.fromisoformat(ours["failed_at"]),
+            entry_id=ours["entry_id"],
         )
     except (KeyError, ValueError) as error:
         raise MessageError(Reason.MALFORMED, f"not a dead letter of flawstream: {error}") from error

@@ -1,12 +1,16 @@
-"""What tests of more than one folder share: a real Valkey server, and async tests on asyncio."""
+"""What tests of more than one folder share: a real Valkey server, async tests on asyncio, Hypothesis's settings."""
 
 import socket
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from schemas.settings import RedisSettings
 from workers.embedded import EmbeddedServer
+
+hypothesis.settings.register_profile("flawstream", deadline=None)  # no test limits how fast a machine must be
+hypothesis.settings.load_profile("flawstream")
 
 
 @pytest.fixture(scope="session")
