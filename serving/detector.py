@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from flawstream.calibration import p_values
-from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.backbone import Backbone, load_trained_backbone
 from flawstream.fastflow.score import image_scores
 from flawstream.registry import Registry
 from schemas.errors import Reason, RegistryError, ShapeError, UnknownCategoryError
-from schemas.manifest import BackboneSpec
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.batching import DrainBatcher
@@ -28,6 +27,8 @@ from serving.model_store import ModelStore, ResidentModel
 from workers.ports import Detection, Refusal
 
 log = logging.getLogger(__name__)
+
+_HIGHEST = float(np.finfo(np.float16).max)
 
 
 class DetectorService:
@@ -212,16 +213,7 @@ def make_detector(registry_root: str, model: ModelSettings, settings: DetectorSe
     manifests = [registry.manifest(category, version) for category, version in registry.currents().items()]
     if manifests:
         newest = max(manifests, key=lambda manifest: manifest.created_at)
-        model = _as_trained(model, newest.backbone)
-    return DetectorService(registry, make_engine(settings.engine, Backbone(model)), settings)
-
-
-def _as_trained(model: ModelSettings, trained: BackboneSpec) -> ModelSettings:
-    return model.model_copy(
-        update={
-            "backbone": trained.name,
-            "strides": trained.strides,
-            "input_size": trained.input_size,
-            "weights": trained.weights if trained.weights in ("package", "timm") else model.weights,
-        }
-    )
+        backbone = load_trained_backbone(newest.backbone, model)
+    else:
+        backbone = Backbone(model)
+    return DetectorService(registry, make_engine(settings.engine, backbone), settings)

@@ -75,6 +75,28 @@ class Backbone(nn.Module):
         return list(features)
 
 
+def load_trained_backbone(spec: BackboneSpec, settings: ModelSettings) -> Backbone:
+    """Load the backbone that a model version was trained on.
+
+    Args:
+        spec: The version's.
+        settings: Its `weights` name the file where the version's weights came from one.
+
+    Raises:
+        ConfigError: The installed timm has no such network.
+        WeightsError: The weights cannot be had, or are not those of training.
+    """
+    named = spec.weights if spec.weights in ("package", "timm") else settings.weights
+    changes = {"backbone": spec.name, "strides": spec.strides, "input_size": spec.input_size, "weights": named}
+    backbone = Backbone(settings.model_copy(update=changes))
+    if backbone.spec.weights_sha256 != spec.weights_sha256:
+        raise WeightsError(
+            f"{spec.name} was trained on weights {spec.weights_sha256[:12]} from {spec.weights}, and those found by "
+            f"model.weights={named} are {backbone.spec.weights_sha256[:12]}; name the file that training used"
+        )
+    return backbone
+
+
 def _resolve_source(settings: ModelSettings) -> str:
     if settings.weights == "auto":
         return "package" if settings.backbone == PACKAGED_BACKBONE else "timm"

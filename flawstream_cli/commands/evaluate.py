@@ -1,0 +1,114 @@
+"""`flawstream evaluate`: how well the current versions do on a test folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from flawstream.fastflow.backbone import load_trained_backbone
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.registry import Registry
+from flawstream_cli.terminal import ConfigOption, JsonOption, RegistryOption, err, print_json, read_settings, table
+from schemas.errors import DatasetError, UnknownCategoryError
+from schemas.manifest import Metrics
+from schemas.settings import Settings
+from training.datasets.mvtec import load_mvtec
+from training.datasets.samples import CategoryData
+from training.evaluate import Evaluation, ScoredImage, score_images
+from training.features import FeatureExtractor
+from training.job import WEIGHTS_FILE
+from training.report import JudgedImage, write_report
+
+
+def evaluate(
+    root: Annotated[Path, typer.Argument(help="Data set: ROOT/<category>/test/good and test/<defect>.")],
+    category: Annotated[
+        list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report with images and maps here.")] = None,
+    registry: RegistryOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the current model versions on labelled test images.
+
+    Example: `flawstream evaluate data/mvtec -c bottle --report report.html`
+    """
+    settings = read_settings(config, registry={"root": registry})
+    data = [one for one in load_mvtec(root, category) if one.test]
+    if not data:
+        raise DatasetError(f"no category below {root} has images in test/; evaluation needs labelled test images")
+    metrics: dict[str, Metrics] = {}
+    versions: dict[str, str] = {}
+    judged: list[JudgedImage] = []
+    for one in data:
+        versions[one.name], metrics[one.name], images = _evaluate_category(one, settings)
+        judged += images
+    if report is not None:
+        write_report(report, "flawstream: evaluation", judged, metrics)
+        err.print(f"report: {report}")
+    if as_json:
+        print_json({name: {"model": versions[name], **found.model_dump()} for name, found in metrics.items()})
+        return
+    err.print(
+        table(
+            "Evaluation",
+            ("category", "model", "normal", "defective", "AUROC", "pixel AUROC", "false alarms", "recall"),
+            (
+                (
+                    name,
+                    versions[name],
+                    m.normal_images,
+                    m.anomalous_images,
+                    m.image_auroc,
+                    m.pixel_auroc,
+                    m.false_alarm_rate,
+                    m.recall,
+                )
+                for name, m in metrics.items()
+            ),
+        )
+    )
+
+
+def _evaluate_category(data: CategoryData, settings: Settings) -> tuple[str, Metrics, list[JudgedImage]]:
+    registry = Registry(settings.registry.root)
+    version = registry.current(data.name)
+    if version is None:
+        raise UnknownCategoryError(
+            f"category {data.name!r} has no current version in {settings.registry.root}; "
+            "train it with `flawstream train`, or leave it out with --category"
+        )
+    manifest = registry.manifest(data.name, version)
+    spec, calibration = manifest.backbone, manifest.calibration
+    extractor = FeatureExtractor(load_trained_backbone(spec, settings.model), settings.limits)
+    head = FastFlowHead.from_bytes(registry.read_file(manifest, WEIGHTS_FILE), spec, manifest.flow)
+    paths = [sample.path for sample in data.test]
+    evaluation = Evaluation()
+    judged: list[JudgedImage] = []
+    scored = track(
+        score_images(extractor, head, calibration.top_fraction, paths),
+        description=data.name,
+        total=len(paths),
+        console=err,
+        disable=not err.is_terminal,
+    )
+    for sample, image in zip(data.test, scored, strict=True):
+        evaluation.add(sample, image)
+        judged.append(
+            _judge(data.name, sample.defect, image, anomalous=sample.anomalous, threshold=calibration.threshold)
+        )
+    return manifest.model, evaluation.metrics(calibration.threshold), judged
+
+
+def _judge(category: str, defect: str, image: ScoredImage, *, anomalous: bool, threshold: float) -> JudgedImage:
+    return JudgedImage(
+        path=image.path,
+        category=category,
+        defect=defect,
+        anomalous=anomalous,
+        score=image.score,
+        threshold=threshold,
+        anomaly_map=image.anomaly_map,
+    )

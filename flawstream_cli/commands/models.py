@@ -1,0 +1,93 @@
+"""`flawstream models`: look at the registry and choose what is served."""
+
+from typing import Annotated
+
+import typer
+
+from flawstream.registry import Registry
+from flawstream_cli.terminal import ConfigOption, JsonOption, RegistryOption, err, print_json, read_settings, table
+from schemas.errors import UnknownCategoryError
+
+app = typer.Typer(help="Look at model versions and promote them.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(
+    category: Annotated[str | None, typer.Argument(help="Only this one's versions.")] = None,
+    registry: RegistryOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List versions; a star marks the current one.
+
+    Example: `flawstream models list bottle`
+    """
+    settings = read_settings(config, registry={"root": registry})
+    opened = Registry(settings.registry.root)
+    currents = opened.currents()
+    categories = [category] if category else opened.categories()
+    manifests = [opened.manifest(name, version) for name in categories for version in opened.versions(name)]
+    if as_json:
+        print_json(
+            [
+                {**m.model_dump(mode="json", exclude={"calibration"}), "current": currents.get(m.category) == m.version}
+                for m in manifests
+            ]
+        )
+        return
+    if not manifests:
+        err.print(f"no versions in {settings.registry.root}; make some with `flawstream train`")
+        return
+    columns = ("category", "version", "current", "backbone", "input", "train images", "AUROC", "threshold")
+    rows = (
+        (
+            m.category,
+            m.version,
+            "*" if currents.get(m.category) == m.version else "",
+            m.backbone.name,
+            m.backbone.input_size,
+            m.training.train_images,
+            m.metrics.image_auroc,
+            m.calibration.threshold,
+        )
+        for m in manifests
+    )
+    err.print(table(settings.registry.root, columns, rows))
+
+
+@app.command()
+def show(
+    category: Annotated[str, typer.Argument(help="The category.")],
+    version: Annotated[str | None, typer.Argument(help="The version; the current one if absent.")] = None,
+    registry: RegistryOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Print a version's manifest as JSON.
+
+    Example: `flawstream models show bottle | jq .metrics`
+    """
+    settings = read_settings(config, registry={"root": registry})
+    opened = Registry(settings.registry.root)
+    chosen = version or opened.current(category)
+    if chosen is None:
+        raise UnknownCategoryError(
+            f"category {category!r} has no current version in {settings.registry.root}; "
+            "`flawstream models list` shows what there is"
+        )
+    print_json(opened.manifest(category, chosen).model_dump(mode="json"))
+
+
+@app.command()
+def promote(
+    category: Annotated[str, typer.Argument(help="The category.")],
+    version: Annotated[str, typer.Argument(help="The version to serve from now on; also an older one, to roll back.")],
+    registry: RegistryOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make a version current. Running services pick it up within seconds.
+
+    Example: `flawstream models promote bottle 20261123-134500-1a2b3c4d`
+    """
+    settings = read_settings(config, registry={"root": registry})
+    Registry(settings.registry.root).promote(category, version)
+    err.print(f"{category}@{version} is current")

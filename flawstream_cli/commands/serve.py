@@ -1,0 +1,105 @@
+"""`flawstream serve`: detectors, stream workers and HTTP API, with a Redis server of their own where none is named."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Annotated
+
+import typer
+
+from flawstream import cluster
+from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, err, print_json, read_settings
+from schemas.settings import Settings
+from serving import app as service
+from workers.embedded import EmbeddedServer
+
+DATA_DIR = Path(".flawstream/valkey")
+
+
+def serve(
+    redis: RedisOption = None,
+    registry: RegistryOption = None,
+    data_dir: Annotated[
+        Path, typer.Option(help="Where the embedded server keeps its data; only without --redis.")
+    ] = DATA_DIR,
+    redis_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the embedded server; any free one if absent.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the HTTP API.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the HTTP API.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, torch or openvino.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Stream workers.")] = None,
+    detectors: Annotated[int | None, typer.Option(min=1, help="Detector replicas.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; without it, this machine alone.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Serve the trained categories until Ctrl-C.
+
+    Without --redis an embedded Valkey server starts, whose data outlives a restart. When all is up, one JSON line with
+    the addresses goes to standard output.
+
+    Example: `flawstream serve --redis redis://plant:6379/0 --registry s3://plant/models`
+    """
+    settings = read_settings(
+        config,
+        redis={"url": redis},
+        registry={"root": registry},
+        api={"host": host, "port": port},
+        detector={"engine": engine, "replicas": detectors},
+        worker={"replicas": workers},
+    )
+    embedded = redis is None and "url" not in settings.redis.model_fields_set
+    with contextlib.ExitStack() as stack:
+        if embedded:
+            err.print(f"starting an embedded Valkey server in {data_dir} ...")
+            server = stack.enter_context(EmbeddedServer(data_dir, redis_port))
+            settings = with_redis(settings, server.url)
+        addresses = stack.enter_context(running(settings, ray_address))
+        print_json(addresses)
+        err.print(f"push an image:  flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
+        err.print("stop:           Ctrl-C")
+        wait_for_stop()
+        err.print("stopping: batches under way are finished first ...")
+
+
+def with_redis(settings: Settings, url: str) -> Settings:
+    """Point settings at another server."""
+    return settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": url})})
+
+
+@contextlib.contextmanager
+def running(settings: Settings, ray_address: str | None = None) -> Iterator[dict[str, str]]:
+    """Have the service up for as long as the context lasts.
+
+    Yields:
+        The addresses: `api`, `redis`, `dashboard`.
+    """
+    root = settings.registry.root
+    if "://" not in root:  # replicas run in other folders
+        absolute = settings.registry.model_copy(update={"root": str(Path(root).absolute())})
+        settings = settings.model_copy(update={"registry": absolute})
+    err.print("starting Ray ..." if ray_address is None else f"joining Ray at {ray_address} ...")
+    joined = cluster.connect(ray_address)
+    try:
+        err.print("starting detector, stream worker and API ...")
+        api = service.run(settings)
+        addresses = {"api": api, "redis": settings.redis.url, "dashboard": joined.dashboard_url}
+        err.print(f"API             {api}  (documentation at {api}/docs)")
+        err.print(f"Redis           {settings.redis.url}")
+        err.print(f"Ray dashboard   {joined.dashboard_url}  (its token: ray get-auth-token)")
+        yield addresses
+        service.stop()
+    finally:
+        cluster.disconnect()
+
+
+def wait_for_stop() -> None:
+    """Wait for Ctrl-C or SIGTERM."""
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()

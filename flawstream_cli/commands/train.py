@@ -1,0 +1,139 @@
+"""`flawstream train`: folders of normal images become model versions."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flawstream import cluster
+from flawstream_cli.terminal import (
+    ConfigOption,
+    ExitCode,
+    JsonOption,
+    RegistryOption,
+    err,
+    print_json,
+    read_settings,
+    table,
+)
+from flawstream_cli.training_display import TrainingDisplay
+from schemas.manifest import ModelManifest
+from schemas.settings import Settings
+from training.datasets.mvtec import load_mvtec
+from training.datasets.samples import CategoryData
+from training.fleet import train_fleet
+from training.job import Job, Stage
+
+
+def train(
+    root: Annotated[Path, typer.Argument(help="Data set: ROOT/<category>/train/good, test/<defect>, ground_truth.")],
+    category: Annotated[
+        list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="A timm model, e.g. resnet18.")] = None,
+    weights: Annotated[str | None, typer.Option(help="auto, package, timm, or a state dict's path.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normal parts that may be rejected.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
+    promote: Annotated[bool, typer.Option(help="Make the new versions current.")] = True,
+    registry: RegistryOption = None,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; without it, this machine alone.")
+    ] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train every category of a data set, in parallel on Ray.
+
+    Normal images only are needed. A share of them never trains the model: it sets the threshold for the false-alarm
+    rate asked for. Where there is a test folder, AUROC, false-alarm rate and recall on it are reported.
+
+    Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
+
+    Exit code 1: a category failed; the others are trained.
+    """
+    settings = read_settings(
+        config,
+        training={"epochs": epochs, "false_alarm_rate": false_alarm_rate, "seed": seed},
+        model={"backbone": backbone, "weights": weights, "input_size": input_size},
+        registry={"root": registry},
+    )
+    data = load_mvtec(root, category)
+    err.print("starting Ray ..." if ray_address is None else f"joining Ray at {ray_address} ...")
+    joined = cluster.connect(ray_address)
+    try:
+        manifests, failures = train_all(data, settings, joined, promote=promote)
+    finally:
+        cluster.disconnect()
+    if as_json:
+        print_json(
+            {"trained": [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests], "failed": failures}
+        )
+    else:
+        err.print(training_table(manifests))
+        err.print(f"registry: {settings.registry.root}\nnext:     flawstream serve --registry {settings.registry.root}")
+    for name, reason in failures.items():
+        err.print(f"[bold red]{name} failed:[/] {reason}")
+    if failures:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def train_all(
+    data: list[CategoryData], settings: Settings, joined: cluster.Cluster, *, promote: bool = True
+) -> tuple[list[ModelManifest], dict[str, str]]:
+    """Train all categories, with a bar each.
+
+    Returns:
+        The published versions by name of category, and what was wrong with those that failed.
+    """
+    jobs = [Job(one, settings.model, settings.training, _absolute(settings.registry.root), promote) for one in data]
+    manifests: dict[str, ModelManifest] = {}
+    failures: dict[str, str] = {}
+    with TrainingDisplay([one.name for one in data]) as display:
+        for progress in train_fleet(jobs, settings.model, settings.limits, joined, settings.training.num_gpus):
+            display.show(progress)
+            if progress.manifest is not None:
+                manifests[progress.category] = progress.manifest
+            elif progress.stage is Stage.FAILED:
+                failures[progress.category] = progress.note
+    return [manifests[name] for name in sorted(manifests)], failures
+
+
+def training_table(manifests: list[ModelManifest]) -> object:
+    """Show trained versions."""
+    return table(
+        "Trained",
+        (
+            "category",
+            "version",
+            "train",
+            "calibrate",
+            "test",
+            "AUROC",
+            "pixel AUROC",
+            "false alarms",
+            "recall",
+            "seconds",
+        ),
+        (
+            (
+                m.category,
+                m.version,
+                m.training.train_images,
+                m.training.calibration_images,
+                m.metrics.normal_images + m.metrics.anomalous_images,
+                m.metrics.image_auroc,
+                m.metrics.pixel_auroc,
+                m.metrics.false_alarm_rate,
+                m.metrics.recall,
+                round(m.training.duration_s),
+            )
+            for m in manifests
+        ),
+    )
+
+
+def _absolute(root: str) -> str:
+    """Make a folder mean the same in every process; URLs stay as they are."""
+    return root if "://" in root else str(Path(root).absolute())

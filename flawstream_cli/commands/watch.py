@@ -1,0 +1,69 @@
+"""`flawstream watch`: results as they come."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flawstream.maps import decode_map, encode_jpeg, paint
+from flawstream_cli.terminal import (
+    ConfigOption,
+    JsonOption,
+    RedisOption,
+    err,
+    out,
+    print_json,
+    printable,
+    read_settings,
+)
+from schemas.messages import DetectionResult, MapCodec, Verdict
+from schemas.settings import Settings
+from workers.results import ResultReader
+
+
+def watch(
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Leave after so many; 0: never.")] = 0,
+    since: Annotated[str, typer.Option(help="Entry id to start behind; 0 from the oldest, $ from now on.")] = "$",
+    maps: Annotated[Path | None, typer.Option(help="Write each anomaly map as a JPEG into this folder.")] = None,
+    redis: RedisOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show results as they come. Reading takes nothing away from other readers.
+
+    Example: `flawstream watch --json --maps heatmaps/ | jq 'select(.verdict == "anomalous")'`
+    """
+    settings = read_settings(config, redis={"url": redis})
+    if maps is not None:
+        maps.mkdir(parents=True, exist_ok=True)
+    if not as_json:
+        err.print(f"waiting for results on {settings.redis.url}; Ctrl-C ends")
+    asyncio.run(_watch(settings, count, "0-0" if since == "0" else since, maps, as_json=as_json))
+
+
+async def _watch(settings: Settings, count: int, since: str, maps: Path | None, *, as_json: bool) -> None:
+    seen = 0
+    async with ResultReader(settings.redis, after=since) as reader:
+        async for entry_id, result in reader:
+            if maps is not None and result.map.codec not in (MapCodec.NONE, MapCodec.HEATMAP_JPEG):
+                picture = encode_jpeg(paint(decode_map(result.map), top=2 * result.threshold))
+                (maps / f"{entry_id}.jpg").write_bytes(picture)
+            _show(entry_id, result, as_json=as_json)
+            seen += 1
+            if seen == count:
+                return
+
+
+def _show(entry_id: str, result: DetectionResult, *, as_json: bool) -> None:
+    if as_json:
+        extra = {name: value.decode("utf-8", "backslashreplace") for name, value in result.extra.items()}
+        told = result.model_dump(mode="json", exclude={"map", "extra"})
+        print_json({"entry_id": entry_id, **told, "map_codec": result.map.codec, "extra": extra})
+        return
+    style = "bold red" if result.verdict is Verdict.ANOMALOUS else "green"
+    out.print(
+        f"[{style}]{result.verdict:<9}[/] {result.category:<16} score {result.score:8.3f} / {result.threshold:.3f}  "
+        f"p {result.p_value:.3f}  {result.total_ms:6.0f} ms  {printable(result.id)}",
+        highlight=False,
+    )

@@ -1,0 +1,98 @@
+"""What all commands share towards the terminal: where output goes, exit codes, options, and settings put together.
+
+Data goes to standard output, everything for a person to standard error, so that a pipe carries data alone.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from schemas.errors import FlawstreamError, TransientError
+from schemas.settings import Settings, load_settings
+
+out = Console()
+err = Console(stderr=True)
+
+
+class ExitCode(IntEnum):
+    """What a command's exit code means."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    CANNOT_START = 3
+    UNAVAILABLE = 4
+    INTERRUPTED = 130
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file of settings; `FLAWSTREAM_SECTION__FIELD` variables win over it."),
+]
+RedisOption = Annotated[
+    str | None, typer.Option("--redis", metavar="URL", help="Redis 7 or Valkey server, e.g. redis://127.0.0.1:6379/0.")
+]
+RegistryOption = Annotated[
+    str | None, typer.Option("--registry", metavar="ROOT", help="Folder or fsspec URL of the model versions.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Settings:
+    """Read the settings and put what the command line says above them.
+
+    Args:
+        config: A YAML file.
+        **sections: Per section the fields given on the command line; None stands for not given.
+
+    Raises:
+        ConfigError: The file, the environment, or a value is wrong.
+    """
+    settings = load_settings(config)
+    changed = {}
+    for name, fields in sections.items():
+        given = {field: value for field, value in fields.items() if value is not None}
+        section = getattr(settings, name)
+        changed[name] = type(section).model_validate({**section.model_dump(), **given})
+    return settings.model_copy(update=changed)
+
+
+def print_json(value: object) -> None:
+    """Print one line of JSON on standard output."""
+    out.file.write(json.dumps(value, default=str) + "\n")
+    out.file.flush()
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    """Build a table; None shows as a dash, floats with four digits."""
+    built = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        built.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        built.add_row(*(_cell(value) for value in row))
+    return built
+
+
+def exit_code_of(error: FlawstreamError) -> ExitCode:
+    """Tell how a command ends on an error."""
+    return ExitCode.UNAVAILABLE if isinstance(error, TransientError) else ExitCode.CANNOT_START
+
+
+def printable(text: str) -> str:
+    """Make text from outside harmless: no control characters for the terminal, no markup for rich."""
+    return escape("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return printable(str(value))

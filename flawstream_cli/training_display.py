@@ -1,0 +1,59 @@
+"""Progress of training on the terminal: one bar a category, or plain lines where nobody watches."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flawstream_cli.terminal import err
+from training.job import Progress as JobProgress
+from training.job import Stage
+
+
+class TrainingDisplay:
+    """Shows what `training.fleet.train_fleet` yields. A context manager.
+
+    Args:
+        categories: A bar each, in this order.
+    """
+
+    def __init__(self, categories: list[str]) -> None:
+        self._bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {
+            name: self._bars.add_task(name, total=None, stage="waiting", note="") for name in categories
+        }
+        self._said: dict[str, str] = {}
+
+    def show(self, progress: JobProgress) -> None:
+        """Take one report."""
+        self._bars.update(
+            self._tasks[progress.category],
+            stage=progress.stage.value,
+            completed=progress.done,
+            total=progress.total,
+            note=progress.note if progress.stage is not Stage.FAILED else "[red]see below[/]",
+        )
+        if not err.is_terminal:
+            line = f"{progress.category}: {progress.stage.value} {progress.note.partition('  ')[0]}".rstrip()
+            if self._said.get(progress.category) != line:
+                self._said[progress.category] = line
+                err.print(line, markup=False, highlight=False)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()

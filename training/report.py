@@ -1,0 +1,130 @@
+"""An HTML report that one can send: per category the metrics, the scores, and images beside their heatmaps."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from flawstream.images import decode_image
+from flawstream.maps import encode_jpeg, paint
+from schemas.manifest import Metrics
+from schemas.settings import LimitSettings
+
+_SHOWN = 6
+_BINS = 40
+_HEATMAP_WEIGHT = 0.45
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedImage:
+    """One test image with what was said of it.
+
+    Attributes:
+        path: Where it lies.
+        category: Whose model judged it.
+        defect: The label, `good` for none.
+        anomalous: The label, reduced.
+        score: Nats per channel.
+        threshold: `score` above it is anomalous.
+        anomaly_map: (S, S) float32, nats per channel.
+    """
+
+    path: Path
+    category: str
+    defect: str
+    anomalous: bool
+    score: float
+    threshold: float
+    anomaly_map: NDArray[np.float32]
+
+    @property
+    def is_wrong(self) -> bool:
+        """Tell whether verdict and label differ."""
+        return (self.score > self.threshold) != self.anomalous
+
+
+def write_report(path: Path, title: str, judged: Sequence[JudgedImage], metrics: Mapping[str, Metrics]) -> None:
+    """Write the report as one file without references to others.
+
+    Args:
+        path: The file; its folder is made.
+        title: Its heading.
+        judged: All judged images.
+        metrics: Per category.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("training", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    sections = [
+        _section(name, found, [one for one in judged if one.category == name]) for name, found in metrics.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = environment.get_template("report.html.j2").render(title=title, sections=sections)
+    path.write_text(page, encoding="utf-8")
+
+
+def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay the heatmap over the image; as hot as can be is twice the threshold of the image score."""
+    heat = paint(image.anomaly_map, top=2 * image.threshold)
+    return np.asarray(cv2.addWeighted(heat, _HEATMAP_WEIGHT, pixels, 1 - _HEATMAP_WEIGHT, 0), dtype=np.uint8)
+
+
+def _section(name: str, metrics: Metrics, judged: list[JudgedImage]) -> dict[str, Any]:
+    ranked = sorted(judged, key=lambda one: one.score)
+    missed = [one for one in ranked if one.is_wrong and one.anomalous]
+    alarms = [one for one in reversed(ranked) if one.is_wrong and not one.anomalous]
+    groups = {
+        "Worst: the highest scores": ranked[::-1][:_SHOWN],
+        "Best: the lowest scores": ranked[:_SHOWN],
+        f"Missed defects: {len(missed)} in all": missed[:_SHOWN],
+        f"False alarms: {len(alarms)} in all": alarms[:_SHOWN],
+    }
+    return {
+        "name": name,
+        "metrics": metrics,
+        "threshold": judged[0].threshold if judged else 0.0,
+        "histogram": _histogram(judged),
+        "groups": {heading: [_card(one) for one in images] for heading, images in groups.items() if images},
+    }
+
+
+def _card(image: JudgedImage) -> dict[str, Any]:
+    pixels = decode_image(image.path.read_bytes(), image.anomaly_map.shape[0], LimitSettings()).pixels
+    return {
+        "name": image.path.name,
+        "label": image.defect,
+        "score": image.score,
+        "is_wrong": image.is_wrong,
+        "picture": base64.b64encode(encode_jpeg(pixels)).decode(),
+        "heatmap": base64.b64encode(encode_jpeg(overlay(image, pixels))).decode(),
+    }
+
+
+def _histogram(judged: Sequence[JudgedImage]) -> dict[str, Any]:
+    """Count scores in bins of equal width up to the 99th percentile; the last bin holds the rest."""
+    if not judged:
+        return {}
+    scores = np.array([one.score for one in judged])
+    labels = np.array([one.anomalous for one in judged])
+    low, high = float(scores.min()), max(float(np.quantile(scores, 0.99)), judged[0].threshold * 1.1)
+    edges = np.linspace(low, high, _BINS + 1)
+    normal, _ = np.histogram(np.minimum(scores[~labels], high), edges)
+    anomalous, _ = np.histogram(np.minimum(scores[labels], high), edges)
+    tallest = max(int(normal.max(initial=0)), int(anomalous.max(initial=0)), 1)
+    return {
+        "bars": [
+            {"x": 100 * k / _BINS, "normal": 100 * int(n) / tallest, "anomalous": 100 * int(a) / tallest}
+            for k, (n, a) in enumerate(zip(normal, anomalous, strict=True))
+        ],
+        "width": 100 / _BINS,
+        "threshold_x": 100 * (judged[0].threshold - low) / (high - low),
+        "low": low,
+        "high": high,
+        "tallest": tallest,
+    }
