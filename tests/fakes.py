@@ -47,7 +47,7 @@ def detection(score: float = 0.5, *, threshold: float = 1.0) -> Detection:
 
 @dataclass(slots=True)
 class FakeClock:
-    """A `Clock` that stands still, but for sleepers: they move it on and are awake at once."""
+    """A `Clock` that stands still until a test moves it on; sleepers are awake at once."""
 
     time: datetime = ARRIVED
     slept_s: list[float] = field(default_factory=list)
@@ -60,7 +60,6 @@ class FakeClock:
 
     async def sleep(self, duration_s: float) -> None:
         self.slept_s.append(duration_s)
-        self.advance(duration_s)
         await asyncio.sleep(0)
 
 

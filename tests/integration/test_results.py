@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 import pytest
 from fakes import ARRIVED
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
-from schemas.errors import Reason
+from schemas.errors import Reason, StreamUnavailableError
 from schemas.keys import StreamKeys
 from schemas.messages import DeadLetter, DetectionResult, Verdict
 from schemas.settings import RedisSettings
@@ -93,6 +94,26 @@ async def test_what_was_not_acknowledged_comes_again(client: Redis, redis_settin
         assert [key for key, _ in await reader.read()] == [third]
         await reader.ack(third)
     assert (await client.xpending(KEYS.results, "quality"))["pending"] == 0
+
+
+async def test_results_whose_reply_was_lost_come_again(
+    client: Redis, redis_settings: RedisSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry_id = await add_result(client, "a")
+    async with ResultReader(redis_settings, "quality") as reader:
+        read = reader._client.xreadgroup  # noqa: SLF001 - the moment between the server's reply and its arrival
+
+        async def lose_the_reply(*args: object, **options: object) -> dict[bytes, object]:
+            reply: dict[bytes, object] = await read(*args, **options)  # type: ignore[arg-type, assignment]
+            if any(reply.values()):
+                monkeypatch.undo()
+                raise RedisConnectionError("connection reset by peer")
+            return reply
+
+        monkeypatch.setattr(reader._client, "xreadgroup", lose_the_reply)  # noqa: SLF001 - the same
+        with pytest.raises(StreamUnavailableError):
+            await reader.read()
+        assert [key for key, _ in await reader.read()] == [entry_id]
 
 
 @pytest.mark.parametrize("group", [None, "quality"])

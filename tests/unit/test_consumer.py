@@ -360,6 +360,35 @@ async def test_a_restarted_worker_goes_on_with_its_own_entries() -> None:
     assert bench.detector.batches == [["bottle"], ["bottle"], ["bottle", "bottle"]]
 
 
+async def test_entries_given_out_before_are_worked_on_one_after_the_other() -> None:
+    stream = FakeStream()
+    stream.add(image_entry(1), image_entry(2))
+    await FakeReader(stream, "a").read(2)
+    bench = Bench(stream=stream)
+    bench.detector.gate.clear()
+    stop = asyncio.Event()
+    bench.reader.on_idle = stop.set
+    running = asyncio.create_task(bench.worker.run(stop))
+    await bench.detector.started.acquire()
+    assert [stream.pending[entry_id(k)].entry.deliveries for k in (1, 2)] == [2, 1]
+    bench.detector.gate.set()
+    await running
+    assert set(bench.results) == {entry_id(1), entry_id(2)}
+
+
+async def test_an_entry_given_out_again_while_it_is_in_hand_is_not_taken_up_twice() -> None:
+    bench = Bench()
+    bench.detector.gate.clear()
+    bench.stream.add(image_entry(1))
+    working = asyncio.create_task(bench.worker.run_once())
+    await bench.detector.started.acquire()
+    bench.stream.add(image_entry(1))
+    assert await bench.worker.run_once() == 0
+    bench.detector.gate.set()
+    assert await working == 1
+    assert bench.detector.batches == [["bottle"]]
+
+
 async def test_an_outcome_for_an_entry_of_another_worker_is_dropped() -> None:
     bench = Bench()
     entry = image_entry(1)
