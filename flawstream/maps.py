@@ -16,6 +16,8 @@ from schemas.messages import AnomalyMap, Box, MapCodec
 
 Grid = NDArray[np.float16] | NDArray[np.float32]
 
+_PAINTED_DOUBLINGS = 5
+
 _PNG_RANGE = 64.0
 """png16 spans 0 to this many nats per channel; a flow's values on normal images are about 0.5."""
 
@@ -42,14 +44,16 @@ def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float3
     return total / np.float32(len(grids))
 
 
-def encode_map(grids: Sequence[NDArray[np.float16]], shape: tuple[int, int], codec: MapCodec, top: float) -> AnomalyMap:
+def encode_map(
+    grids: Sequence[NDArray[np.float16]], shape: tuple[int, int], codec: MapCodec, threshold: float
+) -> AnomalyMap:
     """Write a map as bytes.
 
     Args:
         grids: One (H_s, W_s) map per feature scale.
         shape: (height, width) in pixels of the map once decoded.
         codec: How to write it.
-        top: The value that `heatmap-jpeg` paints as hot as can be.
+        threshold: What `heatmap-jpeg` sets its colours by, nats per channel.
     """
     if codec is MapCodec.NONE:
         return AnomalyMap(codec=codec)
@@ -62,7 +66,7 @@ def encode_map(grids: Sequence[NDArray[np.float16]], shape: tuple[int, int], cod
     if codec is MapCodec.PNG16:
         levels = np.rint(np.clip(values * (65535 / _PNG_RANGE), 0, 65535)).astype(np.uint16)
         return AnomalyMap(codec=codec, shape=shape, data=cv2.imencode(".png", levels)[1].tobytes())
-    return AnomalyMap(codec=codec, shape=shape, data=encode_jpeg(paint(values, top)))
+    return AnomalyMap(codec=codec, shape=shape, data=encode_jpeg(paint(values, threshold)))
 
 
 def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
@@ -137,13 +141,17 @@ def _box(stats: NDArray[np.int32], score: float, map_shape: tuple[int, int], ima
     return Box(x=x, y=y, width=end_x - x, height=end_y - y, score=score)
 
 
-def paint(values: NDArray[np.float32], top: float) -> NDArray[np.uint8]:
-    """Paint a map in colours, from 0 (dark blue) to `top` (dark red).
+def paint(values: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+    """Paint a map in colours on a logarithmic scale, since gross defects score hundreds of times what fine ones do.
+
+    Half the threshold and less is dark blue, the threshold light blue, 16 times the threshold and more dark red; each
+    fifth of the colours is a doubling.
 
     Returns:
         (height, width, 3) uint8 RGB.
     """
-    levels = np.clip(values * (255 / max(top, 1e-6)), 0, 255).astype(np.uint8)
+    doublings = np.log2(np.maximum(values, 1e-6) / max(threshold / 2, 1e-6))
+    levels = np.clip(doublings * (255 / _PAINTED_DOUBLINGS), 0, 255).astype(np.uint8)
     coloured: NDArray[np.uint8] = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)[:, :, ::-1]
     return np.ascontiguousarray(coloured)
 

@@ -19,8 +19,8 @@ from workers.connection import make_client
 from workers.producer import Producer
 from workers.results import DeadLetterReader, ResultReader
 
-_WINDOW = 48
-"""Images under way at once: as many as one worker has in flight, so that latency is not the length of a queue."""
+_WINDOW = 32
+"""Images under way at once: two batches of a worker, so that latency is not the length of a queue."""
 _PATIENCE_S = 60.0
 
 

@@ -1,6 +1,7 @@
 """An HTML report that one can send: per category the metrics, the scores, and images beside their heatmaps."""
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,8 @@ def write_report(path: Path, title: str, judged: Sequence[JudgedImage], metrics:
 
 
 def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lay the heatmap over the image; as hot as can be is twice the threshold of the image score."""
-    heat = paint(image.anomaly_map, top=2 * image.threshold)
+    """Lay the heatmap over the image; `flawstream.maps.paint` says what the colours mean."""
+    heat = paint(image.anomaly_map, image.threshold)
     return np.asarray(cv2.addWeighted(heat, _HEATMAP_WEIGHT, pixels, 1 - _HEATMAP_WEIGHT, 0), dtype=np.uint8)
 
 
@@ -107,15 +108,16 @@ def _card(image: JudgedImage) -> dict[str, Any]:
 
 
 def _histogram(judged: Sequence[JudgedImage]) -> dict[str, Any]:
-    """Count scores in bins of equal width up to the 99th percentile; the last bin holds the rest."""
+    """Count scores in bins of equal width on a logarithmic axis."""
     if not judged:
         return {}
-    scores = np.array([one.score for one in judged])
+    threshold = judged[0].threshold
+    scores = np.maximum([one.score for one in judged], 1e-3)
     labels = np.array([one.anomalous for one in judged])
-    low, high = float(scores.min()), max(float(np.quantile(scores, 0.99)), judged[0].threshold * 1.1)
-    edges = np.linspace(low, high, _BINS + 1)
-    normal, _ = np.histogram(np.minimum(scores[~labels], high), edges)
-    anomalous, _ = np.histogram(np.minimum(scores[labels], high), edges)
+    low, high = min(float(scores.min()), threshold) * 0.98, max(float(scores.max()), threshold) * 1.02
+    edges = np.geomspace(low, high, _BINS + 1)
+    normal, _ = np.histogram(scores[~labels], edges)
+    anomalous, _ = np.histogram(scores[labels], edges)
     tallest = max(int(normal.max(initial=0)), int(anomalous.max(initial=0)), 1)
     return {
         "bars": [
@@ -123,7 +125,7 @@ def _histogram(judged: Sequence[JudgedImage]) -> dict[str, Any]:
             for k, (n, a) in enumerate(zip(normal, anomalous, strict=True))
         ],
         "width": 100 / _BINS,
-        "threshold_x": 100 * (judged[0].threshold - low) / (high - low),
+        "threshold_x": 100 * math.log(threshold / low) / math.log(high / low),
         "low": low,
         "high": high,
         "tallest": tallest,

@@ -36,7 +36,7 @@ def build_result(
         threshold=detection.threshold,
         verdict=detection.verdict,
         model=detection.model,
-        map=encode_map(detection.grids, shape, codec, top=2 * detection.pixel_threshold),
+        map=encode_map(detection.grids, shape, codec, threshold=detection.pixel_threshold),
         boxes=boxes,
         image_shape=image.original_shape,
         captured_at=message.captured_at,

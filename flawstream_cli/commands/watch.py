@@ -47,7 +47,7 @@ async def _watch(settings: Settings, count: int, since: str, maps: Path | None, 
     async with ResultReader(settings.redis, after=since) as reader:
         async for entry_id, result in reader:
             if maps is not None and result.map.codec not in (MapCodec.NONE, MapCodec.HEATMAP_JPEG):
-                picture = encode_jpeg(paint(decode_map(result.map), top=2 * result.threshold))
+                picture = encode_jpeg(paint(decode_map(result.map), result.threshold))
                 (maps / f"{entry_id}.jpg").write_bytes(picture)
             _show(entry_id, result, as_json=as_json)
             seen += 1

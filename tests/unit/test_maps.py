@@ -35,48 +35,48 @@ def make_grids() -> Grids:
 
 @given(grid_lists)
 def test_native_grids_arrive_to_the_last_bit(grids: Grids) -> None:
-    decoded = decode_map(encode_map(grids, SHAPE, MapCodec.GRID_F16, top=1.0))
+    decoded = decode_map(encode_map(grids, SHAPE, MapCodec.GRID_F16, threshold=1.0))
     np.testing.assert_array_equal(decoded, upsample(grids, SHAPE))
 
 
 def test_native_grids_in_half_precision_lose_less_than_a_thousandth() -> None:
     exact = [np.random.default_rng(k).gamma(2.0, 0.5, (s, s)).astype(np.float32) for k, s in enumerate((32, 16, 8))]
-    encoded = encode_map([grid.astype(np.float16) for grid in exact], SHAPE, MapCodec.GRID_F16, top=1.0)
+    encoded = encode_map([grid.astype(np.float16) for grid in exact], SHAPE, MapCodec.GRID_F16, threshold=1.0)
     np.testing.assert_allclose(decode_map(encoded), upsample(exact, SHAPE), rtol=1e-3)
 
 
 @given(grid_lists)
 def test_f16_loses_half_a_step_of_half_precision(grids: Grids) -> None:
     values = upsample(grids, SHAPE)
-    decoded = decode_map(encode_map(grids, SHAPE, MapCodec.F16, top=1.0))
+    decoded = decode_map(encode_map(grids, SHAPE, MapCodec.F16, threshold=1.0))
     np.testing.assert_allclose(decoded, values, rtol=2**-11, atol=2**-25)
 
 
 @given(grid_lists)
 def test_png16_loses_half_a_level(grids: Grids) -> None:
     values = upsample(grids, SHAPE)
-    decoded = decode_map(encode_map(grids, SHAPE, MapCodec.PNG16, top=1.0))
+    decoded = decode_map(encode_map(grids, SHAPE, MapCodec.PNG16, threshold=1.0))
     np.testing.assert_allclose(decoded, values, rtol=1e-5, atol=PNG16_STEP * 0.51)
 
 
 def test_png16_clips_what_is_past_its_range() -> None:
-    decoded = decode_map(encode_map([np.full((2, 2), 100.0, np.float16)], SHAPE, MapCodec.PNG16, top=1.0))
+    decoded = decode_map(encode_map([np.full((2, 2), 100.0, np.float16)], SHAPE, MapCodec.PNG16, threshold=1.0))
     np.testing.assert_allclose(decoded, 64.0)
 
 
 @pytest.mark.parametrize("codec", NUMERIC)
 def test_map_need_not_be_square(codec: MapCodec) -> None:
-    assert decode_map(encode_map(make_grids(), (40, 72), codec, top=1.0)).shape == (40, 72)
+    assert decode_map(encode_map(make_grids(), (40, 72), codec, threshold=1.0)).shape == (40, 72)
 
 
 def test_native_grids_are_much_smaller_than_pixels() -> None:
-    sizes = {codec: len(encode_map(make_grids(), (256, 256), codec, top=1.0).data) for codec in NUMERIC}
+    sizes = {codec: len(encode_map(make_grids(), (256, 256), codec, threshold=1.0).data) for codec in NUMERIC}
     assert sizes[MapCodec.GRID_F16] == 2 * (16 * 16 + 8 * 8 + 4 * 4)
     assert sizes[MapCodec.F16] == 2 * 256 * 256
 
 
 def test_heatmap_is_a_picture_and_holds_no_values() -> None:
-    encoded = encode_map(make_grids(), SHAPE, MapCodec.HEATMAP_JPEG, top=2.0)
+    encoded = encode_map(make_grids(), SHAPE, MapCodec.HEATMAP_JPEG, threshold=2.0)
     picture = cv2.imdecode(np.frombuffer(encoded.data, np.uint8), cv2.IMREAD_COLOR)
     assert picture is not None
     assert picture.shape == (*SHAPE, 3)
@@ -85,7 +85,7 @@ def test_heatmap_is_a_picture_and_holds_no_values() -> None:
 
 
 def test_no_map_holds_no_values() -> None:
-    encoded = encode_map(make_grids(), SHAPE, MapCodec.NONE, top=1.0)
+    encoded = encode_map(make_grids(), SHAPE, MapCodec.NONE, threshold=1.0)
     assert encoded == AnomalyMap(codec=MapCodec.NONE)
     with pytest.raises(MessageError, match="none holds no values"):
         decode_map(encoded)
@@ -105,7 +105,7 @@ def test_no_map_holds_no_values() -> None:
     ids=str,
 )
 def test_map_that_does_not_fit_its_shape_is_malformed(codec: MapCodec, damage: dict[str, object]) -> None:
-    encoded = encode_map(make_grids(), SHAPE, codec, top=1.0)
+    encoded = encode_map(make_grids(), SHAPE, codec, threshold=1.0)
     with pytest.raises(MessageError) as caught:
         decode_map(encoded.model_copy(update=damage))
     assert caught.value.reason is Reason.MALFORMED
@@ -113,7 +113,7 @@ def test_map_that_does_not_fit_its_shape_is_malformed(codec: MapCodec, damage: d
 
 @pytest.mark.parametrize("codec", NUMERIC)
 def test_truncated_map_is_malformed(codec: MapCodec) -> None:
-    encoded = encode_map(make_grids(), SHAPE, codec, top=1.0)
+    encoded = encode_map(make_grids(), SHAPE, codec, threshold=1.0)
     for count in (len(encoded.data) - 2, len(encoded.data) // 2, 30):
         with pytest.raises(MessageError):
             decode_map(encoded.model_copy(update={"data": encoded.data[:count]}))
@@ -121,7 +121,7 @@ def test_truncated_map_is_malformed(codec: MapCodec) -> None:
 
 @pytest.mark.parametrize("grids", [(), ((4, 4),), ((16, 16), (8, 8), (4, 4), (0, 0)), ((336, 1, 1),), ((0, 5),)])
 def test_grids_that_do_not_fit_the_bytes_are_malformed(grids: tuple[tuple[int, ...], ...]) -> None:
-    encoded = encode_map(make_grids(), SHAPE, MapCodec.GRID_F16, top=1.0)
+    encoded = encode_map(make_grids(), SHAPE, MapCodec.GRID_F16, threshold=1.0)
     with pytest.raises(MessageError):
         decode_map(encoded.model_copy(update={"grids": grids}))
 
@@ -145,7 +145,7 @@ def test_no_bytes_raise_another_error(
 
 @given(st.lists(st.tuples(st.integers(0, 10**5), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_bits_of_a_png_raise_no_other_error(changes: list[tuple[int, int]]) -> None:
-    encoded = encode_map(make_grids(), (16, 16), MapCodec.PNG16, top=1.0)
+    encoded = encode_map(make_grids(), (16, 16), MapCodec.PNG16, threshold=1.0)
     damaged = bytearray(encoded.data)
     for position, mask in changes:
         damaged[position % len(damaged)] ^= mask
@@ -154,7 +154,7 @@ def test_flipped_bits_of_a_png_raise_no_other_error(changes: list[tuple[int, int
 
 
 def test_png_of_another_size_or_depth_is_malformed_before_it_is_unpacked() -> None:
-    encoded = encode_map(make_grids(), SHAPE, MapCodec.PNG16, top=1.0)
+    encoded = encode_map(make_grids(), SHAPE, MapCodec.PNG16, threshold=1.0)
     bomb = bytearray(encoded.data)
     bomb[16:24] = struct.pack(">II", 30_000, 30_000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
@@ -224,7 +224,7 @@ def test_boxes_cover_every_hot_pixel_and_stay_inside_the_image(
 
 
 def test_paint_goes_from_blue_to_red() -> None:
-    cold, warm = paint(np.asarray([[0.0, 9.0]], np.float32), top=2.0)[0]
+    cold, warm = paint(np.asarray([[0.0, 9.0]], np.float32), threshold=2.0)[0]
     assert cold[2] > cold[0]
     assert warm[0] > warm[2]
 
