@@ -4,21 +4,29 @@ Data goes to standard output, everything for a person to standard error, so that
 """
 
 import json
+import math
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from schemas.errors import FlawstreamError, TransientError
+from schemas.errors import ConfigError, FlawstreamError, TransientError
 from schemas.settings import Settings, load_settings
 
-out = Console()
-err = Console(stderr=True)
+_WIDTH = 160
+"""Where nobody watches, as in a log or a pipe; rich takes 80 there and breaks the rows of tables."""
+
+out = Console(width=None if sys.stdout.isatty() else _WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _WIDTH)
 
 
 class ExitCode(IntEnum):
@@ -60,19 +68,33 @@ def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Setting
     for name, fields in sections.items():
         given = {field: value for field, value in fields.items() if value is not None}
         section = getattr(settings, name)
-        changed[name] = type(section).model_validate({**section.model_dump(), **given})
+        try:  # what was never set stays so: `serve` starts its own server only where nobody named one
+            changed[name] = type(section).model_validate({**section.model_dump(exclude_unset=True), **given})
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, (name, *problem['loc'])))}: {problem['msg']}"
+                for problem in error.errors(include_url=False, include_input=False)
+            )
+            raise ConfigError(
+                f"the command line's settings are refused: {problems}. `flawstream doctor --settings` lists every field"
+            ) from None
     return settings.model_copy(update=changed)
 
 
 def print_json(value: object) -> None:
-    """Print one line of JSON on standard output."""
-    out.file.write(json.dumps(value, default=str) + "\n")
+    """Print one line of JSON on standard output; a number that JSON does not know becomes null."""
+    out.file.write(json.dumps(_finite(value), default=str, allow_nan=False) + "\n")
     out.file.flush()
+
+
+def say(text: str, style: str = "") -> None:
+    """Tell a person something that may hold text from outside, on one line however long."""
+    err.print(printable(text), style=style, highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     """Build a table; None shows as a dash, floats with four digits."""
-    built = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    built = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
     for index, column in enumerate(columns):
         built.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
@@ -86,8 +108,35 @@ def exit_code_of(error: FlawstreamError) -> ExitCode:
 
 
 def printable(text: str) -> str:
-    """Make text from outside harmless: no control characters for the terminal, no markup for rich."""
-    return escape("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
+    """Make text from outside harmless: no control characters for the terminal but new lines, no markup for rich."""
+    shown = "".join(
+        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+    return escape(shown)
+
+
+def entry_id(text: str | None) -> str | None:
+    """Check an entry's id from the command line.
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    if text is not None and not _ENTRY_ID.fullmatch(text):
+        raise typer.BadParameter(f"{text!r} is no entry id; one looks like 1763900000000-0")
+    return text
+
+
+_ENTRY_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value
 
 
 def _cell(value: object) -> str:
