@@ -40,7 +40,7 @@ def test_the_server_answers_while_it_is_open_and_not_after() -> None:
 
 
 def test_data_in_a_folder_survive_the_server(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "data"
+    folder = tmp_path / "deep" / "it's a \"folder\""
     with EmbeddedServer(folder) as server:
         assert command(server.port, b"XADD s * a b").startswith(b"$")
     with EmbeddedServer(folder) as server:
