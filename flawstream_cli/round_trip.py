@@ -119,7 +119,11 @@ async def stream_samples(settings: Settings, samples: Sequence[tuple[str, Sample
 
             async def read(reader: ResultReader | DeadLetterReader) -> None:
                 async for _, outcome in reader:
-                    key = outcome.id if isinstance(outcome, DetectionResult) else outcome.fields[b"id"].decode()
+                    key = (
+                        outcome.id
+                        if isinstance(outcome, DetectionResult)
+                        else outcome.fields.get(b"id", b"").decode(errors="replace")
+                    )
                     if trip.take(key, outcome):
                         free.release()
                         bars.update(task, completed=len(trip.ended), rate=trip.images_per_s())

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from schemas.errors import ConfigError, FlawstreamError, TransientError
 from schemas.settings import Settings, load_settings
@@ -25,8 +24,8 @@ from schemas.settings import Settings, load_settings
 _WIDTH = 160
 """Where nobody watches, as in a log or a pipe; rich takes 80 there and breaks the rows of tables."""
 
-out = Console(width=None if sys.stdout.isatty() else _WIDTH)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else _WIDTH)
+out = Console(emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
+err = Console(stderr=True, emoji=False, width=None if sys.stderr.isatty() else _WIDTH)
 
 
 class ExitCode(IntEnum):
@@ -94,7 +93,7 @@ def say(text: str, style: str = "") -> None:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     """Build a table; None shows as a dash, floats with four digits."""
-    built = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
+    built = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
     for index, column in enumerate(columns):
         built.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:

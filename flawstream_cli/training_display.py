@@ -5,7 +5,7 @@ from typing import Self
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flawstream_cli.terminal import err
+from flawstream_cli.terminal import err, printable, say
 from training.job import Progress as JobProgress
 from training.job import Stage
 
@@ -41,13 +41,13 @@ class TrainingDisplay:
             stage=progress.stage.value,
             completed=progress.done,
             total=progress.total,
-            note=progress.note if progress.stage is not Stage.FAILED else "[red]see below[/]",
+            note=printable(progress.note) if progress.stage is not Stage.FAILED else "[red]see below[/]",
         )
         if not err.is_terminal:
             line = f"{progress.category}: {progress.stage.value} {progress.note.partition('  ')[0]}".rstrip()
             if self._said.get(progress.category) != line:
                 self._said[progress.category] = line
-                err.print(line, markup=False, highlight=False)
+                say(line)
 
     def __enter__(self) -> Self:
         self._bars.start()

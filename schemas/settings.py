@@ -111,6 +111,9 @@ class DetectorSettings(_Section):
     max_queue_images: int = Field(512, ge=1, description="Images waiting past which calls are refused.")
     max_resident: int = Field(256, ge=1, description="Categories kept loaded; the least recently used goes first.")
     refresh_s: float = Field(2.0, gt=0, description="Time between two looks for newly promoted versions.")
+    timeout_s: float = Field(
+        60.0, gt=0, description="Longest wait for a replica's answer to one call; then the call is made again."
+    )
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for a replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs, or a share of one, that Ray reserves for a replica.")
 

@@ -1,6 +1,7 @@
 """The HTTP API as a plain ASGI application over a `Detector`. Knows no Ray and no stream."""
 
 import base64
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -10,6 +11,7 @@ from typing import Annotated
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
@@ -20,6 +22,8 @@ from schemas.settings import LimitSettings
 from workers.answer import Times, build_result
 from workers.ports import Detector, Refusal
 
+log = logging.getLogger(__name__)
+
 Status = Callable[[], Awaitable[dict[str, object]]]
 
 _STATUS_OF_REASON = {
@@ -28,6 +32,7 @@ _STATUS_OF_REASON = {
     Reason.UNKNOWN_CATEGORY: 404,
     Reason.MALFORMED: 422,
 }
+_RETRY = {"Retry-After": "1"}
 
 
 class Problem(BaseModel):
@@ -99,14 +104,17 @@ def build_api(detector: Detector, status: Status, limits: LimitSettings) -> Fast
     async def readyz() -> JSONResponse:
         try:
             return JSONResponse({"status": "ready", **await status()})
-        except Exception as error:  # noqa: BLE001 - whatever keeps it from being ready is the answer
-            problem = Problem(reason="not_ready", detail=f"{type(error).__name__}: {error}")
-            return JSONResponse(problem.model_dump(), status_code=503)
+        except FlawstreamError as error:
+            problem = Problem(reason="not_ready", detail=str(error))
+        except Exception as error:  # whatever keeps it from being ready is the answer
+            log.exception("the service is not ready")
+            problem = Problem(reason="not_ready", detail=f"{type(error).__name__}; the log of the API has the rest")
+        return JSONResponse(problem.model_dump(), status_code=503, headers=_RETRY)
 
     @app.post(
         "/v1/detect",
         summary="Judge one image",
-        responses={code: {"model": Problem} for code in (404, 413, 415, 422, 503)},
+        responses={code: {"model": Problem} for code in (404, 413, 415, 422, 500, 503)},
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -140,7 +148,14 @@ def build_api(detector: Detector, status: Status, limits: LimitSettings) -> Fast
             detect_ms=(ended - detecting) * 1000,
             total_ms=(ended - started) * 1000,
         )
-        return _body(build_result(message, image, outcome, map, times))
+        return await run_in_threadpool(lambda: _body(build_result(message, image, outcome, map, times)))
+
+    _answer_failures(app)
+    return app
+
+
+def _answer_failures(app: FastAPI) -> None:
+    """Have every failure answered by a `Problem`, without a traceback."""
 
     @app.exception_handler(FlawstreamError)
     async def refuse(_: Request, error: FlawstreamError) -> JSONResponse:
@@ -148,10 +163,19 @@ def build_api(detector: Detector, status: Status, limits: LimitSettings) -> Fast
             code, reason = _STATUS_OF_REASON.get(error.reason, 422), str(error.reason)
         else:
             code, reason = (503 if isinstance(error, TransientError) else 500), error.code
-        headers = {"Retry-After": "1"} if isinstance(error, TransientError) else None
+        headers = _RETRY if isinstance(error, TransientError) else None
         return JSONResponse(Problem(reason=reason, detail=str(error)).model_dump(), status_code=code, headers=headers)
 
-    return app
+    @app.exception_handler(RequestValidationError)
+    async def refuse_parameters(_: Request, error: RequestValidationError) -> JSONResponse:
+        told = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        return JSONResponse(Problem(reason=Reason.MALFORMED, detail=told).model_dump(), status_code=422)
+
+    @app.exception_handler(Exception)
+    async def hide(_: Request, error: Exception) -> JSONResponse:
+        log.error("a request failed unexpectedly", exc_info=error)
+        problem = Problem(reason="internal", detail="a bug; the log of the API has the rest")
+        return JSONResponse(problem.model_dump(), status_code=500)
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

@@ -3,19 +3,32 @@
 `ray serve` configurations name `serving.app:build`; `flawstream serve` calls `run`.
 """
 
+import asyncio
 import logging
+import re
+import socket
+import time
+from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from flawstream.registry import Registry
 from schemas.errors import ConfigError
-from schemas.settings import Settings
+from schemas.settings import ApiSettings, RedisSettings, Settings
 from serving.deployments import ApiDeployment, DetectorDeployment, StreamWorkerDeployment
+from serving.detector import newest_manifest
+from workers.connection import make_client, require_server
+
+_log = logging.getLogger(__name__)
 
 APPLICATION = "flawstream"
 
+_WORKER = "StreamWorker"
 _SHUTDOWN_S = 30.0
 _SLOT_IMAGES_FACTOR = 2
 
@@ -39,7 +52,7 @@ def build(settings: Settings) -> serve.Application:
     if worker.replicas:
         workers = _deployment(
             StreamWorkerDeployment,
-            name="StreamWorker",
+            name=_WORKER,
             num_replicas=worker.replicas,
             max_ongoing_requests=8,
             num_cpus=worker.num_cpus,
@@ -47,6 +60,23 @@ def build(settings: Settings) -> serve.Application:
     return _deployment(ApiDeployment, name="Api", num_replicas=1, max_ongoing_requests=256, num_cpus=0).bind(
         settings, detectors, workers
     )
+
+
+def require_startable(settings: Settings) -> None:
+    """See before anything is started that the service can start on this machine: in a second, not after minutes.
+
+    Raises:
+        ConfigError: The port is taken, the registry's root is no folder, or the stream server is too old.
+        StreamUnavailableError: The stream server does not answer.
+        RegistryError: The registry cannot be read.
+    """
+    _require_free_port(settings.api)
+    root = settings.registry.root
+    if Path(root).is_file():
+        raise ConfigError(f"registry.root={root!r} is a file; name the folder that `flawstream train` wrote to")
+    newest_manifest(Registry(root))
+    if settings.worker.replicas:
+        asyncio.run(_require_streams(settings.redis))
 
 
 def run(settings: Settings) -> str:
@@ -59,23 +89,67 @@ def run(settings: Settings) -> str:
         ConfigError: A deployment could not start.
     """
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start(http_options=HTTPOptions(host=settings.api.host, port=settings.api.port), logging_config=quiet)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
+        serve.start(http_options=HTTPOptions(host=settings.api.host, port=settings.api.port), logging_config=quiet)
         serve.run(build(settings), name=APPLICATION, logging_config=quiet)
-    except RuntimeError as error:
-        status = serve.status().applications.get(APPLICATION)
-        problems = {name: told.message for name, told in status.deployments.items() if told.message} if status else {}
-        raise ConfigError(
-            "the service could not start: "
-            + ("; ".join(f"{name}: {message}" for name, message in problems.items()) or str(error))
-        ) from error
+    except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
+        raise ConfigError(f"the service could not start: {_why(error)}") from error
     return f"http://{settings.api.host}:{settings.api.port}"
 
 
 def stop() -> None:
-    """Take the service down; workers finish the batches under way first."""
-    serve.shutdown()
+    """Take the service down. First the workers finish the batches under way, while the detectors are still there."""
+    try:
+        _drain_workers()
+        serve.delete(APPLICATION)
+    except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
+        # nothing is lost: entries that did not end stay pending, and the next start takes them up
+        _log.warning("the service did not stop in order: %s", _last_line(str(error)))
+
+
+def _drain_workers() -> None:
+    """Have every worker finish. A call goes to any one replica, so they are made until each has answered."""
+    status = serve.status().applications.get(APPLICATION)
+    if status is None or _WORKER not in status.deployments:
+        return
+    replicas = sum(status.deployments[_WORKER].replica_states.values())
+    handle = serve.get_deployment_handle(_WORKER, APPLICATION)
+    drained: set[str] = set()
+    deadline_s = time.monotonic() + _SHUTDOWN_S
+    while len(drained) < replicas and time.monotonic() < deadline_s:
+        answers = [handle.drain.remote() for _ in range(replicas)]
+        drained |= {answer.result(timeout_s=_SHUTDOWN_S) for answer in answers}
+
+
+def _require_free_port(api: ApiSettings) -> None:
+    family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
+    try:
+        socket.create_server((api.host, api.port), family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            f"the HTTP API cannot listen on {api.host} port {api.port}: {error.strerror}; "
+            "choose another port with --port (api.port), or another address with --host (api.host)"
+        ) from error
+
+
+async def _require_streams(redis: RedisSettings) -> None:
+    async with make_client(redis) as client:
+        await require_server(client)
+
+
+def _why(error: Exception) -> str:
+    """Find what a person needs in Serve's messages, which repeat a replica's traceback for every try."""
+    status = serve.status().applications.get(APPLICATION)
+    told = {name: one.message for name, one in status.deployments.items() if one.message} if status else {}
+    return "; ".join(f"{name}: {_last_line(message)}" for name, message in told.items()) or _last_line(str(error))
+
+
+def _last_line(text: str) -> str:
+    """Give the last exception that a traceback in the text names, or else the text's last line."""
+    raised = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", text, re.MULTILINE)
+    lines = raised or text.strip().splitlines() or ["no reason given"]
+    return str(lines[-1]).strip()
 
 
 def _deployment(target: type, *, num_cpus: float, num_gpus: float = 0.0, **options: Any) -> serve.Deployment:

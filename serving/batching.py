@@ -5,7 +5,6 @@ nothing of models; it hands slices of what was submitted to one function, which 
 """
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.errors import DetectorOverloadedError
+from schemas.errors import DetectorOverloadedError, ShapeError
 
 Tag = TypeVar("Tag")
 Out = TypeVar("Out")
@@ -58,6 +57,7 @@ class DrainBatcher(Generic[Tag, Out]):
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="detect")
         self._loop_task: asyncio.Task[None] | None = None
+        self._stopping = False
         self.batches = 0
         self.images = 0
 
@@ -66,20 +66,21 @@ class DrainBatcher(Generic[Tag, Out]):
         self._loop_task = asyncio.create_task(self._work())
 
     async def stop(self) -> None:
-        """Stop at once; calls that still wait are refused."""
+        """Finish the batch under way, whose callers get their outputs; calls that still wait are refused."""
+        self._stopping = True
+        self._arrival.set()
         if self._loop_task is not None:
-            self._loop_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._loop_task
+            await self._loop_task
         for request in self._waiting:
             _fail(request, DetectorOverloadedError("the detector is stopping; call another replica"))
         self._waiting.clear()
+        self._queued_images = 0
         self._thread.shutdown(wait=True)
 
     @property
     def alive(self) -> bool:
         """Tell whether the loop runs."""
-        return self._loop_task is not None and not self._loop_task.done()
+        return self._loop_task is not None and not self._loop_task.done() and not self._stopping
 
     @property
     def queued_images(self) -> int:
@@ -117,16 +118,18 @@ class DrainBatcher(Generic[Tag, Out]):
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            await self._arrival.wait()
+        while not self._stopping:
             parts = self._drain()
             if not parts:
                 self._arrival.clear()
+                await self._arrival.wait()
                 continue
-            images = parts[0][1] if len(parts) == 1 else np.concatenate([images for _, images, _ in parts])
             tags = [tag for _, _, part_tags in parts for tag in part_tags]
             try:
+                images = parts[0][1] if len(parts) == 1 else np.concatenate([images for _, images, _ in parts])
                 outputs = await loop.run_in_executor(self._thread, self._run, images, tags)
+                if len(outputs) != len(images):
+                    raise ShapeError(f"{len(images)} images were judged and {len(outputs)} outputs came back")  # noqa: TRY301 - it belongs to the callers, as any other failure does
             except Exception as error:  # noqa: BLE001 - whatever it was, it belongs to those who wait for it
                 for request, _, _ in parts:
                     _fail(request, error)
@@ -146,14 +149,17 @@ class DrainBatcher(Generic[Tag, Out]):
         room = self._max_batch
         while room and self._waiting:
             request = self._waiting[0]
+            if request.done.done():  # failed with an earlier part, or its caller has gone
+                self._queued_images -= len(request.images) - request.taken
+                self._waiting.popleft()
+                continue
             first, last = request.taken, min(request.taken + room, len(request.images))
             self._queued_images -= last - first
             room -= last - first
             request.taken = last
             if last == len(request.images):
                 self._waiting.popleft()
-            if not request.done.done():  # failed with an earlier part, or its caller has gone
-                parts.append((request, request.images[first:last], request.tags[first:last]))
+            parts.append((request, request.images[first:last], request.tags[first:last]))
         return parts
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from schemas.errors import DetectorOverloadedError
+from schemas.errors import DetectorOverloadedError, FlawstreamError
 from schemas.keys import StreamKeys
 from schemas.settings import Settings
 from serving.api import build_api
@@ -31,6 +31,7 @@ from workers.sink import RedisResultSink
 log = logging.getLogger(__name__)
 
 _DRAIN_S = 20.0
+_NO_REPLICA = (BackPressureError, DeploymentUnavailableError, RequestCancelledError, RayActorError, ObjectLostError)
 
 
 class HandleDetector:
@@ -38,20 +39,26 @@ class HandleDetector:
 
     Args:
         handle: Of the `DetectorDeployment`.
+        timeout_s: Longest wait for an answer.
     """
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
         self._handle = handle
+        self._timeout_s = timeout_s
+        self._input_size: int | None = None
 
     async def input_size(self) -> int:
-        """Tell the side in pixels that images must have."""
-        return int(await self._call("input_size"))
+        """Tell the side in pixels that images must have. Asked once: another one comes with a new deployment only."""
+        if self._input_size is None:
+            self._input_size = int(await self._call("input_size"))
+        return self._input_size
 
     async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Detection | Refusal]:
         """Judge a batch; see `workers.ports.Detector`.
 
         Raises:
-            DetectorOverloadedError: The queue is full, or no replica is there; nothing was judged.
+            DetectorOverloadedError: The queue is full, no replica is there, or none answered in time; nothing of what
+                was judged comes back.
         """
         outcomes: Sequence[Detection | Refusal] = await self._call("detect", images, list(categories))
         return outcomes
@@ -62,10 +69,22 @@ class HandleDetector:
         return told
 
     async def _call(self, method: str, *arguments: object) -> Any:
+        response = getattr(self._handle, method).remote(*arguments)
         try:
-            return await getattr(self._handle, method).remote(*arguments)
-        except (BackPressureError, DeploymentUnavailableError, RayActorError) as error:
-            raise DetectorOverloadedError(f"no detector replica took the call ({error}); it is tried again") from error
+            async with asyncio.timeout(self._timeout_s):
+                return await response
+        except RayTaskError as error:  # its own text is the traceback in the replica
+            if isinstance(error.cause, FlawstreamError):
+                raise error.cause from None
+            raise
+        except TimeoutError as error:
+            response.cancel()
+            raise DetectorOverloadedError(
+                f"no detector replica answered within {self._timeout_s:g} s (detector.timeout_s); it is tried again"
+            ) from error
+        except _NO_REPLICA as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DetectorOverloadedError(f"no detector replica took the call ({reason}); it is tried again") from error
 
 
 class DetectorDeployment:
@@ -107,17 +126,17 @@ class StreamWorkerDeployment:
         self._client = make_client(settings.redis)
         await require_server(self._client)
         keys = StreamKeys(prefix=settings.redis.prefix)
-        consumer = serve.get_replica_context().replica_id.unique_id
+        self._consumer: str = serve.get_replica_context().replica_id.unique_id
         self._worker = StreamWorker(
             RedisStreamReader(
                 self._client,
                 keys,
-                consumer,
+                self._consumer,
                 settings.redis,
                 claim_idle_ms=settings.worker.claim_idle_ms,
             ),
-            RedisResultSink(self._client, keys, consumer),
-            HandleDetector(detector),
+            RedisResultSink(self._client, keys, self._consumer),
+            HandleDetector(detector, settings.detector.timeout_s),
             SystemClock(),
             settings=settings.worker,
             limits=settings.limits,
@@ -132,16 +151,25 @@ class StreamWorkerDeployment:
         return asdict(self._worker.stats)
 
     async def check_health(self) -> None:
-        """Have Serve replace a replica whose loop ended."""
-        if self._loop_task.done():
+        """Have Serve replace a replica whose loop ended unasked."""
+        if self._loop_task.done() and not self._stop.is_set():
             raise RuntimeError(f"the worker's loop has ended: {self._loop_task}")
 
+    async def drain(self) -> str:
+        """Finish the batches under way and read no more; what is not finished in time another worker claims.
+
+        Returns:
+            Which replica it was.
+        """
+        self._stop.set()
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+            await asyncio.wait_for(self._loop_task, _DRAIN_S)
+        return self._consumer
+
     async def __del__(self) -> None:
-        """Finish the batches under way; what is not finished in time another worker claims."""
+        """Finish the batches under way."""
         with contextlib.suppress(AttributeError):  # the constructor failed
-            self._stop.set()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._loop_task, _DRAIN_S)
+            await self.drain()
             self._worker.close()
             await self._client.aclose()
 
@@ -152,7 +180,7 @@ class ApiDeployment:
 
     def __init__(self, settings: Settings, detector: DeploymentHandle, worker: DeploymentHandle | None) -> None:
         self._limits = settings.limits
-        self._detector = HandleDetector(detector)
+        self._detector = HandleDetector(detector, settings.detector.timeout_s)
         self._worker = worker
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -18,6 +18,7 @@ from flawstream.fastflow.backbone import Backbone, load_trained_backbone
 from flawstream.fastflow.score import image_scores
 from flawstream.registry import Registry
 from schemas.errors import Reason, RegistryError, ShapeError, UnknownCategoryError
+from schemas.manifest import ModelManifest
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.batching import DrainBatcher
@@ -128,7 +129,13 @@ class DetectorService:
         rows_of: dict[ResidentModel, list[int]] = {}
         for row, model in enumerate(models):
             rows_of.setdefault(model, []).append(row)
-        grids = detect(self._engine, images, [(model.run, np.array(rows, np.int64)) for model, rows in rows_of.items()])
+        grids = [
+            # what is no number, or none that float16 holds, is as anomalous as can be and never passes as normal
+            np.nan_to_num(grid, nan=_HIGHEST, posinf=_HIGHEST, neginf=-_HIGHEST).clip(-_HIGHEST, _HIGHEST)
+            for grid in detect(
+                self._engine, images, [(model.run, np.array(rows, np.int64)) for model, rows in rows_of.items()]
+            )
+        ]
         halves = [grid.astype(np.float16) for grid in grids]
         detections: list[Detection | None] = [None] * len(images)
         for model, rows in rows_of.items():
@@ -153,17 +160,17 @@ class DetectorService:
             model = self._store.get(category)
             if model is not None:
                 return model
-            # a producer that sends nonsense must not make every image a look at the registry
+            # what cannot be served must not make every image a look at the registry
             recently = time.monotonic() - self._refreshed_at_s < self._settings.refresh_s
             if category not in self._store.known and recently:
                 return _refuse(category, self._store.known)
             try:
-                await self._refresh()
+                if not recently:
+                    await self._refresh()
                 return await asyncio.to_thread(self._store.load, category)
             except UnknownCategoryError:
                 return _refuse(category, self._store.known)
-            except RegistryError as error:
-                log.exception("category %s cannot be judged", category)
+            except RegistryError as error:  # the store has logged it
                 return Refusal(Reason.UNKNOWN_CATEGORY, f"the current version of {category!r} cannot be used: {error}")
 
     async def _refresh(self) -> None:
@@ -174,17 +181,16 @@ class DetectorService:
         while True:
             await asyncio.sleep(self._settings.refresh_s)
             try:
-                await self._refresh()
+                async with self._loading:
+                    await self._refresh()
             except RegistryError:
                 log.exception("the registry cannot be read; the versions loaded go on")
 
     def _preload(self) -> None:
         self._store.refresh()
         for category in list(self._store.known)[: self._settings.max_resident]:
-            try:
+            with contextlib.suppress(RegistryError):  # the store has logged it
                 self._store.load(category)
-            except RegistryError:
-                log.exception("category %s cannot be served", category)
 
 
 def _refuse(category: str, known: dict[str, str]) -> Refusal:
@@ -207,13 +213,27 @@ def make_detector(registry_root: str, model: ModelSettings, settings: DetectorSe
     Raises:
         ConfigError: The engine is not installed, or the backbone does not exist.
         WeightsError: The backbone's weights cannot be had.
-        RegistryError: The registry cannot be read.
+        RegistryError: The registry cannot be read, or no current version in it can.
     """
     registry = Registry(registry_root)
-    manifests = [registry.manifest(category, version) for category, version in registry.currents().items()]
-    if manifests:
-        newest = max(manifests, key=lambda manifest: manifest.created_at)
-        backbone = load_trained_backbone(newest.backbone, model)
-    else:
-        backbone = Backbone(model)
+    newest = newest_manifest(registry)
+    backbone = Backbone(model) if newest is None else load_trained_backbone(newest.backbone, model)
     return DetectorService(registry, make_engine(settings.engine, backbone), settings)
+
+
+def newest_manifest(registry: Registry) -> ModelManifest | None:
+    """Find the newest current version; none where nothing was trained yet. One that is damaged stops no other.
+
+    Raises:
+        RegistryError: The registry cannot be read, or no current version in it can.
+    """
+    manifests: list[ModelManifest] = []
+    damaged: RegistryError | None = None
+    for category, version in registry.currents().items():
+        try:
+            manifests.append(registry.manifest(category, version))
+        except RegistryError as error:
+            damaged = error
+    if damaged is not None and not manifests:
+        raise damaged
+    return max(manifests, key=lambda manifest: manifest.created_at, default=None)

@@ -3,7 +3,9 @@
 Knows no batching and no Ray. `get` never blocks; everything else reads the registry and belongs in a thread.
 """
 
+import contextlib
 import logging
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "flow.safetensors"
 
+_RETRY_S = 30.0
+"""A version that failed is tried again so much later: the storage may have been at fault, and not the version."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidentModel:
@@ -35,6 +40,13 @@ class ResidentModel:
     manifest: ModelManifest
     run: HeadRunner
     calibration_scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    version: str
+    why: str
+    at_s: float
 
 
 class ModelStore:
@@ -53,7 +65,7 @@ class ModelStore:
         self._models: OrderedDict[str, ResidentModel] = OrderedDict()
         self._lock = Lock()
         self._known: dict[str, str] = {}
-        self._refused: dict[str, str] = {}
+        self._failures: dict[str, _Failure] = {}
 
     @property
     def known(self) -> dict[str, str]:
@@ -79,8 +91,16 @@ class ModelStore:
 
         Raises:
             UnknownCategoryError: The category has no current version.
-            RegistryError: It has one that cannot be used; a version of before stays.
+            RegistryError: It has one that cannot be used; a version of before stays. Logged once a version, and for a
+                while not tried again.
         """
+        recent = self._failures.get(category)
+        if (
+            recent is not None
+            and time.monotonic() - recent.at_s < _RETRY_S
+            and self._known.get(category, recent.version) == recent.version
+        ):
+            raise RegistryError(recent.why)
         version = self._registry.current(category)
         if version is None:
             raise UnknownCategoryError(
@@ -90,18 +110,31 @@ class ModelStore:
         present = self.get(category)
         if present is not None and present.manifest.version == version:
             return present
-        manifest = self._registry.manifest(category, version)
-        self._refuse_other_backbone(manifest)
-        weights = self._registry.read_file(manifest, WEIGHTS_FILE)
-        run = self._engine.prepare(FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow))
-        model = ResidentModel(manifest, run, np.array(manifest.calibration.scores))
+        try:
+            model = self._prepare(category, version)
+        except RegistryError as error:
+            if recent is None or recent.version != version:
+                log.exception("%s@%s cannot be used; a version of before goes on where there is one", category, version)
+            self._failures[category] = _Failure(version, str(error), time.monotonic())
+            raise
+        self._failures.pop(category, None)
         with self._lock:
             self._models[category] = model
             self._models.move_to_end(category)
             while len(self._models) > self._max_resident:
                 self._models.popitem(last=False)
-        log.info("ready: %s", manifest.model)
+        log.info("ready: %s", model.manifest.model)
         return model
+
+    def _prepare(self, category: str, version: str) -> ResidentModel:
+        manifest = self._registry.manifest(category, version)
+        self._refuse_other_backbone(manifest)
+        weights = self._registry.read_file(manifest, WEIGHTS_FILE)
+        try:
+            run = self._engine.prepare(FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow))
+        except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # a manifest whose numbers do not fit
+            raise RegistryError(f"{manifest.model} cannot be made ready: {error}; train it again") from error
+        return ResidentModel(manifest, run, np.array(manifest.calibration.scores))
 
     def refresh(self) -> None:
         """Look for promoted versions and load those whose category is resident. A version that fails is said once.
@@ -117,14 +150,8 @@ class ModelStore:
                 if self._known.get(category, model.manifest.version) != model.manifest.version
             ]
         for category in stale:
-            version = self._known[category]
-            if self._refused.get(category) == version:
-                continue
-            try:
+            with contextlib.suppress(RegistryError):  # `load` has logged it
                 self.load(category)
-            except RegistryError:
-                self._refused[category] = version
-                log.exception("%s@%s cannot be used; the version of before goes on", category, version)
 
     def _refuse_other_backbone(self, manifest: ModelManifest) -> None:
         ours, theirs = self._engine.spec, manifest.backbone

@@ -11,9 +11,11 @@ from flawstream_cli.terminal import (
     ExitCode,
     JsonOption,
     RedisOption,
-    err,
+    entry_id,
+    out,
     print_json,
     read_settings,
+    say,
     table,
 )
 from schemas.keys import StreamKeys
@@ -27,7 +29,9 @@ app = typer.Typer(help="Look at dead letters: images that were refused, and why.
 @app.command("list")
 def list_(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, newest first.")] = 20,
-    before: Annotated[str | None, typer.Option(help="Only those older than this id, to page on.")] = None,
+    before: Annotated[
+        str | None, typer.Option(callback=entry_id, help="Only those older than this id, to page on.")
+    ] = None,
     redis: RedisOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -53,12 +57,15 @@ def list_(
         )
         for entry in entries
     )
-    err.print(table(f"{count} dead letters", columns, rows) if count else "no dead letters")
+    if count:
+        out.print(table(f"{count} dead letters", columns, rows))
+    else:
+        say("no dead letters")
 
 
 @app.command()
 def show(
-    entry_id: Annotated[str, typer.Argument(help="The dead letter's id, as `dead list` shows it.")],
+    dead_id: Annotated[str, typer.Argument(callback=entry_id, help="The dead letter's id, as `dead list` shows it.")],
     image: Annotated[Path | None, typer.Option(help="Write the refused image's bytes here.")] = None,
     redis: RedisOption = None,
     config: ConfigOption = None,
@@ -67,9 +74,9 @@ def show(
 
     Example: `flawstream dead show 1763900000000-0 --image refused.bin`
     """
-    entry = asyncio.run(_get(read_settings(config, redis={"url": redis}), entry_id))
+    entry = asyncio.run(_get(read_settings(config, redis={"url": redis}), dead_id))
     if entry is None:
-        err.print(f"there is no dead letter {entry_id}; `flawstream dead list` shows what there is")
+        say(f"there is no dead letter {dead_id}; `flawstream dead list` shows what there is")
         raise typer.Exit(ExitCode.FAILED)
     if image is not None:
         image.write_bytes(entry.letter.fields.get(b"image", b""))
@@ -82,9 +89,9 @@ async def _newest(settings: Settings, limit: int, before: str | None) -> tuple[l
         return await box.newest(limit, before=before), await box.count()
 
 
-async def _get(settings: Settings, entry_id: str) -> DeadEntry | None:
+async def _get(settings: Settings, dead_id: str) -> DeadEntry | None:
     async with make_client(settings.redis) as client:
-        return await DeadLetterBox(client, StreamKeys(prefix=settings.redis.prefix)).get(entry_id)
+        return await DeadLetterBox(client, StreamKeys(prefix=settings.redis.prefix)).get(dead_id)
 
 
 def _as_dict(entry: DeadEntry) -> dict[str, object]:

@@ -12,7 +12,7 @@ from flawstream.maps import decode_map
 from flawstream_cli.commands.serve import running, wait_for_stop, with_redis
 from flawstream_cli.commands.train import train_all, training_table
 from flawstream_cli.round_trip import RoundTrip, stream_samples
-from flawstream_cli.terminal import ExitCode, err, print_json, read_settings, table
+from flawstream_cli.terminal import ExitCode, err, print_json, read_settings, say, table
 from schemas.manifest import Metrics
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
@@ -55,10 +55,15 @@ def demo(
 
     err.rule("2. Training")
     err.print("starting Ray ...")
-    manifests, failures = train_all(data, settings, cluster.connect())
+    try:
+        manifests, failures = train_all(data, settings, cluster.connect())
+    except BaseException:
+        cluster.disconnect()
+        raise
     if failures:
+        cluster.disconnect()
         for name, reason in failures.items():
-            err.print(f"[bold red]{name} failed:[/] {reason}")
+            say(f"{name} failed: {reason}", "red")
         raise typer.Exit(ExitCode.FAILED)
     err.print(training_table(manifests))
 
@@ -74,7 +79,7 @@ def demo(
         err.print(table("Judged on the stream", _RESULT_COLUMNS, _result_rows(trip, metrics)))
         report = folder / "report.html"
         write_report(report, "flawstream demo: solar cells", _judged(trip), metrics)
-        err.print(f"report: {report}")
+        say(f"report: {report}")
         if keep:
             err.print("everything stays up; Ctrl-C ends it")
         print_json(_summary(trip, metrics) | ({"addresses": addresses} if keep else {}))

@@ -20,7 +20,6 @@ from flawstream_cli.terminal import (
     JsonOption,
     RedisOption,
     RegistryOption,
-    err,
     out,
     print_json,
     printable,
@@ -74,7 +73,7 @@ def doctor(
             found[name] = {"ok": False, "detail": str(error)}
         if not as_json:
             mark = "[green]ok  [/]" if found[name]["ok"] else "[bold red]FAIL[/]"
-            err.print(f"{mark} {name:<9} {printable(str(found[name]['detail']))}", highlight=False)
+            out.print(f"{mark} {name:<9} {printable(str(found[name]['detail']))}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(found)
     if not all(check["ok"] for check in found.values()):
@@ -138,4 +137,6 @@ def _list_settings(settings: Settings, *, as_json: bool) -> None:
         for field, info in type(section).model_fields.items():
             variable = f"{ENV_PREFIX}{name.upper()}__{field.upper()}"
             value = printable(str(getattr(section, field)))
-            out.print(f"  {field} = [cyan]{value}[/]  {info.description}  [dim]{variable}[/]", highlight=False)
+            out.print(
+                f"  {field} = [cyan]{value}[/]  {info.description}  [dim]{variable}[/]", highlight=False, soft_wrap=True
+            )

@@ -9,10 +9,19 @@ from rich.progress import track
 from flawstream.fastflow.backbone import load_trained_backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import Registry
-from flawstream_cli.terminal import ConfigOption, JsonOption, RegistryOption, err, print_json, read_settings, table
+from flawstream_cli.terminal import (
+    ConfigOption,
+    JsonOption,
+    RegistryOption,
+    err,
+    out,
+    print_json,
+    read_settings,
+    say,
+    table,
+)
 from schemas.errors import DatasetError, UnknownCategoryError
-from schemas.manifest import Metrics
-from schemas.settings import Settings
+from schemas.manifest import Metrics, ModelManifest
 from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import CategoryData
 from training.evaluate import Evaluation, ScoredImage, score_images
@@ -39,19 +48,27 @@ def evaluate(
     data = [one for one in load_mvtec(root, category) if one.test]
     if not data:
         raise DatasetError(f"no category below {root} has images in test/; evaluation needs labelled test images")
+    manifests = _current_manifests(Registry(settings.registry.root), [one.name for one in data], settings.registry.root)
     metrics: dict[str, Metrics] = {}
-    versions: dict[str, str] = {}
     judged: list[JudgedImage] = []
+    extractors: dict[str, FeatureExtractor] = {}
     for one in data:
-        versions[one.name], metrics[one.name], images = _evaluate_category(one, settings)
+        spec = manifests[one.name].backbone
+        if spec.model_dump_json() not in extractors:
+            say(f"loading {spec.name} ...")
+            backbone = load_trained_backbone(spec, settings.model)
+            extractors[spec.model_dump_json()] = FeatureExtractor(backbone, settings.limits)
+        extractor = extractors[spec.model_dump_json()]
+        metrics[one.name], images = _evaluate_category(one, manifests[one.name], extractor, settings.registry.root)
         judged += images
+    versions = {name: manifest.model for name, manifest in manifests.items()}
     if report is not None:
         write_report(report, "flawstream: evaluation", judged, metrics)
-        err.print(f"report: {report}")
+        say(f"report: {report}")
     if as_json:
         print_json({name: {"model": versions[name], **found.model_dump()} for name, found in metrics.items()})
         return
-    err.print(
+    out.print(
         table(
             "Evaluation",
             ("category", "model", "normal", "defective", "AUROC", "pixel AUROC", "false alarms", "recall"),
@@ -72,18 +89,23 @@ def evaluate(
     )
 
 
-def _evaluate_category(data: CategoryData, settings: Settings) -> tuple[str, Metrics, list[JudgedImage]]:
-    registry = Registry(settings.registry.root)
-    version = registry.current(data.name)
-    if version is None:
+def _current_manifests(registry: Registry, categories: list[str], root: str) -> dict[str, ModelManifest]:
+    currents = registry.currents()
+    missing = [name for name in categories if name not in currents]
+    if missing:
         raise UnknownCategoryError(
-            f"category {data.name!r} has no current version in {settings.registry.root}; "
-            "train it with `flawstream train`, or leave it out with --category"
+            f"no current version in {root} of {', '.join(missing)}; "
+            "train with `flawstream train`, or choose others with --category"
         )
-    manifest = registry.manifest(data.name, version)
-    spec, calibration = manifest.backbone, manifest.calibration
-    extractor = FeatureExtractor(load_trained_backbone(spec, settings.model), settings.limits)
-    head = FastFlowHead.from_bytes(registry.read_file(manifest, WEIGHTS_FILE), spec, manifest.flow)
+    return {name: registry.manifest(name, currents[name]) for name in categories}
+
+
+def _evaluate_category(
+    data: CategoryData, manifest: ModelManifest, extractor: FeatureExtractor, root: str
+) -> tuple[Metrics, list[JudgedImage]]:
+    calibration = manifest.calibration
+    weights = Registry(root).read_file(manifest, WEIGHTS_FILE)
+    head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
     paths = [sample.path for sample in data.test]
     evaluation = Evaluation()
     judged: list[JudgedImage] = []
@@ -99,7 +121,7 @@ def _evaluate_category(data: CategoryData, settings: Settings) -> tuple[str, Met
         judged.append(
             _judge(data.name, sample.defect, image, anomalous=sample.anomalous, threshold=calibration.threshold)
         )
-    return manifest.model, evaluation.metrics(calibration.threshold), judged
+    return evaluation.metrics(calibration.threshold), judged
 
 
 def _judge(category: str, defect: str, image: ScoredImage, *, anomalous: bool, threshold: float) -> JudgedImage:

@@ -5,8 +5,19 @@ from typing import Annotated
 import typer
 
 from flawstream.registry import Registry
-from flawstream_cli.terminal import ConfigOption, JsonOption, RegistryOption, err, print_json, read_settings, table
-from schemas.errors import UnknownCategoryError
+from flawstream_cli.terminal import (
+    ConfigOption,
+    ExitCode,
+    JsonOption,
+    RegistryOption,
+    out,
+    print_json,
+    read_settings,
+    say,
+    table,
+)
+from schemas.errors import RegistryError, UnknownCategoryError
+from schemas.manifest import ModelManifest
 
 app = typer.Typer(help="Look at model versions and promote them.", no_args_is_help=True)
 
@@ -21,12 +32,28 @@ def list_(
     """List versions; a star marks the current one.
 
     Example: `flawstream models list bottle`
+
+    Exit code 1: a version is damaged; the others are listed.
     """
     settings = read_settings(config, registry={"root": registry})
     opened = Registry(settings.registry.root)
     currents = opened.currents()
     categories = [category] if category else opened.categories()
-    manifests = [opened.manifest(name, version) for name in categories for version in opened.versions(name)]
+    manifests: list[ModelManifest] = []
+    damaged: list[RegistryError] = []
+    for name, version in ((one, version) for one in categories for version in opened.versions(one)):
+        try:
+            manifests.append(opened.manifest(name, version))
+        except RegistryError as error:
+            damaged.append(error)
+    _show(manifests, currents, settings.registry.root, as_json=as_json)
+    for why in damaged:
+        say(str(why), "red")
+    if damaged:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _show(manifests: list[ModelManifest], currents: dict[str, str], root: str, *, as_json: bool) -> None:
     if as_json:
         print_json(
             [
@@ -36,7 +63,7 @@ def list_(
         )
         return
     if not manifests:
-        err.print(f"no versions in {settings.registry.root}; make some with `flawstream train`")
+        say(f"no versions in {root}; make some with `flawstream train`")
         return
     columns = ("category", "version", "current", "backbone", "input", "train images", "AUROC", "threshold")
     rows = (
@@ -52,7 +79,7 @@ def list_(
         )
         for m in manifests
     )
-    err.print(table(settings.registry.root, columns, rows))
+    out.print(table(root, columns, rows))
 
 
 @app.command()
@@ -90,4 +117,4 @@ def promote(
     """
     settings = read_settings(config, registry={"root": registry})
     Registry(settings.registry.root).promote(category, version)
-    err.print(f"{category}@{version} is current")
+    say(f"{category}@{version} is current")

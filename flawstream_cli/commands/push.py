@@ -15,8 +15,10 @@ from flawstream_cli.terminal import (
     JsonOption,
     RedisOption,
     err,
+    out,
     print_json,
     read_settings,
+    say,
     table,
 )
 from schemas.errors import ConfigError, MessageError
@@ -69,24 +71,24 @@ async def _push(files: list[Path], category: str, settings: Settings, timeout_s:
         producer = await stack.enter_async_context(Producer(settings.redis, settings.limits, settings.backlog))
         results = await stack.enter_async_context(ResultReader(settings.redis))
         dead = await stack.enter_async_context(DeadLetterReader(settings.redis))
-        with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
-            task = progress.add_task("pushing", total=len(files))
-            for file in files:
+        with _bar() as progress:
+            for file in progress.track(files, description="pushing"):
                 try:
-                    data = file.read_bytes()
                     entry_id = await producer.push(
-                        data, category, extra={"file": file.name.encode()}, wait_s=_WAIT_FOR_ROOM_S
+                        file.read_bytes(), category, extra={"file": file.name.encode()}, wait_s=_WAIT_FOR_ROOM_S
                     )
-                except (OSError, MessageError) as error:
+                except OSError as error:
                     failed += 1
-                    err.print(f"{file}: {error}", style="red", markup=False)
+                    _tell_failure(file, "unreadable", error.strerror or str(error), as_json=as_json)
+                except MessageError as error:
+                    failed += 1
+                    _tell_failure(file, error.reason, str(error), as_json=as_json)
                 else:
                     pending[entry_id] = file
                     if timeout_s is None and as_json:
                         print_json({"file": str(file), "entry_id": entry_id})
-                progress.advance(task)
         if timeout_s is None:
-            err.print(f"{len(pending)} pushed. Results: flawstream watch --redis {settings.redis.url}")
+            say(f"{len(pending)} pushed. Results: flawstream watch --redis {settings.redis.url}")
             return failed
         return failed + await _await_endings(pending, results, dead, timeout_s, as_json=as_json)
 
@@ -94,34 +96,46 @@ async def _push(files: list[Path], category: str, settings: Settings, timeout_s:
 async def _await_endings(
     pending: dict[str, Path], results: ResultReader, dead: DeadLetterReader, timeout_s: float, *, as_json: bool
 ) -> int:
+    """Show how the images end, as they do; gives the number of those that did not end well."""
     found: list[tuple[Path, DetectionResult]] = []
     failed = 0
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + timeout_s
-    while pending and loop.time() < deadline_s:
-        ended, letters = await asyncio.gather(results.read(), dead.read())
-        for _, result in ended:
-            if result.id in pending:
+    with _bar() as progress:
+        task = progress.add_task("waiting for results", total=len(pending))
+        while pending and loop.time() < deadline_s:
+            ended, letters = await asyncio.gather(results.read(), dead.read())
+            ours = len(pending)
+            for _, result in ended:
+                if result.id in pending:
+                    found.append((pending.pop(result.id), result))
+                    if as_json:
+                        told = result.model_dump(mode="json", exclude={"map", "extra"})
+                        print_json({"file": str(found[-1][0]), **told})
+            for _, letter in letters:
+                if letter.entry_id in pending:
+                    failed += 1
+                    _tell_failure(pending.pop(letter.entry_id), letter.reason, letter.detail, as_json=as_json)
+            if len(pending) < ours:
                 deadline_s = loop.time() + timeout_s
-                found.append((pending.pop(result.id), result))
-        for _, letter in letters:
-            if letter.entry_id in pending:
-                deadline_s = loop.time() + timeout_s
-                failed += 1
-                err.print(
-                    f"{pending.pop(letter.entry_id)}: {letter.reason}: {letter.detail}", style="red", markup=False
-                )
-    if as_json:
-        for file, result in found:
-            print_json({"file": str(file), **result.model_dump(mode="json", exclude={"map", "extra"})})
-    elif found:
+                progress.advance(task, ours - len(pending))
+    if found and not as_json:
         columns = ("file", "verdict", "score", "threshold", "p-value", "boxes", "ms")
         rows = (
             (file, r.verdict, r.score, r.threshold, r.p_value, len(r.boxes), round(r.total_ms)) for file, r in found
         )
-        err.print(table("Results", columns, rows))
+        out.print(table("Results", columns, rows))
     for file in pending.values():
-        err.print(
-            f"{file}: no answer within {timeout_s:g} s; is `flawstream serve` running on this server?", style="red"
-        )
+        why = f"no answer within {timeout_s:g} s; is `flawstream serve` running on this server?"
+        _tell_failure(file, "no_answer", why, as_json=as_json)
     return failed + len(pending)
+
+
+def _bar() -> Progress:
+    return Progress(console=err, disable=not err.is_terminal, transient=True)
+
+
+def _tell_failure(file: Path, reason: str, detail: str, *, as_json: bool) -> None:
+    say(f"{file}: {reason}: {detail}", "red")
+    if as_json:
+        print_json({"file": str(file), "reason": str(reason), "detail": detail})

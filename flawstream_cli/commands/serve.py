@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from flawstream import cluster
-from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, err, print_json, read_settings
+from flawstream.registry import Registry
+from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, print_json, read_settings, say
+from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
 from workers.embedded import EmbeddedServer
@@ -52,18 +54,21 @@ def serve(
         detector={"engine": engine, "replicas": detectors},
         worker={"replicas": workers},
     )
+    if redis is not None and redis_port is not None:
+        raise ConfigError("--redis-port is for the embedded server, and --redis names another; leave one of them out")
     embedded = redis is None and "url" not in settings.redis.model_fields_set
     with contextlib.ExitStack() as stack:
         if embedded:
-            err.print(f"starting an embedded Valkey server in {data_dir} ...")
+            say(f"starting an embedded Valkey server in {data_dir} ...")
             server = stack.enter_context(EmbeddedServer(data_dir, redis_port))
             settings = with_redis(settings, server.url)
         addresses = stack.enter_context(running(settings, ray_address))
+        say(f"push an image   flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
+        say("stop            Ctrl-C")
         print_json(addresses)
-        err.print(f"push an image:  flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
-        err.print("stop:           Ctrl-C")
         wait_for_stop()
-        err.print("stopping: batches under way are finished first ...")
+        say("stopping: batches under way are finished first ...")
+    say("stopped")
 
 
 def with_redis(settings: Settings, url: str) -> Settings:
@@ -82,17 +87,26 @@ def running(settings: Settings, ray_address: str | None = None) -> Iterator[dict
     if "://" not in root:  # replicas run in other folders
         absolute = settings.registry.model_copy(update={"root": str(Path(root).absolute())})
         settings = settings.model_copy(update={"registry": absolute})
-    err.print("starting Ray ..." if ray_address is None else f"joining Ray at {ray_address} ...")
+    if ray_address is None:  # a cluster may reach what this machine cannot
+        service.require_startable(settings)
+        if not Registry(settings.registry.root).currents():
+            say(
+                f"{root} has no model versions yet: images are refused until `flawstream train` has made some", "yellow"
+            )
+    say("starting Ray ..." if ray_address is None else f"joining Ray at {ray_address} ...")
     joined = cluster.connect(ray_address)
     try:
-        err.print("starting detector, stream worker and API ...")
+        say("starting detector, stream worker and API; this takes half a minute ...")
         api = service.run(settings)
         addresses = {"api": api, "redis": settings.redis.url, "dashboard": joined.dashboard_url}
-        err.print(f"API             {api}  (documentation at {api}/docs)")
-        err.print(f"Redis           {settings.redis.url}")
-        err.print(f"Ray dashboard   {joined.dashboard_url}  (its token: ray get-auth-token)")
-        yield addresses
-        service.stop()
+        say(f"API             {api}  (documentation at {api}/docs)")
+        say(f"Redis           {settings.redis.url}")
+        if joined.dashboard_url:
+            say(f"Ray dashboard   {joined.dashboard_url}  (its token: ray get-auth-token)")
+        try:
+            yield addresses
+        finally:
+            service.stop()
     finally:
         cluster.disconnect()
 

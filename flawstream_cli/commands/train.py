@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from flawstream import cluster
 from flawstream_cli.terminal import (
@@ -11,9 +12,10 @@ from flawstream_cli.terminal import (
     ExitCode,
     JsonOption,
     RegistryOption,
-    err,
+    out,
     print_json,
     read_settings,
+    say,
     table,
 )
 from flawstream_cli.training_display import TrainingDisplay
@@ -60,7 +62,7 @@ def train(
         registry={"root": registry},
     )
     data = load_mvtec(root, category)
-    err.print("starting Ray ..." if ray_address is None else f"joining Ray at {ray_address} ...")
+    say("starting Ray ..." if ray_address is None else f"joining Ray at {ray_address} ...")
     joined = cluster.connect(ray_address)
     try:
         manifests, failures = train_all(data, settings, joined, promote=promote)
@@ -70,11 +72,12 @@ def train(
         print_json(
             {"trained": [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests], "failed": failures}
         )
-    else:
-        err.print(training_table(manifests))
-        err.print(f"registry: {settings.registry.root}\nnext:     flawstream serve --registry {settings.registry.root}")
+    elif manifests:
+        out.print(training_table(manifests))
+        say(f"registry: {settings.registry.root}")
+        say(f"next:     flawstream serve --registry {settings.registry.root}")
     for name, reason in failures.items():
-        err.print(f"[bold red]{name} failed:[/] {reason}")
+        say(f"{name} failed: {reason}", "red")
     if failures:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -100,7 +103,7 @@ def train_all(
     return [manifests[name] for name in sorted(manifests)], failures
 
 
-def training_table(manifests: list[ModelManifest]) -> object:
+def training_table(manifests: list[ModelManifest]) -> Table:
     """Show trained versions."""
     return table(
         "Trained",

@@ -11,12 +11,14 @@ from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
     RedisOption,
-    err,
+    entry_id,
     out,
     print_json,
     printable,
     read_settings,
+    say,
 )
+from schemas.errors import MessageError
 from schemas.messages import DetectionResult, MapCodec, Verdict
 from schemas.settings import Settings
 from workers.results import ResultReader
@@ -24,7 +26,13 @@ from workers.results import ResultReader
 
 def watch(
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="Leave after so many; 0: never.")] = 0,
-    since: Annotated[str, typer.Option(help="Entry id to start behind; 0 from the oldest, $ from now on.")] = "$",
+    since: Annotated[
+        str,
+        typer.Option(
+            callback=lambda text: text if text == "$" else entry_id(text),
+            help="Entry id to start behind; 0 from the oldest, $ from now on.",
+        ),
+    ] = "$",
     maps: Annotated[Path | None, typer.Option(help="Write each anomaly map as a JPEG into this folder.")] = None,
     redis: RedisOption = None,
     config: ConfigOption = None,
@@ -38,28 +46,37 @@ def watch(
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)
     if not as_json:
-        err.print(f"waiting for results on {settings.redis.url}; Ctrl-C ends")
+        say(f"waiting for results on {settings.redis.url}; Ctrl-C ends")
     asyncio.run(_watch(settings, count, "0-0" if since == "0" else since, maps, as_json=as_json))
 
 
 async def _watch(settings: Settings, count: int, since: str, maps: Path | None, *, as_json: bool) -> None:
     seen = 0
     async with ResultReader(settings.redis, after=since) as reader:
-        async for entry_id, result in reader:
-            if maps is not None and result.map.codec not in (MapCodec.NONE, MapCodec.HEATMAP_JPEG):
-                picture = encode_jpeg(paint(decode_map(result.map), result.threshold))
-                (maps / f"{entry_id}.jpg").write_bytes(picture)
-            _show(entry_id, result, as_json=as_json)
+        async for name, result in reader:
+            if maps is not None:
+                _write_map(maps / f"{name}.jpg", result)
+            _show(name, result, as_json=as_json)
             seen += 1
             if seen == count:
                 return
 
 
-def _show(entry_id: str, result: DetectionResult, *, as_json: bool) -> None:
+def _write_map(file: Path, result: DetectionResult) -> None:
+    if result.map.codec is MapCodec.HEATMAP_JPEG:
+        file.write_bytes(result.map.data)
+    elif result.map.codec is not MapCodec.NONE:
+        try:
+            file.write_bytes(encode_jpeg(paint(decode_map(result.map), result.threshold)))
+        except MessageError as error:  # written by something else than our workers
+            say(f"the map of {result.id} cannot be read: {error}", "red")
+
+
+def _show(name: str, result: DetectionResult, *, as_json: bool) -> None:
     if as_json:
         extra = {name: value.decode("utf-8", "backslashreplace") for name, value in result.extra.items()}
         told = result.model_dump(mode="json", exclude={"map", "extra"})
-        print_json({"entry_id": entry_id, **told, "map_codec": result.map.codec, "extra": extra})
+        print_json({"entry_id": name, **told, "map_codec": result.map.codec, "extra": extra})
         return
     style = "bold red" if result.verdict is Verdict.ANOMALOUS else "green"
     out.print(

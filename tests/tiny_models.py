@@ -1,0 +1,111 @@
+"""Model versions small enough for any test, and an engine that needs no network: the score is the grey level."""
+
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawstream.calibration import calibrate
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.registry import Registry
+from schemas.manifest import BackboneSpec, FlowSpec, ModelManifest, TrainingRecord
+
+SPEC = BackboneSpec(
+    name="tiny",
+    weights="none",
+    weights_sha256="0" * 64,
+    strides=(16, 32),
+    channels=(2, 4),
+    input_size=64,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+CALIBRATION_SCORES = tuple((np.arange(19) + 1) / 10)
+"""0.1 to 1.9; at a false alarm rate of 0.05 the threshold is the highest."""
+FALSE_ALARM_RATE = 0.05
+NOT_A_NUMBER, INFINITE, TOO_LARGE = 253, 254, 255
+"""Grey levels for which the engine gives a grid that is NaN, infinite, or past what float16 holds."""
+
+_FLOW = FlowSpec(steps=1, hidden_ratio=0.5, conv3x3_only=False, clamp=2.0)
+
+
+def write_version(
+    registry: Registry,
+    category: str,
+    version: str = "v1",
+    *,
+    spec: BackboneSpec = SPEC,
+    weights: bytes | None = None,
+    promote: bool = True,
+    age: timedelta = timedelta(),
+    scores: Sequence[float] = CALIBRATION_SCORES,
+) -> ModelManifest:
+    """Publish a version with random weights, or with the bytes given for weights."""
+    data = FastFlowHead(spec, _FLOW).to_bytes() if weights is None else weights
+    files = {"flow.safetensors": data}
+    levels = np.array(scores)
+    manifest = ModelManifest(
+        category=category,
+        version=version,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC) - age,
+        backbone=spec,
+        flow=_FLOW,
+        calibration=calibrate(levels, levels, FALSE_ALARM_RATE, top_fraction=0.0),
+        training=TrainingRecord(
+            dataset_sha256="0" * 64,
+            train_images=1,
+            calibration_images=len(levels),
+            epochs=1,
+            batch_size=1,
+            learning_rate=1.0,
+            weight_decay=0.0,
+            clip_norm=1.0,
+            seed=0,
+            final_loss=0.0,
+            duration_s=0.0,
+        ),
+        libraries={},
+        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    )
+    registry.write(manifest, files)
+    if promote:
+        registry.promote(category, version)
+    return manifest
+
+
+def image(level: int, side: int = SPEC.input_size) -> NDArray[np.uint8]:
+    """Make an image of one grey level, (S, S, 3)."""
+    return np.full((side, side, 3), level, np.uint8)
+
+
+class TinyEngine:
+    """An `Engine` whose grids are the image's grey level over 100, and something worse for three levels."""
+
+    def __init__(self, spec: BackboneSpec = SPEC) -> None:
+        self.spec = spec
+        self.batches: list[int] = []
+        self.prepared = 0
+
+    def features(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        self.batches.append(len(images))
+        levels = images.mean(axis=(1, 2, 3), dtype=np.float64) / 100
+        for grey, value in ((NOT_A_NUMBER, np.nan), (INFINITE, np.inf), (TOO_LARGE, 1e6)):
+            levels[levels == grey / 100] = value
+        return [
+            np.broadcast_to(levels[:, None, None, None], (len(images), *shape)).astype(np.float32)
+            for shape in self.spec.feature_shapes
+        ]
+
+    def prepare(self, head: FastFlowHead) -> "_Run":
+        assert not head.training
+        self.prepared += 1
+        return _run
+
+
+def _run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    return [scale[:, 0] for scale in features]
+
+
+_Run = type(_run)
