@@ -108,7 +108,7 @@ class DetectorService:
                 f"expected ({len(categories)}, {side}, {side}, 3) uint8, got {images.shape} {images.dtype}"
             )
         models: dict[str, ResidentModel | Refusal] = {}
-        for category in set(categories):
+        for category in dict.fromkeys(categories):
             models[category] = self._store.get(category) or await self._load(category)
         outcomes: list[Detection | Refusal | None] = []
         rows: list[int] = []
