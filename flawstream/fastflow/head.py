@@ -3,6 +3,7 @@
 Shape legend: B images, C channels, K latent channels, H W height and width of a scale's grid, s a scale.
 """
 
+import copy
 from collections.abc import Sequence
 
 import safetensors.torch
@@ -77,18 +78,19 @@ class FastFlowHead(nn.Module):
         try:
             head.load_state_dict(safetensors.torch.load(data))
         except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise RegistryError(
-                f"the weights do not fit their manifest ({error}); the version is damaged, train it again"
+                f"the weights do not fit their manifest ({reason}); the version is damaged, train it again"
             ) from error
         return head.eval()
 
 
 class FoldedHead(nn.Module):
-    """A head for inference: features in, anomaly grids out. Exact up to float rounding."""
+    """A head for inference: features in, anomaly grids out. Exact up to float rounding, and a copy: `head` stays."""
 
     def __init__(self, head: FastFlowHead) -> None:
         super().__init__()
-        self.statistics = head.statistics
+        self.statistics = copy.deepcopy(head.statistics)
         self.flows = nn.ModuleList(FoldedFlow(flow) for flow in head.flows)  # type: ignore[arg-type]
         self.requires_grad_(requires_grad=False)
         self.eval()

@@ -33,7 +33,7 @@ class OpenvinoEngine:
 
     def prepare(self, head: FastFlowHead) -> HeadRunner:
         """Fold a head, compile it and run it once."""
-        compiled = CompiledModule(FoldedHead(head), self.spec.feature_shapes, dtype=torch.float32)
+        compiled = CompiledModule(FoldedHead(head), self.spec.feature_shapes, dtype=torch.float32, listed=True)
 
         def run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
             return compiled(*features)

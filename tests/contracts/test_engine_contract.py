@@ -1,0 +1,232 @@
+"""What every engine promises: the reference's grids, for any mix of categories and any size of batch."""
+
+import threading
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from numpy.typing import NDArray
+
+from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from schemas.manifest import FlowSpec
+from schemas.settings import ModelSettings
+from serving.engines.engine import Engine, HeadRunner, detect
+from serving.engines.fake_engine import FakeEngine
+from serving.engines.openvino_engine import OpenvinoEngine
+from serving.engines.torch_engine import TorchEngine
+
+pytestmark = pytest.mark.contracts
+
+Images = NDArray[np.uint8]
+Grids = list[NDArray[np.float32]]
+
+SIZE = 64
+FLOW = FlowSpec(steps=2, hidden_ratio=0.5, conv3x3_only=False, clamp=2.0)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a resnet18 that was never trained, as a file."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), path)
+    return path
+
+
+def make_head(reference: Backbone, seed: int) -> FastFlowHead:
+    """A head whose every tensor is away from where it starts."""
+    head = FastFlowHead(reference.spec, FLOW, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*head.parameters(), *head.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.2 * (1 + seed))
+    return head.eval()
+
+
+def make_images(count: int, seed: int = 0) -> Images:
+    """Textures of different brightness."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (count, SIZE // 8, SIZE // 8, 3), np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def assert_same(grids: Grids, expected: Grids) -> None:
+    assert len(grids) == len(expected)
+    for grid, other in zip(grids, expected, strict=True):
+        assert grid.dtype == np.float32
+        np.testing.assert_allclose(grid, other, rtol=1e-3, atol=1e-3 * float(np.abs(other).max()))
+
+
+class EngineContract(ABC):
+    strides: tuple[int, ...] = (8, 16)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls, weights: Path) -> ModelSettings:
+        return ModelSettings(backbone="resnet18", weights=str(weights), strides=cls.strides, input_size=SIZE)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def reference(cls, settings: ModelSettings) -> Backbone:
+        return Backbone(settings)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def heads(cls, reference: Backbone) -> list[FastFlowHead]:
+        return [make_head(reference, seed) for seed in range(3)]
+
+    @classmethod
+    @abstractmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine: ...
+
+    def expected(self, reference: Backbone, head: FastFlowHead, images: Images) -> Grids:
+        """Compute the grids in plain torch, float32."""
+        with torch.no_grad():
+            return [grid.numpy() for grid in FoldedHead(head)(reference(torch.from_numpy(images)))]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        return cls.make_engine(settings, reference)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def runners(cls, engine: Engine, heads: list[FastFlowHead]) -> list[HeadRunner]:
+        return [engine.prepare(head) for head in heads]
+
+    def test_spec_is_the_backbone_s(self, engine: Engine, reference: Backbone) -> None:
+        assert engine.spec == reference.spec
+
+    @pytest.mark.parametrize("count", [1, 2, 5])
+    def test_grids_are_the_reference_s(
+        self,
+        engine: Engine,
+        reference: Backbone,
+        heads: list[FastFlowHead],
+        runners: list[HeadRunner],
+        count: int,
+    ) -> None:
+        images = make_images(count)
+        grids = runners[0](engine.features(images))
+        assert [grid.shape for grid in grids] == [(count, side, side) for side in engine.spec.grid_sizes]
+        assert_same(grids, self.expected(reference, heads[0], images))
+
+    def test_mixed_categories_get_what_each_gets_alone(self, engine: Engine, runners: list[HeadRunner]) -> None:
+        images = make_images(6)
+        owners = np.array([2, 0, 1, 0, 2, 0])
+        mixed = detect(engine, images, [(run, np.flatnonzero(owners == k)) for k, run in enumerate(runners)])
+        for row, owner in enumerate(owners):
+            alone = detect(engine, images[row : row + 1], [(runners[owner], np.array([0]))])
+            assert_same([grid[row : row + 1] for grid in mixed], alone)
+
+    def test_categories_differ(self, engine: Engine, runners: list[HeadRunner]) -> None:
+        features = engine.features(make_images(1))
+        one, other = runners[0](features), runners[1](features)
+        assert not np.allclose(one[0], other[0], rtol=1e-2)
+
+    def test_read_only_images_are_taken_without_a_warning(self, engine: Engine, runners: list[HeadRunner]) -> None:
+        """As arrays from shared memory are; the whole test run turns warnings into errors."""
+        images = make_images(3)
+        expected = detect(engine, images, [(runners[0], np.arange(3))])
+        frozen = images.copy()
+        frozen.flags.writeable = False
+        assert_same(detect(engine, frozen, [(runners[0], np.arange(3))]), expected)
+        assert np.array_equal(frozen, images)
+
+    def test_images_with_gaps_in_memory_are_taken(self, engine: Engine, runners: list[HeadRunner]) -> None:
+        images = make_images(4)
+        run = runners[0]
+        expected = run(engine.features(np.ascontiguousarray(images[::2])))
+        assert_same(run(engine.features(images[::2])), expected)
+
+    def test_results_outlive_the_next_batch(self, engine: Engine, runners: list[HeadRunner]) -> None:
+        run = runners[0]
+        first = engine.features(make_images(2, seed=1))
+        grids = run(first)
+        kept = [grid.copy() for grid in grids]
+        run(engine.features(make_images(2, seed=2)))
+        for grid, copy in zip(grids, kept, strict=True):
+            assert np.array_equal(grid, copy)
+        assert_same(run(first), kept)
+
+    def test_preparing_a_head_leaves_it_as_it_was(
+        self, reference: Backbone, heads: list[FastFlowHead], runners: list[HeadRunner]
+    ) -> None:
+        assert runners
+        assert heads[0].to_bytes() == make_head(reference, 0).to_bytes()
+        assert all(parameter.requires_grad for parameter in heads[0].parameters())
+
+    def test_preparing_in_another_thread_disturbs_no_batch(
+        self, engine: Engine, heads: list[FastFlowHead], runners: list[HeadRunner]
+    ) -> None:
+        images = make_images(2)
+        run = runners[0]
+        expected = run(engine.features(images))
+        prepared: list[HeadRunner] = []
+        other = threading.Thread(target=lambda: prepared.extend(engine.prepare(head) for head in heads[:1]))
+        other.start()
+        batches = 0
+        while other.is_alive() or batches < 3:
+            assert_same(run(engine.features(images)), expected)
+            batches += 1
+        other.join()
+        assert_same(prepared[0](engine.features(images)), expected)
+
+
+class TestTorchEngine(EngineContract):
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        return TorchEngine(Backbone(settings))
+
+
+class TestTorchEngineOnOneScale(TestTorchEngine):
+    strides = (16,)
+
+
+class TestOpenvinoEngine(EngineContract):
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        pytest.importorskip("openvino")
+        return OpenvinoEngine(Backbone(settings))
+
+
+class TestOpenvinoEngineOnOneScale(TestOpenvinoEngine):
+    strides = (16,)
+
+
+class TestFakeEngine(EngineContract):
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del settings
+        return FakeEngine(reference.spec)
+
+    def expected(self, reference: Backbone, head: FastFlowHead, images: Images) -> Grids:
+        """Compute cell by cell what the engine computes at once."""
+        grids = []
+        for side, statistics in zip(reference.spec.grid_sizes, head.statistics, strict=True):
+            cell = SIZE // side
+            mean = float(statistics.get_buffer("mean").mean())
+            grids.append(
+                np.array(
+                    [
+                        [
+                            [
+                                abs(image[y * cell : (y + 1) * cell, x * cell : (x + 1) * cell].mean() / 255 - mean)
+                                for x in range(side)
+                            ]
+                            for y in range(side)
+                        ]
+                        for image in images
+                    ],
+                    np.float32,
+                )
+            )
+        return grids
