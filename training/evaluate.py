@@ -17,6 +17,8 @@ from schemas.manifest import Metrics
 from training.datasets.samples import Sample
 from training.features import FeatureExtractor
 
+_F16_MAX = np.float32(np.finfo(np.float16).max)
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredImage:
@@ -76,13 +78,13 @@ class Evaluation:
         self.scores.append(image.score)
         if sample.mask is not None or not sample.anomalous:
             self._has_masks = self._has_masks or sample.mask is not None
-            self._pixel_scores.append(image.anomaly_map.astype(np.float16).ravel())
+            self._pixel_scores.append(np.minimum(image.anomaly_map, _F16_MAX).astype(np.float16).ravel())
             self._pixel_labels.append(_read_mask(sample, image.anomaly_map.shape[0]).ravel())
 
     def metrics(self, threshold: float) -> Metrics:
         """Compare all scores with all labels at a threshold of the image score, nats per channel."""
         return summarise(
-            np.array(self.scores),
+            np.array(self.scores, dtype=np.float64),
             np.array([sample.anomalous for sample in self.samples], dtype=bool),
             threshold,
             auroc(np.concatenate(self._pixel_labels), np.concatenate(self._pixel_scores)) if self._has_masks else None,
@@ -106,10 +108,13 @@ def summarise(
 
 
 def auroc(labels: NDArray[np.bool_], scores: NDArray[np.floating]) -> float | None:
-    """Compute the area under the ROC curve, or nothing where only one class is present."""
+    """Compute the area under the ROC curve, or nothing where only one class is present.
+
+    A score that is not finite counts as the highest: a gross defect can exceed what floats hold.
+    """
     if labels.all() or not labels.any():
         return None
-    return float(roc_auc_score(labels, scores))
+    return float(roc_auc_score(labels, np.where(np.isfinite(scores), scores, np.finfo(scores.dtype).max)))
 
 
 def _read_mask(sample: Sample, side: int) -> NDArray[np.bool_]:

@@ -3,6 +3,8 @@
 Shape legend: B images, C channels, H W height and width of a scale's grid, s a scale.
 """
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 from flawstream.compiled import CompiledModule, openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
 from flawstream.images import DecodedImage, decode_image
-from schemas.errors import DatasetError, MessageError
+from schemas.errors import ConfigError, DatasetError, MessageError
 from schemas.settings import LimitSettings
 
 _BATCH = 16
@@ -42,7 +44,12 @@ class FeatureExtractor:
         else:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             moved = backbone.to(device).to(memory_format=torch.channels_last)
-            self._run = lambda images: moved(torch.from_numpy(images).to(device))
+
+            @torch.inference_mode()  # here and not around a `yield`, which would set it for whoever consumes
+            def run(images: NDArray[np.uint8]) -> list[Tensor]:
+                return moved(torch.from_numpy(images).to(device))  # type: ignore[no-any-return]
+
+            self._run = run
 
     def batches(self, paths: Sequence[Path]) -> Iterator[tuple[list[DecodedImage], list[Tensor]]]:
         """Decode and compute, the next batch being decoded while one is computed.
@@ -53,7 +60,7 @@ class FeatureExtractor:
         Raises:
             DatasetError: A file cannot be read or is no image.
         """
-        with ThreadPoolExecutor(_DECODE_THREADS) as pool, torch.inference_mode():
+        with ThreadPoolExecutor(_DECODE_THREADS) as pool:
             starts = range(0, len(paths), _BATCH)
             waiting = [pool.submit(self._read, path) for path in paths[:_BATCH]]
             for start in starts:
@@ -73,22 +80,22 @@ class FeatureExtractor:
 class FeatureCache:
     """Features of many images on disk, as float16 arrays that are mapped and not read whole.
 
+    The files have no names: their room is free again when the cache, or its process, is gone, however it ends.
+
     Args:
-        folder: Where the arrays are written; its owner removes it.
-        paths: The images.
+        folder: On the disk that holds the arrays.
+        paths: The images, at least one.
         extractor: Computes their features, in `fill`.
+
+    Raises:
+        ConfigError: The disk has too little room.
     """
 
     def __init__(self, folder: Path, paths: Sequence[Path], extractor: FeatureExtractor) -> None:
         spec = extractor.spec
         self._paths = paths
         self._extractor = extractor
-        self._scales = [
-            np.lib.format.open_memmap(
-                folder / f"stride-{stride}.npy", mode="w+", dtype=np.float16, shape=(len(paths), channels, side, side)
-            )
-            for stride, channels, side in zip(spec.strides, spec.channels, spec.grid_sizes, strict=True)
-        ]
+        self._scales = [_nameless_array(folder, (len(paths), *shape)) for shape in spec.feature_shapes]
 
     def fill(self) -> Iterator[int]:
         """Compute all features.
@@ -122,3 +129,17 @@ class FeatureCache:
                 squares += values * values
             totals.append((torch.from_numpy(total), torch.from_numpy(squares)))
         return totals
+
+
+def _nameless_array(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float16]:
+    size_bytes = int(np.prod(shape)) * np.dtype(np.float16).itemsize
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk would end the process
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} has no room for {size_bytes / 1e6:,.0f} MB of features ({error.strerror}); "
+                "free some, or name another disk with TMPDIR"
+            ) from error
+        return np.memmap(file, np.float16, "w+", shape=shape)

@@ -11,10 +11,12 @@ from torch import nn
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.loss import negative_log_likelihood
 from flawstream.fastflow.statistics import FeatureStatistics
+from schemas.errors import DatasetError
 from schemas.settings import TrainingSettings
 from training.features import FeatureCache
 
 _WARM_UP_SHARE = 0.3
+_FEWEST_TRAINING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,18 @@ class Step:
 
 
 def split_rows(count: int, settings: TrainingSettings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split normal images into those that train the flow and those that calibrate it; at least one calibrates."""
+    """Split normal images into those that train the flow and those that calibrate it; at least one calibrates.
+
+    Raises:
+        DatasetError: Fewer than two are left to train; their deviation needs two.
+    """
     order = np.random.default_rng(settings.seed).permutation(count)
     held_out = max(1, round(count * settings.calibration_fraction))
+    if count - held_out < _FEWEST_TRAINING:
+        raise DatasetError(
+            f"of {count} normal images training.calibration_fraction={settings.calibration_fraction:g} leaves "
+            f"{max(0, count - held_out)} to train and {_FEWEST_TRAINING} are needed; add normal images or lower it"
+        )
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
@@ -49,7 +60,7 @@ def fit_head(
     Args:
         head: Freshly made.
         features: Of the category's normal images.
-        rows: Which of them train.
+        rows: Which of them train, at least two.
         settings: The recipe.
 
     Yields:

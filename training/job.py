@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from flawstream.calibration import calibrate, shortage
 from flawstream.fastflow.head import FastFlowHead
@@ -89,8 +88,8 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
         Progress; the last one carries the manifest.
 
     Raises:
-        DatasetError: An image or a mask cannot be read.
-        ConfigError: Training diverged.
+        DatasetError: An image or a mask cannot be read, or there are too few.
+        ConfigError: Training diverged, or the disk for temporary files is full.
         RegistryError: The registry cannot be written.
     """
     started = time.monotonic()
@@ -101,17 +100,16 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
         conv3x3_only=job.model.conv3x3_only,
         clamp=job.model.clamp,
     )
-    torch.manual_seed(recipe.seed)
+    rows, held_out = split_rows(len(data.train), recipe)
     head = FastFlowHead(extractor.spec, flow, seed=recipe.seed)
-    with tempfile.TemporaryDirectory(prefix="flawstream-features-") as folder:
-        features = FeatureCache(Path(folder), data.train, extractor)
-        for done in features.fill():
-            yield Progress(data.name, Stage.FEATURES, done, len(data.train))
-        rows, held_out = split_rows(len(data.train), recipe)
-        last = Step(0, 0, float("nan"))
-        for last in fit_head(head, features, rows, recipe):
-            note = f"epoch {last.epoch}/{recipe.epochs}  loss {last.loss:.3f}"
-            yield Progress(data.name, Stage.TRAINING, last.images, recipe.epochs * len(rows), note)
+    features = FeatureCache(Path(tempfile.gettempdir()), data.train, extractor)
+    for done in features.fill():
+        yield Progress(data.name, Stage.FEATURES, done, len(data.train))
+    last = Step(0, 0, float("nan"))
+    for last in fit_head(head, features, rows, recipe):
+        note = f"epoch {last.epoch}/{recipe.epochs}  loss {last.loss:.3f}"
+        yield Progress(data.name, Stage.TRAINING, last.images, recipe.epochs * len(rows), note)
+    del features  # and its room on the disk
     calibration_paths = [data.train[row] for row in held_out]
     scored = []
     for image in score_images(extractor, head, job.model.top_fraction, calibration_paths):

@@ -19,7 +19,10 @@ from schemas.settings import LimitSettings
 
 _SHOWN = 6
 _BINS = 40
+_LOWEST, _HIGHEST = 1e-3, 1e30  # the histogram's axis is logarithmic and ends somewhere
 _HEATMAP_WEIGHT = 0.45
+_LIMITS = LimitSettings(max_pixels=1 << 40, max_aspect=1e9)
+"""None: what is shown was judged, under the limits that were set then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def write_report(path: Path, title: str, judged: Sequence[JudgedImage], metrics:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     page = environment.get_template("report.html.j2").render(title=title, sections=sections)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a file's name can be any bytes
 
 
 def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -96,7 +99,7 @@ def _section(name: str, metrics: Metrics, judged: list[JudgedImage]) -> dict[str
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:
-    pixels = decode_image(image.path.read_bytes(), image.anomaly_map.shape[0], LimitSettings()).pixels
+    pixels = decode_image(image.path.read_bytes(), image.anomaly_map.shape[0], _LIMITS).pixels
     return {
         "name": image.path.name,
         "label": image.defect,
@@ -111,8 +114,8 @@ def _histogram(judged: Sequence[JudgedImage]) -> dict[str, Any]:
     """Count scores in bins of equal width on a logarithmic axis."""
     if not judged:
         return {}
-    threshold = judged[0].threshold
-    scores = np.maximum([one.score for one in judged], 1e-3)
+    threshold = max(judged[0].threshold, _LOWEST)
+    scores = np.clip([one.score for one in judged], _LOWEST, _HIGHEST)
     labels = np.array([one.anomalous for one in judged])
     low, high = min(float(scores.min()), threshold) * 0.98, max(float(scores.max()), threshold) * 1.02
     edges = np.geomspace(low, high, _BINS + 1)

@@ -1,0 +1,217 @@
+"""Metrics against scikit-learn, and the report as a file that can be sent."""
+
+import re
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.metrics import recall_score, roc_auc_score
+
+from schemas.errors import DatasetError
+from schemas.manifest import Metrics
+from training.datasets.samples import Sample
+from training.evaluate import Evaluation, ScoredImage, summarise
+from training.report import JudgedImage, overlay, write_report
+
+pytestmark = pytest.mark.unit
+
+SIDE = 16
+
+
+def scored(score: float, anomaly_map: NDArray[np.float32] | None = None) -> ScoredImage:
+    return ScoredImage(Path("a.png"), score, np.zeros((SIDE, SIDE), np.float32) if anomaly_map is None else anomaly_map)
+
+
+def sample(*, anomalous: bool, mask: Path | None = None) -> Sample:
+    return Sample(Path("a.png"), anomalous, "scratch" if anomalous else "good", mask)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 50), st.booleans()), min_size=2, max_size=60).filter(
+        lambda pairs: len({label for _, label in pairs}) == 2
+    ),
+    st.floats(0, 50),
+)
+def test_metrics_are_scikit_learn_s(pairs: list[tuple[float, bool]], threshold: float) -> None:
+    scores, labels = np.array([score for score, _ in pairs]), np.array([label for _, label in pairs])
+    evaluation = Evaluation()
+    for score, label in pairs:
+        evaluation.add(sample(anomalous=label), scored(score))
+    metrics = evaluation.metrics(threshold)
+    assert metrics == summarise(scores, labels, threshold)
+    assert metrics.image_auroc == pytest.approx(roc_auc_score(labels, scores))
+    assert metrics.recall == pytest.approx(recall_score(labels, scores > threshold))
+    assert metrics.false_alarm_rate == pytest.approx(1 - recall_score(~labels, scores <= threshold))
+    assert metrics.pixel_auroc is None
+    assert (metrics.normal_images, metrics.anomalous_images) == (np.sum(~labels), np.sum(labels))
+
+
+def test_score_at_the_threshold_is_normal() -> None:
+    metrics = summarise(np.array([1.0, 1.0, 1.5]), np.array([False, True, True]), 1.0)
+    assert (metrics.false_alarm_rate, metrics.recall) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize("anomalous", [False, True])
+def test_metrics_that_need_the_absent_class_are_absent(*, anomalous: bool) -> None:
+    metrics = summarise(np.array([1.0, 2.0]), np.array([anomalous] * 2), 1.5)
+    assert metrics.image_auroc is None
+    assert (metrics.recall is None) is not anomalous
+    assert (metrics.false_alarm_rate is None) is anomalous
+
+
+def test_no_images_give_no_metrics() -> None:
+    assert Evaluation().metrics(1.0) == Metrics()
+
+
+def test_scores_beyond_all_bounds_count_as_the_highest() -> None:
+    metrics = summarise(np.array([1.0, np.inf, np.nan]), np.array([False, True, True]), 2.0)
+    assert metrics.image_auroc == 1.0
+
+
+def write_mask(path: Path, side: int = SIDE) -> NDArray[np.bool_]:
+    """Draw a defect that survives resizing; returned at the map's size."""
+    mask = np.zeros((side, side), np.uint8)
+    mask[side // 4 : side // 2, side // 4 : side // 2] = 255
+    cv2.imwrite(str(path), mask)
+    small = np.zeros((SIDE, SIDE), dtype=bool)
+    small[SIDE // 4 : SIDE // 2, SIDE // 4 : SIDE // 2] = True
+    return small
+
+
+@pytest.mark.parametrize("side", [SIDE, 4 * SIDE])
+def test_pixel_auroc_is_scikit_learn_s_over_normal_and_masked_images(tmp_path: Path, side: int) -> None:
+    labels = write_mask(tmp_path / "mask.png", side)
+    generator = np.random.default_rng(0)
+    maps = [generator.random((SIDE, SIDE), np.float32).astype(np.float16).astype(np.float32) for _ in range(3)]
+    maps[1] += labels
+    evaluation = Evaluation()
+    evaluation.add(sample(anomalous=False), scored(0, maps[0]))
+    evaluation.add(sample(anomalous=True, mask=tmp_path / "mask.png"), scored(1, maps[1]))
+    evaluation.add(sample(anomalous=True), scored(1, maps[2]))  # nobody drew where: no pixel of it counts
+    truth = np.concatenate([np.zeros(SIDE * SIDE, dtype=bool), labels.ravel()])
+    values = np.concatenate([maps[0].ravel(), maps[1].ravel()]).astype(np.float16)
+    assert evaluation.metrics(0.5).pixel_auroc == pytest.approx(roc_auc_score(truth, values))
+
+
+def test_map_beyond_float16_counts_as_the_highest(tmp_path: Path) -> None:
+    labels = write_mask(tmp_path / "mask.png")
+    evaluation = Evaluation()
+    values = np.where(labels, np.float32(1e9), np.float32(1))
+    evaluation.add(sample(anomalous=True, mask=tmp_path / "mask.png"), scored(1, values))
+    assert evaluation.metrics(0.5).pixel_auroc == 1.0
+
+
+def test_unreadable_mask_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "broken_mask.png").write_bytes(b"no mask")
+    with pytest.raises(DatasetError, match=r"broken_mask\.png"):
+        Evaluation().add(sample(anomalous=True, mask=tmp_path / "broken_mask.png"), scored(1))
+
+
+def judged(
+    folder: Path, *, score: float, anomalous: bool, name: str = "a.png", category: str = "bottle", threshold: float = 1
+) -> JudgedImage:
+    path = folder / name
+    path.write_bytes(cv2.imencode(".png", np.full((40, 60, 3), 128, np.uint8))[1].tobytes())
+    values = np.full((32, 32), score, np.float32)
+    defect = "scratch" if anomalous else "good"
+    return JudgedImage(path, category, defect, anomalous, score, threshold, values)
+
+
+def report(folder: Path, images: Sequence[JudgedImage], metrics: Mapping[str, Metrics] | None = None) -> str:
+    path = folder / "new" / "report.html"
+    write_report(path, "Title", images, metrics or {"bottle": Metrics(image_auroc=0.875, recall=0.5)})
+    return path.read_text(encoding="utf-8")
+
+
+def test_report_is_one_file_that_refers_to_no_other(tmp_path: Path) -> None:
+    page = report(tmp_path, [judged(tmp_path, score=0.5, anomalous=False), judged(tmp_path, score=2, anomalous=True)])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
+    assert not re.search(r"https?:|//[a-z]|<link|<script|@import|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 2 * 2 * 2  # worst and best, two images each, two pictures an image
+    assert all(source.startswith("data:image/jpeg;base64,/9j/") for source in sources)
+    assert "0.875" in page
+    assert "50.0 %" in page
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, tuple[str, ...]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, tuple(name for name, _ in attrs)))
+
+
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)<"
+    name = hostile + "\"' onerror=x>.png"
+    images = [judged(tmp_path, score=2, anomalous=True, name=name, category=hostile)]
+    page = report(tmp_path, images, {hostile: Metrics()})
+    reader = Tags()
+    reader.feed(page)
+    assert ("h2", ()) in reader.tags
+    assert not any(tag == "script" for tag, _ in reader.tags)
+    assert {names for tag, names in reader.tags if tag == "img"} == {("src", "alt")}
+    assert page.count("&lt;script&gt;alert(1)&lt;&#34;&#39; onerror=x&gt;.png") == 6  # twice two texts and a caption
+
+
+def test_name_that_is_no_utf_8_is_shown_somehow(tmp_path: Path) -> None:
+    assert "a\\udcff.png" in report(tmp_path, [judged(tmp_path, score=2, anomalous=True, name="a\udcff.png")])
+
+
+def test_wrong_verdicts_are_marked_and_listed(tmp_path: Path) -> None:
+    page = report(
+        tmp_path,
+        [
+            judged(tmp_path, score=0.5, anomalous=True, name="missed.png"),
+            judged(tmp_path, score=2.0, anomalous=False, name="alarm.png"),
+            judged(tmp_path, score=3.0, anomalous=True, name="found.png"),
+            judged(tmp_path, score=0.1, anomalous=False, name="quiet.png"),
+        ],
+    )
+    assert "Missed defects: 1 in all" in page
+    assert "False alarms: 1 in all" in page
+    figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    for name in ("missed", "alarm", "found", "quiet"):
+        shown = [figure for figure in figures if f"{name}.png" in figure]
+        assert shown
+        for figure in shown:
+            wrong = name in ("missed", "alarm")
+            assert figure.startswith('<figure class="wrong">') is wrong
+            assert ("judged <b>wrong</b>" in figure) is wrong
+
+
+@pytest.mark.parametrize("scores", [[1.0], [1.0, 1.0, 1.0], [0.0], [float("inf"), 0.5], [1e-9, 1e9]])
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 7.5])
+def test_histogram_bears_any_scores(tmp_path: Path, scores: list[float], threshold: float) -> None:
+    images = [judged(tmp_path, score=score, anomalous=False, threshold=threshold) for score in scores]
+    page = report(tmp_path, images)
+    assert "nan" not in page.replace("nano", "").split("</style>")[1].split("<figure")[0]
+    assert re.findall(r'<rect [^>]*height="100\.0"', page)
+
+
+def test_category_without_images_is_reported(tmp_path: Path) -> None:
+    assert "<h2>bottle</h2>" in report(tmp_path, [])
+
+
+def test_image_judged_under_wider_limits_is_shown(tmp_path: Path) -> None:
+    """As `limits.max_aspect` may have been raised."""
+    image = judged(tmp_path, score=2, anomalous=True)
+    image.path.write_bytes(cv2.imencode(".png", np.zeros((4, 400, 3), np.uint8))[1].tobytes())
+    assert "a.png" in report(tmp_path, [image])
+
+
+def test_overlay_is_hotter_where_the_map_is(tmp_path: Path) -> None:
+    image = judged(tmp_path, score=0, anomalous=False)
+    image.anomaly_map[:, 16:] = 5
+    picture = overlay(image, np.full((32, 32, 3), 128, np.uint8)).astype(int)
+    assert picture.shape == (32, 32, 3)
+    red_less_blue = picture[..., 0] - picture[..., 2]
+    assert red_less_blue[:, 16:].min() > red_less_blue[:, :16].max()
