@@ -1,0 +1,112 @@
+"""The detector behind a Serve handle: what goes wrong on the way becomes ours, and nothing waits for ever."""
+
+import asyncio
+from collections.abc import Callable, Generator
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+
+from schemas.errors import DetectorOverloadedError, MessageError, Reason
+from serving.deployments import HandleDetector
+
+pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+
+NEVER_S = 3600.0
+IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
+
+
+class Response:
+    """What a handle's `remote` gives: to be awaited, or cancelled."""
+
+    def __init__(self, outcome: object) -> None:
+        self._outcome = outcome
+        self.cancelled = False
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self._outcome is NOTHING:
+            yield from asyncio.Event().wait().__await__()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+NOTHING = object()
+
+
+class Handle:
+    """A Serve handle that gives the outcomes told, one a call, and for `NOTHING` never any."""
+
+    def __init__(self, *outcomes: object) -> None:
+        self.outcomes = list(outcomes)
+        self.calls: list[str] = []
+        self.responses: list[Response] = []
+
+    def __getattr__(self, method: str) -> "Method":
+        return Method(self, method)
+
+
+class Method:
+    def __init__(self, handle: Handle, name: str) -> None:
+        self._handle = handle
+        self._name = name
+
+    def remote(self, *_: object) -> Response:
+        self._handle.calls.append(self._name)
+        self._handle.responses.append(Response(self._handle.outcomes.pop(0)))
+        return self._handle.responses[-1]
+
+
+async def test_input_size_is_asked_once() -> None:
+    handle = Handle(256)
+    detector = HandleDetector(handle, NEVER_S)
+    assert [await detector.input_size() for _ in range(3)] == [256, 256, 256]
+    assert handle.calls == ["input_size"]
+
+
+async def test_input_size_is_asked_again_after_a_failure() -> None:
+    detector = HandleDetector(Handle(ActorDiedError(), 256), NEVER_S)
+    with pytest.raises(DetectorOverloadedError):
+        await detector.input_size()
+    assert await detector.input_size() == 256
+
+
+async def test_replica_that_hangs_is_given_up_and_its_call_is_cancelled() -> None:
+    handle = Handle(NOTHING)
+    with pytest.raises(DetectorOverloadedError, match=r"within 0\.01 s \(detector\.timeout_s\)"):
+        await HandleDetector(handle, 0.01).detect(IMAGES, ["bottle"])
+    assert handle.responses[0].cancelled
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ActorDiedError(), BackPressureError(num_queued_requests=3, max_queued_requests=2), RequestCancelledError("1")],
+    ids=lambda error: type(error).__name__,
+)
+async def test_call_that_no_replica_took_may_be_made_again(error: Exception) -> None:
+    with pytest.raises(DetectorOverloadedError, match="no detector replica took the call") as caught:
+        await HandleDetector(Handle(error), NEVER_S).detect(IMAGES, ["bottle"])
+    assert "\n" not in str(caught.value)
+
+
+def raised_in_a_replica(error: Exception) -> Exception:
+    wrapped: Callable[[], Exception] = RayTaskError("detect", "Traceback of the replica", error).as_instanceof_cause
+    return wrapped()
+
+
+async def test_error_raised_in_a_replica_comes_out_without_the_replica_s_traceback() -> None:
+    error = raised_in_a_replica(MessageError(Reason.TOO_LARGE, "too much"))
+    with pytest.raises(MessageError) as caught:
+        await HandleDetector(Handle(error), NEVER_S).detect(IMAGES, ["bottle"])
+    assert (type(caught.value), str(caught.value)) == (MessageError, "too much")
+    assert caught.value.reason is Reason.TOO_LARGE
+
+
+async def test_timeout_raised_in_a_replica_is_not_taken_for_our_own() -> None:
+    with pytest.raises(RayTaskError):
+        await HandleDetector(Handle(raised_in_a_replica(TimeoutError())), NEVER_S).detect(IMAGES, ["bottle"])
