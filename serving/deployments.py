@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -148,7 +148,9 @@ class StreamWorkerDeployment:
     async def status(self) -> dict[str, object]:
         """Tell what the loop has done so far."""
         await self.check_health()
-        return asdict(self._worker.stats)
+        stats = self._worker.stats
+        told: dict[str, object] = {one.name: getattr(stats, one.name) for one in fields(stats)}
+        return {**told, "dead": {str(reason): count for reason, count in stats.dead.items()}}
 
     async def check_health(self) -> None:
         """Have Serve replace a replica whose loop ended unasked."""
