@@ -16,6 +16,7 @@ from schemas.messages import AnomalyMap, Box, MapCodec
 
 Grid = NDArray[np.float16] | NDArray[np.float32]
 
+_HIGHEST = float(np.finfo(np.float16).max)
 _PAINTED_DOUBLINGS = 5
 
 _PNG_RANGE = 64.0
@@ -25,6 +26,11 @@ _MAX_SIDE_PX = 4096
 """A larger map is refused before memory is taken for it; models see at most 2048 pixels."""
 
 _F16_MAX = float(np.finfo(np.float16).max)
+
+
+def bounded(grid: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bound values to what float16 holds; what is no number is as anomalous as can be and never passes as normal."""
+    return np.nan_to_num(grid, nan=_HIGHEST, posinf=_HIGHEST, neginf=-_HIGHEST).clip(-_HIGHEST, _HIGHEST)
 
 
 def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float32]:

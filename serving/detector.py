@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from flawstream.calibration import p_values
 from flawstream.fastflow.backbone import Backbone, load_trained_backbone
 from flawstream.fastflow.score import image_scores
+from flawstream.maps import bounded
 from flawstream.registry import Registry
 from schemas.errors import Reason, RegistryError, ShapeError, UnknownCategoryError
 from schemas.manifest import ModelManifest
@@ -28,8 +29,6 @@ from serving.model_store import ModelStore, ResidentModel
 from workers.ports import Detection, Refusal
 
 log = logging.getLogger(__name__)
-
-_HIGHEST = float(np.finfo(np.float16).max)
 
 
 class DetectorService:
@@ -129,13 +128,8 @@ class DetectorService:
         rows_of: dict[ResidentModel, list[int]] = {}
         for row, model in enumerate(models):
             rows_of.setdefault(model, []).append(row)
-        grids = [
-            # what is no number, or none that float16 holds, is as anomalous as can be and never passes as normal
-            np.nan_to_num(grid, nan=_HIGHEST, posinf=_HIGHEST, neginf=-_HIGHEST).clip(-_HIGHEST, _HIGHEST)
-            for grid in detect(
-                self._engine, images, [(model.run, np.array(rows, np.int64)) for model, rows in rows_of.items()]
-            )
-        ]
+        heads = [(model.run, np.array(rows, np.int64)) for model, rows in rows_of.items()]
+        grids = [bounded(grid) for grid in detect(self._engine, images, heads)]
         halves = [grid.astype(np.float16) for grid in grids]
         detections: list[Detection | None] = [None] * len(images)
         for model, rows in rows_of.items():

@@ -9,15 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.score import image_scores
-from flawstream.maps import upsample
+from flawstream.maps import bounded, upsample
 from schemas.errors import DatasetError
 from schemas.manifest import Metrics
 from training.datasets.samples import Sample
 from training.features import FeatureExtractor
-
-_F16_MAX = np.float32(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +25,48 @@ class ScoredImage:
     Attributes:
         path: Where it was read.
         score: Nats per channel.
-        anomaly_map: (S, S) float32 at the input size, nats per channel.
+        grids: One (H_s, W_s) anomaly map per feature scale, nats per channel.
+        side: S, the input size in pixels.
     """
 
     path: Path
     score: float
-    anomaly_map: NDArray[np.float32]
+    grids: tuple[NDArray[np.float32], ...]
+    side: int
+
+    def anomaly_map(self) -> NDArray[np.float32]:
+        """Upsample the grids to (S, S) float32, nats per channel."""
+        return upsample(self.grids, (self.side, self.side))
 
 
-def score_images(
-    extractor: FeatureExtractor, head: FastFlowHead, top_fraction: float, paths: Sequence[Path]
-) -> Iterator[ScoredImage]:
-    """Score image files in order.
+class ImageScorer:
+    """Scores image files with one head, on what the extractor runs on.
 
-    Raises:
-        DatasetError: A file cannot be read or is no image.
+    Args:
+        extractor: The backbone.
+        head: The trained head.
+        top_fraction: How image scores are taken from maps.
     """
-    folded = FoldedHead(head)
-    side = extractor.spec.input_size
-    done = 0
-    for _, features in extractor.batches(paths):
-        grids = folded([scale.cpu() for scale in features])
-        scores = image_scores(grids, top_fraction)
-        for row, score in enumerate(scores.tolist()):
-            values = upsample([grid[row].numpy() for grid in grids], (side, side))
-            yield ScoredImage(paths[done + row], score, values)
-        done += len(scores)
+
+    def __init__(self, extractor: FeatureExtractor, head: FastFlowHead, top_fraction: float) -> None:
+        self._extractor = extractor
+        self._run = extractor.compile_head(head)
+        self._top_fraction = top_fraction
+
+    def score(self, paths: Sequence[Path]) -> Iterator[ScoredImage]:
+        """Score images in order.
+
+        Raises:
+            DatasetError: A file cannot be read or is no image.
+        """
+        done = 0
+        for _, features in self._extractor.batches(paths):
+            grids = self._run(features)
+            scores = image_scores(grids, self._top_fraction)
+            for row, score in enumerate(scores.tolist()):
+                of_image = tuple(grid[row].numpy() for grid in grids)
+                yield ScoredImage(paths[done + row], score, of_image, self._extractor.spec.input_size)
+            done += len(scores)
 
 
 class Evaluation:
@@ -78,8 +92,8 @@ class Evaluation:
         self.scores.append(image.score)
         if sample.mask is not None or not sample.anomalous:
             self._has_masks = self._has_masks or sample.mask is not None
-            self._pixel_scores.append(np.minimum(image.anomaly_map, _F16_MAX).astype(np.float16).ravel())
-            self._pixel_labels.append(_read_mask(sample, image.anomaly_map.shape[0]).ravel())
+            self._pixel_scores.append(bounded(image.anomaly_map()).astype(np.float16).ravel())
+            self._pixel_labels.append(_read_mask(sample, image.side).ravel())
 
     def metrics(self, threshold: float) -> Metrics:
         """Compare all scores with all labels at a threshold of the image score, nats per channel."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flawstream.compiled import CompiledModule, openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.images import DecodedImage, decode_image
 from schemas.errors import ConfigError, DatasetError, MessageError
 from schemas.settings import LimitSettings
@@ -38,18 +39,35 @@ class FeatureExtractor:
         self._limits = limits
         size = backbone.spec.input_size
         self._run: Callable[[NDArray[np.uint8]], list[Tensor]]
-        if not torch.cuda.is_available() and openvino_is_installed():
+        self._threads = threads
+        self._compiles = not torch.cuda.is_available() and openvino_is_installed()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._compiles:
             compiled = CompiledModule(backbone, [(size, size, 3)], dtype=torch.uint8, threads=threads)
             self._run = lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
         else:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            moved = backbone.to(device).to(memory_format=torch.channels_last)
+            moved = backbone.to(self._device).to(memory_format=torch.channels_last)
 
             @torch.inference_mode()  # here and not around a `yield`, which would set it for whoever consumes
             def run(images: NDArray[np.uint8]) -> list[Tensor]:
-                return moved(torch.from_numpy(images).to(device))  # type: ignore[no-any-return]
+                return moved(torch.from_numpy(images).to(self._device))  # type: ignore[no-any-return]
 
             self._run = run
+
+    def compile_head(self, head: FastFlowHead) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Make a head ready to run on features of `batches`, on what the backbone runs on.
+
+        Returns:
+            A function of one (B, C_s, H_s, W_s) tensor per scale to one (B, H_s, W_s) float32 CPU tensor per scale,
+            nats per channel.
+        """
+        folded = FoldedHead(head)
+        if self._compiles:
+            shapes = self.spec.feature_shapes
+            compiled = CompiledModule(folded, shapes, dtype=torch.float32, listed=True, threads=self._threads)
+            return lambda features: [torch.from_numpy(grid) for grid in compiled(*(f.numpy() for f in features))]
+        moved = folded.to(self._device)
+        return lambda features: [grid.cpu() for grid in moved(features)]
 
     def batches(self, paths: Sequence[Path]) -> Iterator[tuple[list[DecodedImage], list[Tensor]]]:
         """Decode and compute, the next batch being decoded while one is computed.

@@ -19,7 +19,7 @@ from flawstream.registry import Registry, new_version
 from schemas.manifest import FlowSpec, ModelManifest, TrainingRecord
 from schemas.settings import ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData
-from training.evaluate import Evaluation, score_images
+from training.evaluate import Evaluation, ImageScorer
 from training.features import FeatureCache, FeatureExtractor
 from training.fit import Step, fit_head, split_rows
 
@@ -112,13 +112,14 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
     del features  # and its room on the disk
     calibration_paths = [data.train[row] for row in held_out]
     scored = []
-    for image in score_images(extractor, head, job.model.top_fraction, calibration_paths):
-        scored.append((image.score, image.anomaly_map.max()))
+    scorer = ImageScorer(extractor, head, job.model.top_fraction)
+    for image in scorer.score(calibration_paths):
+        scored.append((image.score, image.anomaly_map().max()))
         yield Progress(data.name, Stage.CALIBRATING, len(scored), len(held_out))
     scores, peaks = np.array(scored, dtype=np.float64).T
     calibration = calibrate(scores, peaks, recipe.false_alarm_rate, job.model.top_fraction)
     evaluation = Evaluation()
-    test_images = score_images(extractor, head, job.model.top_fraction, [sample.path for sample in data.test])
+    test_images = scorer.score([sample.path for sample in data.test])
     for done, (sample, image) in enumerate(zip(data.test, test_images, strict=True), start=1):
         evaluation.add(sample, image)
         yield Progress(data.name, Stage.EVALUATING, done, len(data.test))

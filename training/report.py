@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.images import decode_image
-from flawstream.maps import encode_jpeg, paint
+from flawstream.maps import decode_map, encode_jpeg, paint
 from schemas.manifest import Metrics
+from schemas.messages import AnomalyMap
 from schemas.settings import LimitSettings
 
 _SHOWN = 6
@@ -36,7 +37,7 @@ class JudgedImage:
         anomalous: The label, reduced.
         score: Nats per channel.
         threshold: `score` above it is anomalous.
-        anomaly_map: (S, S) float32, nats per channel.
+        map: The anomaly map; encoded, since a report of thousands of images shows few of them.
     """
 
     path: Path
@@ -45,7 +46,7 @@ class JudgedImage:
     anomalous: bool
     score: float
     threshold: float
-    anomaly_map: NDArray[np.float32]
+    map: AnomalyMap
 
     @property
     def is_wrong(self) -> bool:
@@ -75,7 +76,7 @@ def write_report(path: Path, title: str, judged: Sequence[JudgedImage], metrics:
 
 def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Lay the heatmap over the image; `flawstream.maps.paint` says what the colours mean."""
-    heat = paint(image.anomaly_map, image.threshold)
+    heat = paint(decode_map(image.map), image.threshold)
     return np.asarray(cv2.addWeighted(heat, _HEATMAP_WEIGHT, pixels, 1 - _HEATMAP_WEIGHT, 0), dtype=np.uint8)
 
 
@@ -99,7 +100,7 @@ def _section(name: str, metrics: Metrics, judged: list[JudgedImage]) -> dict[str
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:
-    pixels = decode_image(image.path.read_bytes(), image.anomaly_map.shape[0], _LIMITS).pixels
+    pixels = decode_image(image.path.read_bytes(), image.map.shape[0], _LIMITS).pixels
     return {
         "name": image.path.name,
         "label": image.defect,

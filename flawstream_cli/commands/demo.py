@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from flawstream import cluster
-from flawstream.maps import decode_map
 from flawstream_cli.commands.serve import running, wait_for_stop, with_redis
 from flawstream_cli.commands.train import train_all, training_table
 from flawstream_cli.round_trip import RoundTrip, stream_samples
@@ -134,7 +133,7 @@ def _judged(trip: RoundTrip) -> list[JudgedImage]:
             anomalous=trip.samples[message_id].anomalous,
             score=result.score,
             threshold=result.threshold,
-            anomaly_map=decode_map(result.map),
+            map=result.map,
         )
         for message_id, result in trip.results.items()
     ]

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.progress import track
 
 from flawstream.fastflow.backbone import load_trained_backbone
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.maps import bounded, encode_map
 from flawstream.registry import Registry
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -22,9 +24,10 @@ from flawstream_cli.terminal import (
 )
 from schemas.errors import DatasetError, UnknownCategoryError
 from schemas.manifest import Metrics, ModelManifest
+from schemas.messages import MapCodec
 from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import CategoryData
-from training.evaluate import Evaluation, ScoredImage, score_images
+from training.evaluate import Evaluation, ImageScorer, ScoredImage
 from training.features import FeatureExtractor
 from training.job import WEIGHTS_FILE
 from training.report import JudgedImage, write_report
@@ -110,7 +113,7 @@ def _evaluate_category(
     evaluation = Evaluation()
     judged: list[JudgedImage] = []
     scored = track(
-        score_images(extractor, head, calibration.top_fraction, paths),
+        ImageScorer(extractor, head, calibration.top_fraction).score(paths),
         description=data.name,
         total=len(paths),
         console=err,
@@ -125,6 +128,7 @@ def _evaluate_category(
 
 
 def _judge(category: str, defect: str, image: ScoredImage, *, anomalous: bool, threshold: float) -> JudgedImage:
+    half = [bounded(grid).astype(np.float16) for grid in image.grids]
     return JudgedImage(
         path=image.path,
         category=category,
@@ -132,5 +136,5 @@ def _judge(category: str, defect: str, image: ScoredImage, *, anomalous: bool, t
         anomalous=anomalous,
         score=image.score,
         threshold=threshold,
-        anomaly_map=image.anomaly_map,
+        map=encode_map(half, (image.side, image.side), MapCodec.GRID_F16, threshold),
     )

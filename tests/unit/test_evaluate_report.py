@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import recall_score, roc_auc_score
 
+from flawstream.maps import encode_map
 from schemas.errors import DatasetError
 from schemas.manifest import Metrics
+from schemas.messages import MapCodec
 from training.datasets.samples import Sample
 from training.evaluate import Evaluation, ScoredImage, summarise
 from training.report import JudgedImage, overlay, write_report
@@ -25,7 +28,8 @@ SIDE = 16
 
 
 def scored(score: float, anomaly_map: NDArray[np.float32] | None = None) -> ScoredImage:
-    return ScoredImage(Path("a.png"), score, np.zeros((SIDE, SIDE), np.float32) if anomaly_map is None else anomaly_map)
+    values = np.zeros((SIDE, SIDE), np.float32) if anomaly_map is None else anomaly_map
+    return ScoredImage(Path("a.png"), score, (values,), SIDE)
 
 
 def sample(*, anomalous: bool, mask: Path | None = None) -> Sample:
@@ -118,9 +122,9 @@ def judged(
 ) -> JudgedImage:
     path = folder / name
     path.write_bytes(cv2.imencode(".png", np.full((40, 60, 3), 128, np.uint8))[1].tobytes())
-    values = np.full((32, 32), score, np.float32)
+    encoded = encode_map([np.full((32, 32), min(score, 60_000), np.float16)], (32, 32), MapCodec.GRID_F16, threshold)
     defect = "scratch" if anomalous else "good"
-    return JudgedImage(path, category, defect, anomalous, score, threshold, values)
+    return JudgedImage(path, category, defect, anomalous, score, threshold, encoded)
 
 
 def report(folder: Path, images: Sequence[JudgedImage], metrics: Mapping[str, Metrics] | None = None) -> str:
@@ -210,7 +214,9 @@ def test_image_judged_under_wider_limits_is_shown(tmp_path: Path) -> None:
 
 def test_overlay_is_hotter_where_the_map_is(tmp_path: Path) -> None:
     image = judged(tmp_path, score=0, anomalous=False)
-    image.anomaly_map[:, 16:] = 5
+    values = np.zeros((32, 32), np.float16)
+    values[:, 16:] = 5
+    image = replace(image, map=encode_map([values], (32, 32), MapCodec.GRID_F16, image.threshold))
     picture = overlay(image, np.full((32, 32, 3), 128, np.uint8)).astype(int)
     assert picture.shape == (32, 32, 3)
     red_less_blue = picture[..., 0] - picture[..., 2]
