@@ -20,6 +20,7 @@ from typing import Self, TextIO
 from schemas.errors import ConfigError
 
 _HOST = "127.0.0.1"
+_USUAL_PORT = 6379
 _START_S = 120.0
 """Reading back a large log of commands takes its time."""
 _STOP_S = 30.0
@@ -134,9 +135,18 @@ def _lock(data_dir: Path) -> TextIO:
     return lock
 
 
-def _free_port() -> int:
+def usual_port() -> int:
+    """Give Redis's own port, so that clients find the server without being told; any free one where it is taken."""
+    try:
+        return _free_port(_USUAL_PORT)
+    except OSError:
+        return _free_port()
+
+
+def _free_port(wanted: int = 0) -> int:
     with socket.socket() as probe:
-        probe.bind((_HOST, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself binds
+        probe.bind((_HOST, wanted))
         return int(probe.getsockname()[1])
 
 

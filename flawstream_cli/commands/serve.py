@@ -15,7 +15,7 @@ from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, p
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
-from workers.embedded import EmbeddedServer
+from workers.embedded import EmbeddedServer, usual_port
 
 DATA_DIR = Path(".flawstream/valkey")
 
@@ -27,7 +27,10 @@ def serve(
         Path, typer.Option(help="Where the embedded server keeps its data; only without --redis.")
     ] = DATA_DIR,
     redis_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of the embedded server; any free one if absent.")
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of the embedded server; 6379 if absent, any free one where that is taken."
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address of the HTTP API.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the HTTP API.")] = None,
@@ -60,7 +63,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         if embedded:
             say(f"starting an embedded Valkey server in {data_dir} ...")
-            server = stack.enter_context(EmbeddedServer(data_dir, redis_port))
+            server = stack.enter_context(EmbeddedServer(data_dir, redis_port or usual_port()))
             settings = with_redis(settings, server.url)
         addresses = stack.enter_context(running(settings, ray_address))
         say(f"push an image   flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")

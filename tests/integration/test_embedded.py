@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import ConfigError
-from workers.embedded import EmbeddedServer
+from workers.embedded import EmbeddedServer, usual_port
 
 pytestmark = pytest.mark.integration
 
 _PARENT = """
 import sys
-from workers.embedded import EmbeddedServer
+from workers.embedded import EmbeddedServer, usual_port
 server = EmbeddedServer()
 server.start()
 print(server.port, flush=True)
@@ -40,7 +40,7 @@ def test_the_server_answers_while_it_is_open_and_not_after() -> None:
 
 
 def test_data_in_a_folder_survive_the_server(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "it's a \"folder\""
+    folder = tmp_path / "deep" / 'it\'s a "folder"'
     with EmbeddedServer(folder) as server:
         assert command(server.port, b"XADD s * a b").startswith(b"$")
     with EmbeddedServer(folder) as server:
@@ -57,6 +57,12 @@ def test_a_folder_is_used_by_one_server_at_a_time(tmp_path: Path) -> None:
 def test_a_port_that_is_taken_is_refused() -> None:
     with EmbeddedServer() as first, pytest.raises(ConfigError, match=str(first.port)):
         EmbeddedServer(port=first.port).start()
+
+
+def test_the_usual_port_gives_way_where_it_is_taken() -> None:
+    first = usual_port()
+    with EmbeddedServer(port=first):
+        assert usual_port() not in (first, 6379)
 
 
 def test_damaged_data_are_told_with_the_servers_last_words(tmp_path: Path) -> None:
