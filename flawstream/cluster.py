@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 
 import ray
@@ -12,6 +13,8 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # without it Ray warns of a default that will change
 }
+
+_KNOCK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,9 @@ class Cluster:
 
 
 def connect(address: str | None = None) -> Cluster:
-    """Join the cluster at `address`, or start one on this machine, bound to loopback.
+    """Join the cluster at `address`, or start one on this machine.
+
+    The dashboard of one started is bound to loopback; Ray's own ports listen on all interfaces.
 
     Args:
         address: A cluster's address, `auto` for the one that runs here already; None starts one.
@@ -43,8 +48,10 @@ def connect(address: str | None = None) -> Cluster:
             os.environ.setdefault(name, value)
         local = {} if address else {"include_dashboard": True, "_node_ip_address": "127.0.0.1"}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        except (ConnectionError, ValueError) as error:
+            if address:
+                _knock(address)
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, "
                 "or leave the address out to run on this machine alone"
@@ -52,6 +59,13 @@ def connect(address: str | None = None) -> Cluster:
     url = ray.get_runtime_context().worker.node.webui_url if address is None else ""
     resources = ray.cluster_resources()
     return Cluster(f"http://{url}" if url else "", resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+def _knock(address: str) -> None:
+    """Find out within seconds whether anybody listens at `host:port`; Ray tries for many minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
 def disconnect() -> None:

@@ -1,12 +1,15 @@
 """Every category over the cluster: a pool of Ray actors, each with the backbone loaded once, working off the jobs."""
 
+import logging
+import math
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
@@ -15,7 +18,11 @@ from schemas.settings import LimitSettings, ModelSettings
 from training.features import FeatureExtractor
 from training.job import Job, Progress, Stage, run_job
 
+_log = logging.getLogger(__name__)
+
 _POLL_S = 0.2
+_REPORT_S = 0.2
+"""A stage reports no more often than this, its end excepted: a report costs some milliseconds of Ray's time."""
 
 
 class Trainer:
@@ -29,11 +36,24 @@ class Trainer:
 
     def __init__(self, model: ModelSettings, limits: LimitSettings, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._extractor = FeatureExtractor(Backbone(model), limits, threads)
+        self._model, self._limits, self._threads = model, limits, threads
+        self._extractor: FeatureExtractor | None = None
 
     def run(self, job: Job) -> Iterator[Progress]:
-        """Work off one job, yielding its progress."""
-        yield from run_job(job, self._extractor)
+        """Work off one job, yielding its progress.
+
+        Raises:
+            FlawstreamError: What `run_job` raises, and what is wrong with the backbone: a constructor's error would
+                reach the caller as the text of a dead actor.
+        """
+        if self._extractor is None:
+            self._extractor = FeatureExtractor(Backbone(self._model), self._limits, self._threads)
+        stage, said_at_s = None, 0.0
+        for progress in run_job(job, self._extractor):
+            now_s = time.monotonic()
+            if progress.stage is not stage or progress.done == progress.total or now_s - said_at_s >= _REPORT_S:
+                stage, said_at_s = progress.stage, now_s
+                yield progress
 
 
 def train_fleet(
@@ -41,7 +61,8 @@ def train_fleet(
 ) -> Iterator[Progress]:
     """Train all jobs in parallel, as many at a time as the cluster has room for.
 
-    A job that fails ends in `Stage.FAILED` with what was wrong as its note; the others go on.
+    A job that fails ends in `Stage.FAILED` with what was wrong as its note; the others go on. Whoever stops consuming
+    stops the training.
 
     Args:
         jobs: One a category, all of one backbone.
@@ -54,35 +75,74 @@ def train_fleet(
         The progress of all jobs as it comes, each job ending in `DONE` or `FAILED`.
     """
     gpus = num_gpus or (1.0 if cluster.gpus else 0.0)
-    slots = cluster.gpus / gpus if gpus else cluster.cpus
-    actors = max(1, min(len(jobs), int(slots)))
-    threads = max(1, int(cluster.cpus) // actors)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    actors, threads = share_cluster(nodes, len(jobs), gpus)
     remote = ray.remote(Trainer).options(num_cpus=threads, num_gpus=gpus)
     waiting = deque(jobs)
     running: dict[Any, tuple[Any, Job]] = {}
 
-    def start(actor: Any) -> None:
+    def start(actor: Any = None) -> None:
         if waiting:
+            actor = actor or remote.remote(model, limits, threads)
             job = waiting.popleft()
             running[actor.run.remote(job)] = (actor, job)
 
-    for _ in range(actors):
-        start(remote.remote(model, limits, threads))
-    while running:
-        ready, _ = ray.wait(list(running), num_returns=len(running), timeout=_POLL_S)
-        for stream in ready:
-            actor, job = running[stream]
-            try:
-                yield ray.get(next(stream))
-            except StopIteration:
-                del running[stream]
-                start(actor)
-            except (RayTaskError, RayActorError) as error:
-                del running[stream]
-                yield Progress(job.data.name, Stage.FAILED, 0, 1, _explain(error))
-                start(remote.remote(model, limits, threads) if isinstance(error, RayActorError) else actor)
+    try:
+        for _ in range(actors):
+            start()
+        while running:
+            ray.wait(list(running), num_returns=1, timeout=_POLL_S)  # until one of them has something to say
+            for stream in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
+                actor, job = running[stream]
+                try:
+                    yield ray.get(next(stream))
+                except StopIteration:
+                    del running[stream]
+                    start(actor)
+                except RayError as error:
+                    del running[stream]
+                    start(actor if isinstance(error, RayTaskError) else None)
+                    yield Progress(job.data.name, Stage.FAILED, 0, 1, _explain(job, error))
+    finally:
+        if ray.is_initialized():
+            for actor, _ in running.values():
+                ray.kill(actor)  # else it would train on, and promote what nobody waits for
 
 
-def _explain(error: RayTaskError | RayActorError) -> str:
+def share_cluster(nodes: Sequence[Mapping[str, float]], jobs: int, gpus: float) -> tuple[int, int]:
+    """Choose how many actors to run and how many CPUs each has, so that every one of them fits on some node.
+
+    Args:
+        nodes: The resources of each, `CPU` and `GPU`.
+        jobs: Jobs to run.
+        gpus: GPUs, or a share of one, of an actor.
+    """
+
+    def places(threads: int) -> int:
+        return sum(
+            min(int(node.get("CPU", 0)) // threads, math.floor(node.get("GPU", 0) / gpus + 1e-6) if gpus else jobs)
+            for node in nodes
+        )
+
+    actors = min(jobs, places(1))
+    if actors == 0 < jobs:
+        _log.warning("no node has a CPU and %g GPUs for training; it starts as soon as one joins the cluster", gpus)
+        return 1, 1
+    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+    return actors, max((threads for threads in range(1, most + 1) if places(threads) >= actors), default=1)
+
+
+def _explain(job: Job, error: RayError) -> str:
+    """Say in one line what the terminal shows; what is a bug of ours is logged with its traceback."""
     cause = getattr(error, "cause", None)
-    return str(cause) if isinstance(cause, FlawstreamError) else str(error)
+    if isinstance(cause, FlawstreamError):
+        return str(cause)
+    _log.error("%s: %s", job.data.name, error)
+    if isinstance(error, RayTaskError):
+        return f"{type(cause).__name__}: {_one_line(str(cause))}"
+    details = [line for line in str(error).splitlines() if not line.startswith("\t")]
+    return f"its training process is gone. {_one_line(' '.join(details))}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,199 @@
+"""Training over a real Ray cluster: in parallel, with failures that stay where they are."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from logging.handlers import QueueHandler
+from pathlib import Path
+from queue import SimpleQueue
+
+import cv2
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from ray.util.state import list_actors
+
+from flawstream.cluster import Cluster
+from flawstream.fastflow.backbone import Backbone
+from flawstream.registry import Registry
+from schemas.settings import LimitSettings, ModelSettings, TrainingSettings
+from training.datasets.samples import CategoryData, Sample
+from training.features import FeatureExtractor
+from training.fleet import share_cluster, train_fleet
+from training.job import WEIGHTS_FILE, Job, Progress, Stage, run_job
+
+pytestmark = pytest.mark.integration
+
+MODEL = ModelSettings(strides=(16, 32), input_size=64, flow_steps=2, hidden_ratio=0.2)
+RECIPE = TrainingSettings(epochs=1, batch_size=4, false_alarm_rate=0.4)
+LIMITS = LimitSettings()
+
+
+def write_images(folder: Path, name: str, count: int, seed: int, *, defective: bool = False) -> tuple[Path, ...]:
+    """Write stripes in noise; a defect is a black square."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    paths = tuple(folder / f"{name}-{number:02}.png" for number in range(count))
+    for path in paths:
+        stripes = 128 + 60 * np.sin(np.arange(64) / (2 + seed))[None, :, None]
+        image = np.clip(stripes + generator.normal(0, 12, (64, 64, 3)), 0, 255).astype(np.uint8)
+        if defective:
+            image[20:44, 20:44] = 0
+        cv2.imwrite(str(path), image)
+    return paths
+
+
+def make_job(folder: Path, name: str, seed: int = 0, *, epochs: int = 1) -> Job:
+    images = folder / name
+    test = [
+        Sample(path, anomalous=False, defect="good", mask=None) for path in write_images(images, "good", 3, seed)
+    ] + [
+        Sample(path, anomalous=True, defect="hole", mask=None)
+        for path in write_images(images, "hole", 3, seed, defective=True)
+    ]
+    data = CategoryData(name, write_images(images, "train", 12, seed), tuple(test))
+    return Job(data, MODEL, RECIPE.model_copy(update={"epochs": epochs}), str(folder / "models"))
+
+
+def fleet(jobs: list[Job], cluster: Cluster, model: ModelSettings = MODEL) -> Generator[Progress, None, None]:
+    generator = train_fleet(jobs, model, LIMITS, cluster, 0)
+    assert isinstance(generator, Generator)
+    return generator
+
+
+@dataclass
+class Outcome:
+    """What came of four jobs: two good ones, one with a corrupt image, one that meets a bug."""
+
+    jobs: dict[str, Job]
+    progress: list[Progress]
+    logged: list[str]
+
+    def of(self, name: str) -> list[Progress]:
+        return [one for one in self.progress if one.category == name]
+
+
+@pytest.fixture(scope="module")
+def outcome(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("fleet")
+    jobs = {name: make_job(folder, name, seed) for seed, name in enumerate(("corrupt", "buggy", "bottle", "cable"))}
+    jobs["corrupt"].data.train[5].write_bytes(b"\x89PNG\r\n\x1a\nno image")
+    nonsense = CategoryData("buggy", jobs["buggy"].data.train, (None,))  # type: ignore[arg-type]
+    jobs["buggy"] = replace(jobs["buggy"], data=nonsense)
+    log = QueueHandler(SimpleQueue())
+    logging.getLogger("training.fleet").addHandler(log)
+    progress = list(fleet(list(jobs.values()), cluster))
+    logging.getLogger("training.fleet").removeHandler(log)
+    return Outcome(jobs, progress, [log.queue.get().getMessage() for _ in range(log.queue.qsize())])
+
+
+@pytest.mark.parametrize("name", ["bottle", "cable"])
+def test_category_is_trained_published_and_promoted(outcome: Outcome, name: str) -> None:
+    stages = [one.stage for one in outcome.of(name)]
+    assert list(dict.fromkeys(stages)) == [
+        Stage.FEATURES,
+        Stage.TRAINING,
+        Stage.CALIBRATING,
+        Stage.EVALUATING,
+        Stage.DONE,
+    ]
+    assert stages.count(Stage.DONE) == 1
+    assert all(one.done <= one.total for one in outcome.of(name))
+    manifest = outcome.of(name)[-1].manifest
+    assert manifest is not None
+    registry = Registry(outcome.jobs[name].registry_root)
+    assert registry.current(name) == manifest.version
+    assert registry.manifest(name, manifest.version) == manifest
+    assert manifest.metrics.image_auroc is not None
+    assert (manifest.metrics.normal_images, manifest.metrics.anomalous_images) == (3, 3)
+    assert (manifest.training.train_images, manifest.training.calibration_images) == (10, 2)
+    assert len(manifest.calibration.scores) == 2
+
+
+def test_every_stage_is_told_to_its_end(outcome: Outcome) -> None:
+    for stage, total in ((Stage.FEATURES, 12), (Stage.TRAINING, 10), (Stage.CALIBRATING, 2), (Stage.EVALUATING, 6)):
+        ends = [one for one in outcome.of("bottle") if one.stage is stage]
+        assert (ends[-1].done, ends[-1].total) == (total, total)
+
+
+def test_weights_are_those_of_training_without_ray(outcome: Outcome, tmp_path: Path) -> None:
+    there = outcome.jobs["bottle"]
+    here = replace(there, registry_root=str(tmp_path))
+    *_, alone = run_job(here, FeatureExtractor(Backbone(MODEL), LIMITS, threads=1))
+    over_ray = outcome.of("bottle")[-1]
+    assert alone.manifest is not None
+    assert over_ray.manifest is not None
+    assert alone.manifest.training.dataset_sha256 == over_ray.manifest.training.dataset_sha256
+    ours = safetensors.torch.load(Registry(here.registry_root).read_file(alone.manifest, WEIGHTS_FILE))
+    theirs = safetensors.torch.load(Registry(there.registry_root).read_file(over_ray.manifest, WEIGHTS_FILE))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)  # the number of threads changes the last bits
+
+
+def test_corrupt_image_fails_its_category_alone_and_is_named(outcome: Outcome) -> None:
+    failed = outcome.of("corrupt")[-1]
+    assert failed.stage is Stage.FAILED
+    assert "train-05.png" in failed.note
+    assert failed.note.endswith("mend the file or take it out")
+    assert Registry(outcome.jobs["bottle"].registry_root).categories() == ["bottle", "cable"]
+
+
+def test_bug_is_told_in_one_line_and_logged_whole(outcome: Outcome) -> None:
+    failed = outcome.of("buggy")[-1]
+    assert failed.stage is Stage.FAILED
+    assert failed.note == "AttributeError: 'NoneType' object has no attribute 'path'"
+    (text,) = outcome.logged
+    assert text.startswith("buggy: ")
+    assert "in run_job" in text
+
+
+def test_fleet_whose_every_job_fails_ends_and_says_why(cluster: Cluster, tmp_path: Path) -> None:
+    jobs = [make_job(tmp_path, name) for name in ("bottle", "cable", "tile")]
+    (tmp_path / "weights.pth").write_bytes(b"garbage")
+    model = MODEL.model_copy(update={"backbone": "resnet18", "weights": str(tmp_path / "weights.pth")})
+    progress = list(fleet(jobs, cluster, model))
+    assert [one.stage for one in progress] == [Stage.FAILED] * 3
+    assert {one.category for one in progress} == {"bottle", "cable", "tile"}
+    for one in progress:
+        assert one.note.startswith("cannot read backbone weights from")
+        assert len(one.note) < 600
+
+
+def trainers() -> set[int]:
+    """Find the processes that train."""
+    filters = [("class_name", "=", "Trainer"), ("state", "=", "ALIVE")]
+    return {actor.pid for actor in list_actors(filters=filters)}
+
+
+def test_dead_actors_fail_their_jobs_and_another_takes_the_next(cluster: Cluster, tmp_path: Path) -> None:
+    """All are killed as by a kernel out of memory; the last job is behind them in the queue."""
+    names = [f"slow-{number}" for number in range(share_cluster([{"CPU": cluster.cpus}], 99, 0)[0])]
+    slow = [make_job(tmp_path, name, epochs=100_000) for name in names]
+    last: dict[str, Progress] = {}
+    killed: set[int] = set()
+    for one in fleet([*slow, make_job(tmp_path, "tile")], cluster):
+        last[one.category] = one
+        if not killed and [progress.stage for progress in last.values()] == [Stage.TRAINING] * len(names):
+            killed = trainers()
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+    assert len(killed) == len(names)
+    assert last["tile"].stage is Stage.DONE
+    for name in names:
+        assert last[name].stage is Stage.FAILED
+        assert last[name].note.startswith("its training process is gone.")
+        assert "\n" not in last[name].note
+    assert Registry(slow[0].registry_root).categories() == ["tile"]
+
+
+def test_whoever_stops_consuming_stops_the_training(cluster: Cluster, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "bottle", epochs=100_000)
+    progress = fleet([job], cluster)
+    next(one for one in progress if one.stage is Stage.TRAINING)
+    assert trainers()
+    progress.close()
+    while trainers():
+        time.sleep(0.1)  # the test's own time limit ends it
