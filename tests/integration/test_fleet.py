@@ -162,38 +162,36 @@ def test_fleet_whose_every_job_fails_ends_and_says_why(cluster: Cluster, tmp_pat
         assert len(one.note) < 600
 
 
-def trainers() -> set[int]:
+def trainers(cluster: Cluster) -> set[int]:
     """Find the processes that train."""
     filters = [("class_name", "=", "Trainer"), ("state", "=", "ALIVE")]
-    return {actor.pid for actor in list_actors(filters=filters)}
+    return {actor.pid for actor in list_actors(cluster.dashboard_url, filters=filters)}
 
 
-def test_dead_actors_fail_their_jobs_and_another_takes_the_next(cluster: Cluster, tmp_path: Path) -> None:
-    """All are killed as by a kernel out of memory; the last job is behind them in the queue."""
+def test_dead_actors_fail_their_jobs_and_whoever_stops_consuming_stops_the_rest(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """All are killed as by a kernel out of memory; the last job, behind them in the queue, gets an actor of its own."""
     names = [f"slow-{number}" for number in range(share_cluster([{"CPU": cluster.cpus}], 99, 0)[0])]
-    slow = [make_job(tmp_path, name, epochs=100_000) for name in names]
+    jobs = [make_job(tmp_path, name, epochs=100_000) for name in [*names, "last"]]
     last: dict[str, Progress] = {}
     killed: set[int] = set()
-    for one in fleet([*slow, make_job(tmp_path, "tile")], cluster):
+    progress = fleet(jobs, cluster)
+    for one in progress:
         last[one.category] = one
-        if not killed and [progress.stage for progress in last.values()] == [Stage.TRAINING] * len(names):
-            killed = trainers()
+        if not killed and [latest.stage for latest in last.values()] == [Stage.TRAINING] * len(names):
+            killed = trainers(cluster)
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
+        if one.category == "last" and one.stage is Stage.TRAINING:
+            break
     assert len(killed) == len(names)
-    assert last["tile"].stage is Stage.DONE
     for name in names:
         assert last[name].stage is Stage.FAILED
         assert last[name].note.startswith("its training process is gone.")
         assert "\n" not in last[name].note
-    assert Registry(slow[0].registry_root).categories() == ["tile"]
-
-
-def test_whoever_stops_consuming_stops_the_training(cluster: Cluster, tmp_path: Path) -> None:
-    job = make_job(tmp_path, "bottle", epochs=100_000)
-    progress = fleet([job], cluster)
-    next(one for one in progress if one.stage is Stage.TRAINING)
-    assert trainers()
+    assert trainers(cluster) - killed
     progress.close()
-    while trainers():
+    while trainers(cluster):
         time.sleep(0.1)  # the test's own time limit ends it
+    assert Registry(jobs[0].registry_root).categories() == []

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_address_where_nobody_listens_is_refused(scheme: str) -> None:
+def test_address_where_nobody_listens_is_refused(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever tests before this one have started
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and never listens
         address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
