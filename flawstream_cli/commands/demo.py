@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-from flawstream import cluster
 from flawstream_cli.commands.serve import running, wait_for_stop, with_redis
 from flawstream_cli.commands.train import train_all, training_table
+from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.round_trip import RoundTrip, stream_samples
 from flawstream_cli.terminal import ExitCode, err, print_json, read_settings, say, table
 from schemas.manifest import Metrics
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
 from training.report import JudgedImage, write_report
-from workers.embedded import EmbeddedServer
+from workers.embedded import EmbeddedServer, free_port
 
-_EPOCHS = 8
+_API_PORT = 8000
+_EPOCHS = 6
 """The default recipe has 20; this is what fits into a few minutes on two cores (docs/benchmarks/demo.md)."""
 
 
@@ -43,6 +44,7 @@ def demo(
         registry={"root": str(folder / "models")},
         training={"epochs": epochs},
         redis={"prefix": "flawstream-demo"},
+        api={"port": free_port(_API_PORT)},
     )
     err.rule("1. Data")
     data = load_mvtec(export_elpv(folder / "data"))
@@ -53,37 +55,32 @@ def demo(
     err.print(table("Solar cells (ELPV)", columns, rows))
 
     err.rule("2. Training")
-    err.print("starting Ray ...")
-    try:
-        manifests, failures = train_all(data, settings, cluster.connect())
-    except BaseException:
-        cluster.disconnect()
-        raise
-    if failures:
-        cluster.disconnect()
-        for name, reason in failures.items():
-            say(f"{name} failed: {reason}", "red")
-        raise typer.Exit(ExitCode.FAILED)
-    err.print(training_table(manifests))
+    with on_cluster(None) as joined:
+        manifests, failures = train_all(data, settings, joined)
+        if failures:
+            for name, reason in failures.items():
+                say(f"{name} failed: {reason}", "red")
+            raise typer.Exit(ExitCode.FAILED)
+        err.print(training_table(manifests))
 
-    err.rule("3. Serving")
-    with EmbeddedServer() as server, running(with_redis(settings, server.url)) as addresses:
-        err.rule("4. Streaming")
-        samples = [(one.name, sample) for one in data for sample in one.test]
-        random.Random(0).shuffle(samples)  # noqa: S311 - an order, not a secret
-        trip = asyncio.run(stream_samples(with_redis(settings, server.url), samples))
+        err.rule("3. Serving")
+        with EmbeddedServer() as server, running(with_redis(settings, server.url), joined) as addresses:
+            err.rule("4. Streaming")
+            samples = [(one.name, sample) for one in data for sample in one.test]
+            random.Random(0).shuffle(samples)  # noqa: S311 - an order, not a secret
+            trip = asyncio.run(stream_samples(with_redis(settings, server.url), samples))
 
-        err.rule("5. Result")
-        metrics = trip.metrics()
-        err.print(table("Judged on the stream", _RESULT_COLUMNS, _result_rows(trip, metrics)))
-        report = folder / "report.html"
-        write_report(report, "flawstream demo: solar cells", _judged(trip), metrics)
-        say(f"report: {report}")
-        if keep:
-            err.print("everything stays up; Ctrl-C ends it")
-        print_json(_summary(trip, metrics) | ({"addresses": addresses} if keep else {}))
-        if keep:
-            wait_for_stop()
+            err.rule("5. Result")
+            metrics = trip.metrics()
+            err.print(table("Judged on the stream", _RESULT_COLUMNS, _result_rows(trip, metrics)))
+            report = folder / "report.html"
+            write_report(report, "flawstream demo: solar cells", _judged(trip), metrics)
+            say(f"report: {report}")
+            if keep:
+                err.print("everything stays up; Ctrl-C ends it")
+            print_json(_summary(trip, metrics) | ({"addresses": addresses} if keep else {}))
+            if keep:
+                wait_for_stop()
     if trip.lost or trip.duplicates:
         raise typer.Exit(ExitCode.FAILED)
 

@@ -9,15 +9,17 @@ from typing import Annotated
 
 import typer
 
-from flawstream import cluster
+from flawstream.cluster import Cluster
 from flawstream.registry import Registry
+from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, print_json, read_settings, say
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
-from workers.embedded import EmbeddedServer, usual_port
+from workers.embedded import EmbeddedServer, free_port
 
 DATA_DIR = Path(".flawstream/valkey")
+_REDIS_PORT = 6379
 
 
 def serve(
@@ -63,9 +65,12 @@ def serve(
     with contextlib.ExitStack() as stack:
         if embedded:
             say(f"starting an embedded Valkey server in {data_dir} ...")
-            server = stack.enter_context(EmbeddedServer(data_dir, redis_port or usual_port()))
+            server = stack.enter_context(EmbeddedServer(data_dir, redis_port or free_port(_REDIS_PORT)))
             settings = with_redis(settings, server.url)
-        addresses = stack.enter_context(running(settings, ray_address))
+        if ray_address is None:  # a cluster may reach what this machine cannot
+            require_startable(settings)
+        joined = stack.enter_context(on_cluster(ray_address))
+        addresses = stack.enter_context(running(settings, joined))
         say(f"push an image   flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
         say("stop            Ctrl-C")
         print_json(addresses)
@@ -79,9 +84,23 @@ def with_redis(settings: Settings, url: str) -> Settings:
     return settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": url})})
 
 
+def require_startable(settings: Settings) -> None:
+    """See that the service can start here, and say where no image can be judged yet.
+
+    Raises:
+        ConfigError: A port is taken, or a folder is none.
+        StreamUnavailableError: The stream server does not answer.
+        RegistryError: The registry cannot be read.
+    """
+    service.require_startable(settings)
+    root = settings.registry.root
+    if not Registry(root).currents():
+        say(f"{root} has no model versions yet: images are refused until `flawstream train` has made some", "yellow")
+
+
 @contextlib.contextmanager
-def running(settings: Settings, ray_address: str | None = None) -> Iterator[dict[str, str]]:
-    """Have the service up for as long as the context lasts.
+def running(settings: Settings, joined: Cluster) -> Iterator[dict[str, str]]:
+    """Have the service up on a cluster for as long as the context lasts.
 
     Yields:
         The addresses: `api`, `redis`, `dashboard`.
@@ -90,28 +109,17 @@ def running(settings: Settings, ray_address: str | None = None) -> Iterator[dict
     if "://" not in root:  # replicas run in other folders
         absolute = settings.registry.model_copy(update={"root": str(Path(root).absolute())})
         settings = settings.model_copy(update={"registry": absolute})
-    if ray_address is None:  # a cluster may reach what this machine cannot
-        service.require_startable(settings)
-        if not Registry(settings.registry.root).currents():
-            say(
-                f"{root} has no model versions yet: images are refused until `flawstream train` has made some", "yellow"
-            )
-    say("starting Ray ..." if ray_address is None else f"joining Ray at {ray_address} ...")
-    joined = cluster.connect(ray_address)
+    say("starting detector, stream worker and API; this takes half a minute ...")
+    api = service.run(settings)
+    addresses = {"api": api, "redis": settings.redis.url, "dashboard": joined.dashboard_url}
+    say(f"API             {api}  (documentation at {api}/docs)")
+    say(f"Redis           {settings.redis.url}")
+    if joined.dashboard_url:
+        say(f"Ray dashboard   {joined.dashboard_url}  (its token: ray get-auth-token)")
     try:
-        say("starting detector, stream worker and API; this takes half a minute ...")
-        api = service.run(settings)
-        addresses = {"api": api, "redis": settings.redis.url, "dashboard": joined.dashboard_url}
-        say(f"API             {api}  (documentation at {api}/docs)")
-        say(f"Redis           {settings.redis.url}")
-        if joined.dashboard_url:
-            say(f"Ray dashboard   {joined.dashboard_url}  (its token: ray get-auth-token)")
-        try:
-            yield addresses
-        finally:
-            service.stop()
+        yield addresses
     finally:
-        cluster.disconnect()
+        service.stop()
 
 
 def wait_for_stop() -> None:

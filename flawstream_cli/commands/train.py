@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from flawstream import cluster
+from flawstream.cluster import Cluster
+from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,
@@ -62,12 +63,8 @@ def train(
         registry={"root": registry},
     )
     data = load_mvtec(root, category)
-    say("starting Ray ..." if ray_address is None else f"joining Ray at {ray_address} ...")
-    joined = cluster.connect(ray_address)
-    try:
+    with on_cluster(ray_address) as joined:
         manifests, failures = train_all(data, settings, joined, promote=promote)
-    finally:
-        cluster.disconnect()
     if as_json:
         print_json(
             {"trained": [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests], "failed": failures}
@@ -83,7 +80,7 @@ def train(
 
 
 def train_all(
-    data: list[CategoryData], settings: Settings, joined: cluster.Cluster, *, promote: bool = True
+    data: list[CategoryData], settings: Settings, joined: Cluster, *, promote: bool = True
 ) -> tuple[list[ModelManifest], dict[str, str]]:
     """Train all categories, with a bar each.
 

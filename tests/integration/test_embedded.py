@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import ConfigError
-from workers.embedded import EmbeddedServer, usual_port
+from workers.embedded import EmbeddedServer, free_port
 
 pytestmark = pytest.mark.integration
 
 _PARENT = """
 import sys
-from workers.embedded import EmbeddedServer, usual_port
+from workers.embedded import EmbeddedServer, free_port
 server = EmbeddedServer()
 server.start()
 print(server.port, flush=True)
@@ -59,10 +59,11 @@ def test_a_port_that_is_taken_is_refused() -> None:
         EmbeddedServer(port=first.port).start()
 
 
-def test_the_usual_port_gives_way_where_it_is_taken() -> None:
-    first = usual_port()
-    with EmbeddedServer(port=first):
-        assert usual_port() not in (first, 6379)
+def test_the_free_port_gives_way_where_it_is_taken() -> None:
+    usual = free_port()
+    assert free_port(usual) == usual
+    with EmbeddedServer(port=usual):
+        assert free_port(usual) != usual
 
 
 def test_damaged_data_are_told_with_the_servers_last_words(tmp_path: Path) -> None:
