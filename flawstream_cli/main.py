@@ -1,5 +1,6 @@
 """The `flawstream` command: commands put together, errors turned into words and exit codes."""
 
+import contextlib
 import importlib
 import logging
 import sys
@@ -46,8 +47,9 @@ class _LazyGroup(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """Import a command or a group of commands."""
-    module = importlib.import_module(f"flawstream_cli.commands.{name}")
+    """Import a command or a group of commands; torch and Ray take seconds."""
+    with err.status("loading ...") if err.is_terminal else contextlib.nullcontext():
+        module = importlib.import_module(f"flawstream_cli.commands.{name}")
     group: typer.Typer | None = getattr(module, "app", None)
     if group is None:
         group = typer.Typer(rich_markup_mode="markdown")

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from flawstream import cluster
-from flawstream_cli.terminal import say
+from flawstream_cli.terminal import busy
 
 
 @contextlib.contextmanager
@@ -14,8 +14,9 @@ def on_cluster(address: str | None) -> Iterator[cluster.Cluster]:
     Raises:
         ConfigError: No cluster answers at the address.
     """
-    say("starting Ray ..." if address is None else f"joining Ray at {address} ...")
     try:
-        yield cluster.connect(address)
+        with busy("starting Ray" if address is None else f"joining Ray at {address}"):
+            joined = cluster.connect(address)
+        yield joined
     finally:
         cluster.disconnect()

@@ -3,11 +3,12 @@
 Data goes to standard output, everything for a person to standard error, so that a pipe carries data alone.
 """
 
+import contextlib
 import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +90,17 @@ def print_json(value: object) -> None:
 def say(text: str, style: str = "") -> None:
     """Tell a person something that may hold text from outside, on one line however long."""
     err.print(printable(text), style=style, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def busy(doing: str) -> Iterator[None]:
+    """Show that something goes on: a spinner, or a line where nobody watches."""
+    if err.is_terminal:
+        with err.status(f"{printable(doing)} ..."):
+            yield
+    else:
+        say(f"{doing} ...")
+        yield
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:

@@ -12,7 +12,7 @@ import typer
 from flawstream.cluster import Cluster
 from flawstream.registry import Registry
 from flawstream_cli.on_cluster import on_cluster
-from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, print_json, read_settings, say
+from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, busy, print_json, read_settings, say
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
@@ -75,7 +75,6 @@ def serve(
         say("stop            Ctrl-C")
         print_json(addresses)
         wait_for_stop()
-        say("stopping: batches under way are finished first ...")
     say("stopped")
 
 
@@ -109,8 +108,8 @@ def running(settings: Settings, joined: Cluster) -> Iterator[dict[str, str]]:
     if "://" not in root:  # replicas run in other folders
         absolute = settings.registry.model_copy(update={"root": str(Path(root).absolute())})
         settings = settings.model_copy(update={"registry": absolute})
-    say("starting detector, stream worker and API; this takes half a minute ...")
-    api = service.run(settings)
+    with busy("starting detector, stream worker and API; this takes half a minute"):
+        api = service.run(settings)
     addresses = {"api": api, "redis": settings.redis.url, "dashboard": joined.dashboard_url}
     say(f"API             {api}  (documentation at {api}/docs)")
     say(f"Redis           {settings.redis.url}")
@@ -119,7 +118,8 @@ def running(settings: Settings, joined: Cluster) -> Iterator[dict[str, str]]:
     try:
         yield addresses
     finally:
-        service.stop()
+        with busy("stopping: batches under way are finished first"):
+            service.stop()
 
 
 def wait_for_stop() -> None:
