@@ -52,7 +52,7 @@ demo: setup
 	@$(BIN) -m flawstream_cli demo $(if $(KEEP),--keep)
 
 constraints: setup
-	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; $(BIN) -m pip freeze --exclude-editable --all | grep -viE '^(setuptools|wheel)=='; } > constraints.new
+	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; $(BIN) -m pip freeze --exclude-editable --all; } > constraints.new
 	@mv constraints.new constraints.txt; echo "==> constraints.txt written"
 
 clean:

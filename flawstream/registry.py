@@ -42,6 +42,10 @@ def new_version(created_at: datetime, digest: str) -> str:
     return f"{created_at.astimezone(UTC):%Y%m%d-%H%M%S}-{digest[:8]}"
 
 
+WEIGHTS_FILE = "flow.safetensors"
+"""The trained head, beside every manifest."""
+
+
 class Registry:
     """The model versions under one root. Holds no state: every call looks at the storage anew.
 

@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import Registry
+from flawstream.registry import WEIGHTS_FILE, Registry
 from schemas.errors import RegistryError, UnknownCategoryError
 from schemas.manifest import BackboneSpec, ModelManifest
 from serving.engines.engine import Engine, HeadRunner
 
 log = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "flow.safetensors"
 
 _RETRY_S = 30.0
 """A version that failed is tried again so much later: the storage may have been at fault, and not the version."""

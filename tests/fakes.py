@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.messages import Verdict
+from schemas.messages import DetectionResult, Verdict
 from workers.ports import Detection, Ending, Entry, Refusal
 
 ARRIVED = datetime(2026, 1, 1, tzinfo=UTC)
@@ -24,6 +25,20 @@ def entry_id(number: int) -> str:
 def png(grey: int = 128, size: tuple[int, int] = (8, 8)) -> bytes:
     """Make a small PNG of one grey; `size` is (height, width) in pixels."""
     return bytes(cv2.imencode(".png", np.full((*size, 3), grey, np.uint8))[1].tobytes())
+
+
+def make_result(message_id: str, **changes: Any) -> DetectionResult:
+    """Make the result of a normal bottle; `changes` are fields of it."""
+    fields: dict[str, Any] = {
+        "category": "bottle",
+        "score": 0.5,
+        "p_value": 0.5,
+        "threshold": 1.0,
+        "verdict": Verdict.NORMAL,
+        "model": "bottle@v1",
+        "image_shape": (8, 8),
+    }
+    return DetectionResult(id=message_id, **{**fields, **changes})
 
 
 def image_entry(number: int, *, category: str = "bottle", image: bytes | None = None, deliveries: int = 1) -> Entry:

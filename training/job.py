@@ -15,15 +15,13 @@ import numpy as np
 
 from flawstream.calibration import calibrate, shortage
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import Registry, new_version
+from flawstream.registry import WEIGHTS_FILE, Registry, new_version
 from schemas.manifest import FlowSpec, ModelManifest, TrainingRecord
 from schemas.settings import ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData
 from training.evaluate import Evaluation, ImageScorer
 from training.features import FeatureCache, FeatureExtractor
 from training.fit import Step, fit_head, split_rows
-
-WEIGHTS_FILE = "flow.safetensors"
 
 
 class Stage(StrEnum):

@@ -10,7 +10,7 @@ from rich.progress import track
 from flawstream.fastflow.backbone import load_trained_backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.maps import bounded, encode_map
-from flawstream.registry import Registry
+from flawstream.registry import WEIGHTS_FILE, Registry
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
@@ -29,7 +29,6 @@ from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import CategoryData
 from training.evaluate import Evaluation, ImageScorer, ScoredImage
 from training.features import FeatureExtractor
-from training.job import WEIGHTS_FILE
 from training.report import JudgedImage, write_report
 
 

@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 import pytest
-from fakes import ARRIVED, FakeReader, FakeSink, FakeStream, image_entry, png
+from fakes import ARRIVED, FakeReader, FakeSink, FakeStream, image_entry, make_result, png
 from redis.asyncio import Redis
 
 from schemas.errors import Reason
 from schemas.keys import StreamKeys
-from schemas.messages import DeadLetter, DetectionResult, Verdict
+from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import parse_dead_letter, parse_result
 from workers.connection import make_client
@@ -21,17 +21,7 @@ pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
 
 
 def result_of(entry_id: str) -> Ending:
-    result = DetectionResult(
-        id=entry_id,
-        category="bottle",
-        score=0.5,
-        p_value=0.5,
-        threshold=1.0,
-        verdict=Verdict.NORMAL,
-        model="bottle@v1",
-        image_shape=(8, 8),
-    )
-    return Ending(entry_id, result)
+    return Ending(entry_id, make_result(entry_id))
 
 
 def dead_letter_of(entry_id: str, fields: dict[bytes, bytes] | None = None) -> Ending:

@@ -2,18 +2,16 @@
 
 import json
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import NamedTuple
 
 import pytest
-from fakes import png
+from command_line import Ran, Run, make_run
+from fakes import make_result, png
 from raw_redis import RawRedis
 
-from flawstream_cli.main import main
 from schemas.errors import Reason
-from schemas.messages import DeadLetter, DetectionResult, Verdict
+from schemas.messages import DeadLetter, Verdict
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
 
@@ -23,33 +21,11 @@ HOSTILE = "\x1b[2J[red]part[/]\x07\u202e"
 HARMLESS = "\N{REPLACEMENT CHARACTER}[2J[red]part[/]\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
 
 
-class Ran(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], redis_settings: RedisSettings) -> Run:
-    """Run the command line in this process, on the test's server where no other is named."""
-
-    def run(*arguments: object, redis: str = redis_settings.url) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["flawstream", *map(str, arguments), "--redis", redis])
-        try:
-            main()
-            code = 0
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return Ran(code, said.out, said.err)
-
-    return run
+    """Run commands on the test's server where no other is named."""
+    run = make_run(monkeypatch, capsys)
+    return lambda *arguments, redis=redis_settings.url: run(*arguments, "--redis", redis)
 
 
 @pytest.fixture
@@ -77,16 +53,8 @@ def write_dead(raw: RawRedis, message_id: str, detail: str = "it is no image") -
 
 
 def write_result(raw: RawRedis, message_id: str) -> str:
-    result = DetectionResult(
-        id=message_id,
-        category="bottle",
-        score=2.0,
-        p_value=0.05,
-        threshold=1.0,
-        verdict=Verdict.ANOMALOUS,
-        model="bottle@v1",
-        image_shape=(8, 8),
-        extra={"note": message_id.encode()},
+    result = make_result(
+        message_id, score=2.0, p_value=0.05, verdict=Verdict.ANOMALOUS, extra={"note": message_id.encode()}
     )
     return write(raw, "flawstream:results", result_fields(result))
 

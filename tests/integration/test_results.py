@@ -4,13 +4,13 @@ import logging
 from collections.abc import AsyncIterator
 
 import pytest
-from fakes import ARRIVED
+from fakes import ARRIVED, make_result
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from schemas.errors import Reason, StreamUnavailableError
 from schemas.keys import StreamKeys
-from schemas.messages import DeadLetter, DetectionResult, Verdict
+from schemas.messages import DeadLetter
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
 from workers.connection import make_client
@@ -30,16 +30,7 @@ async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
 
 
 async def add_result(client: Redis, name: str) -> str:
-    result = DetectionResult(
-        id=name,
-        category="bottle",
-        score=0.5,
-        p_value=0.5,
-        threshold=1.0,
-        verdict=Verdict.NORMAL,
-        model="bottle@v1",
-        image_shape=(8, 8),
-    )
+    result = make_result(name)
     return str((await client.xadd(KEYS.results, dict(result_fields(result)))).decode())
 
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
+from command_line import Ran, Run, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -17,38 +18,14 @@ from tiny_models import write_version
 
 from flawstream.registry import Registry
 from flawstream_cli import terminal
-from flawstream_cli.main import COMMANDS, load_command, main
+from flawstream_cli.main import COMMANDS, load_command
 
 pytestmark = pytest.mark.unit
 
 
-class Ran(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process."""
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["flawstream", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return Ran(code, said.out, said.err)
-
-    return run
+    return make_run(monkeypatch, capsys)
 
 
 @pytest.fixture
