@@ -33,7 +33,7 @@ from training.report import JudgedImage, write_report
 
 
 def evaluate(
-    root: Annotated[Path, typer.Argument(help="Data set: ROOT/<category>/test/good and test/<defect>.")],
+    root: Annotated[Path, typer.Argument(help="Data set: ROOT/CATEGORY/test/good and test/DEFECT.")],
     category: Annotated[
         list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
     ] = None,

@@ -29,7 +29,7 @@ from training.job import Job, Stage
 
 
 def train(
-    root: Annotated[Path, typer.Argument(help="Data set: ROOT/<category>/train/good, test/<defect>, ground_truth.")],
+    root: Annotated[Path, typer.Argument(help="Data set: ROOT/CATEGORY/train/good, test/DEFECT, ground_truth.")],
     category: Annotated[
         list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
     ] = None,
