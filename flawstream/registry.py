@@ -27,6 +27,8 @@ from schemas.errors import ConfigError, RegistryError
 from schemas.manifest import MANIFEST_FORMAT, ModelManifest
 from schemas.messages import CATEGORY_PATTERN
 
+WEIGHTS_FILE = "flow.safetensors"
+"""The trained head, beside every manifest."""
 _MANIFEST = "manifest.json"
 _CURRENT = "current"
 _NAME = re.compile(CATEGORY_PATTERN)
@@ -40,10 +42,6 @@ def new_version(created_at: datetime, digest: str) -> str:
         digest: Hexadecimal digest of the version's content; two versions of one second differ by it.
     """
     return f"{created_at.astimezone(UTC):%Y%m%d-%H%M%S}-{digest[:8]}"
-
-
-WEIGHTS_FILE = "flow.safetensors"
-"""The trained head, beside every manifest."""
 
 
 class Registry:

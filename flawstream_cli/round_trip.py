@@ -76,8 +76,13 @@ class RoundTrip:
         """Give the throughput from the first push to the last ending; of a category: its share of that."""
         if not self.ended:
             return 0.0
-        duration_s = max(self.ended.values()) - min(self.sent.values())
-        return sum(category in (None, result.category) for result in self.results.values()) / duration_s
+        first, last = next(iter(self.sent.values())), next(reversed(self.ended.values()))  # both in order of time
+        count = (
+            len(self.results)
+            if category is None
+            else sum(category == result.category for result in self.results.values())
+        )
+        return count / (last - first)
 
     def metrics(self) -> dict[str, Metrics]:
         """Compare scores and labels, per category, at the threshold that results carry."""

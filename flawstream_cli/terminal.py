@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from schemas.errors import ConfigError, FlawstreamError, TransientError
-from schemas.settings import Settings, load_settings
+from schemas.settings import Settings, load_settings, settings_problems
 
 _WIDTH = 160
 """Where nobody watches, as in a log or a pipe; rich takes 80 there and breaks the rows of tables."""
@@ -71,12 +71,9 @@ def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Setting
         try:  # what was never set stays so: `serve` starts its own server only where nobody named one
             changed[name] = type(section).model_validate({**section.model_dump(exclude_unset=True), **given})
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, (name, *problem['loc'])))}: {problem['msg']}"
-                for problem in error.errors(include_url=False, include_input=False)
-            )
             raise ConfigError(
-                f"the command line's settings are refused: {problems}. `flawstream doctor --settings` lists every field"
+                f"the command line's settings are refused: {settings_problems(error, name)}. "
+                "`flawstream doctor --settings` lists every field"
             ) from None
     return settings.model_copy(update=changed)
 

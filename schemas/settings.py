@@ -240,10 +240,22 @@ def load_settings(path: Path | None = None) -> Settings:
     except SettingsError as error:  # a variable that must be JSON and is not; the value may be a secret: not printed
         raise ConfigError(f"the environment's settings cannot be read: {error}") from None
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors(include_url=False)
-        )
-        raise ConfigError(f"settings refused: {problems}. `flawstream doctor --settings` lists every field") from None
+        raise ConfigError(
+            f"settings refused: {settings_problems(error)}. `flawstream doctor --settings` lists every field"
+        ) from None
+
+
+def settings_problems(error: ValidationError, *section: str) -> str:
+    """Say which fields are wrong and why, never with their values: one may be a password.
+
+    Args:
+        error: What pydantic found.
+        *section: The section's name, where a section alone was read.
+    """
+    return "; ".join(
+        f"{'.'.join(map(str, (*section, *problem['loc'])))}: {problem['msg']}"
+        for problem in error.errors(include_url=False, include_input=False)
+    )
 
 
 def _refuse_unknown_sections() -> None:

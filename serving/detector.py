@@ -58,7 +58,7 @@ class DetectorService:
         self._refresh_task = asyncio.create_task(self._refresh_for_ever())
 
     async def stop(self) -> None:
-        """Stop at once; calls that wait are refused and may go to another replica."""
+        """Finish the batch under way and stop; calls that wait are refused and may go to another replica."""
         if self._refresh_task is not None:
             self._refresh_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

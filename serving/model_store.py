@@ -21,7 +21,6 @@ from serving.engines.engine import Engine, HeadRunner
 
 log = logging.getLogger(__name__)
 
-
 _RETRY_S = 30.0
 """A version that failed is tried again so much later: the storage may have been at fault, and not the version."""
 

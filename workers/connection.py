@@ -6,7 +6,8 @@ Knows Redis and nothing of what is on the streams.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
@@ -128,6 +129,71 @@ async def create_group(client: Redis, stream: str, group: str) -> None:
     except ResponseError as error:
         if not str(error).startswith("BUSYGROUP"):  # another was first
             raise
+
+
+async def read_group(
+    client: Redis, stream: str, group: str, consumer: str, *, cursor: str, max_entries: int, block_ms: int | None
+) -> list[Row]:
+    """Read entries as a consumer of a group, which is made where it is not there.
+
+    Args:
+        client: Of the server that has the stream.
+        stream: Its name.
+        group: The group's name.
+        consumer: The consumer's name in the group.
+        cursor: `>` for new entries, or the id behind which to give those again that are pending for the consumer.
+        max_entries: At most so many.
+        block_ms: How long to wait at the server for a new entry; None does not wait.
+    """
+
+    async def read() -> list[Row]:
+        reply: Any = await client.xreadgroup(group, consumer, {stream: cursor}, count=max_entries, block=block_ms)
+        return rows(reply.get(stream.encode(), ()))
+
+    try:
+        return await read()
+    except ResponseError as error:
+        if not is_missing_group(error):
+            raise
+    await create_group(client, stream, group)
+    return await read()
+
+
+class StreamClient:
+    """Something with a connection of its own, opened and closed; an `async with` does both.
+
+    Args:
+        settings: Where the server is.
+    """
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self._client = make_client(settings)
+
+    async def open(self) -> None:
+        """See that the server answers and can run our scripts.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+            ConfigError: It is too old, or refuses the user.
+        """
+        await require_server(self._client)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.open()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
 
 @contextmanager

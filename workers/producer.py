@@ -3,8 +3,6 @@
 import asyncio
 from collections.abc import Mapping
 from datetime import datetime
-from types import TracebackType
-from typing import Self
 
 from redis.exceptions import OutOfMemoryError
 
@@ -13,13 +11,13 @@ from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
 from workers.backoff import backoff_s
-from workers.connection import address, load_script, make_client, require_server, stream_errors
+from workers.connection import StreamClient, address, load_script, stream_errors
 
 _REMEMBER_S = 600
 """How long a pushed id is known: a push repeated within writes nothing."""
 
 
-class Producer:
+class Producer(StreamClient):
     """Pushes images, refusing when the backlog is full.
 
     A push that was cut off may or may not have happened. Push again with the same `id`: the image is on the stream
@@ -37,7 +35,7 @@ class Producer:
         limits: LimitSettings = LimitSettings(),  # noqa: B008 - frozen
         backlog: BacklogSettings = BacklogSettings(),  # noqa: B008 - frozen
     ) -> None:
-        self._client = make_client(settings)
+        super().__init__(settings)
         self._keys = StreamKeys(prefix=settings.prefix)
         self._limits = limits
         self._max_images = backlog.max_images
@@ -92,32 +90,6 @@ class Producer:
                 if left_s <= 0:
                     raise
                 await asyncio.sleep(min(left_s, backoff_s(failures)))
-
-    async def open(self) -> None:
-        """See that the server answers and can run our scripts; `push` does not need it.
-
-        Raises:
-            StreamUnavailableError: The server does not answer.
-            ConfigError: It is too old, or refuses the user.
-        """
-        await require_server(self._client)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.open()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def _push_once(self, message_id: str | None, fields: Mapping[bytes, bytes]) -> str:
         keys = [self._keys.images]

@@ -8,7 +8,7 @@ from redis.exceptions import ResponseError
 
 from schemas.keys import StreamKeys
 from schemas.settings import RedisSettings
-from workers.connection import Row, create_group, is_missing_group, load_script, rows, stream_errors
+from workers.connection import Row, is_missing_group, load_script, read_group, stream_errors
 from workers.ports import Entry
 
 _OLDEST = "0-0"
@@ -94,19 +94,15 @@ class RedisStreamReader:
         return Entry(entry_id, fields, pending[0]["times_delivered"] if pending else 1)
 
     async def _read_group(self, cursor: str, max_entries: int, block_ms: int | None) -> list[Row]:
-        async def read() -> list[Row]:
-            reply: Any = await self._client.xreadgroup(
-                self._keys.group, self._consumer, {self._keys.images: cursor}, count=max_entries, block=block_ms
-            )
-            return rows(reply.get(self._keys.images.encode(), ()))
-
-        try:
-            return await read()
-        except ResponseError as error:
-            if not is_missing_group(error):
-                raise
-        await create_group(self._client, self._keys.images, self._keys.group)
-        return await read()
+        return await read_group(
+            self._client,
+            self._keys.images,
+            self._keys.group,
+            self._consumer,
+            cursor=cursor,
+            max_entries=max_entries,
+            block_ms=block_ms,
+        )
 
     async def _claim_from(self, cursor: str, max_entries: int, held: Collection[str]) -> tuple[str, list[Entry]]:
         try:

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any, Generic, TypeVar
 
 from redis.exceptions import ResponseError
 
@@ -14,7 +14,7 @@ from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import Fields, parse_dead_letter, parse_result
 from workers.backoff import backoff_s
-from workers.connection import Row, create_group, is_missing_group, make_client, require_server, rows, stream_errors
+from workers.connection import Row, StreamClient, create_group, read_group, rows, stream_errors
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -22,7 +22,7 @@ _OLDEST = "0-0"
 _BATCH = 32
 
 
-class OutcomeReader(Generic[_T]):
+class OutcomeReader(StreamClient, ABC, Generic[_T]):
     """Reads one stream of outcomes, each with its entry's id, for ever.
 
     Without a group: what comes after an id, or from now on; nothing is remembered at the server. With a group: what
@@ -33,31 +33,31 @@ class OutcomeReader(Generic[_T]):
 
     Args:
         settings: Where the stream is.
-        stream: Its name.
-        parse: Reads an entry's fields, or raises MessageError.
-        group: A consumer group's name, made where it is not there.
+        group: A consumer group's name, made where it is not there; absent: no group.
         consumer: This consumer's name in the group.
         after: Without a group, the id to start behind; `$` means from `open` on.
     """
 
     def __init__(
-        self,
-        settings: RedisSettings,
-        stream: str,
-        parse: Callable[[Fields], _T],
-        *,
-        group: str | None,
-        consumer: str,
-        after: str,
+        self, settings: RedisSettings, group: str | None = None, *, consumer: str = "consumer", after: str = "$"
     ) -> None:
-        self._client = make_client(settings)
+        super().__init__(settings)
         self._block_ms = settings.block_ms
-        self._stream = stream
-        self._parse = parse
+        self._stream = self._name(StreamKeys(prefix=settings.prefix))
         self._group = group
         self._consumer = consumer
         self._after = after
         self._own_cursor: str | None = _OLDEST  # None: what was given before and not acknowledged has come again
+
+    @staticmethod
+    @abstractmethod
+    def _name(keys: StreamKeys) -> str:
+        """Choose the stream."""
+
+    @staticmethod
+    @abstractmethod
+    def _parse(fields: Fields) -> _T:
+        """Read an entry's fields, or raise MessageError."""
 
     async def open(self) -> None:
         """See that the server answers, and settle from where on to read.
@@ -66,7 +66,7 @@ class OutcomeReader(Generic[_T]):
             StreamUnavailableError: The server does not answer.
             ConfigError: It is too old, or refuses the user.
         """
-        await require_server(self._client)
+        await super().open()
         with stream_errors(self._client):
             if self._group is not None:
                 await create_group(self._client, self._stream, self._group)
@@ -106,10 +106,6 @@ class OutcomeReader(Generic[_T]):
             with stream_errors(self._client):
                 await self._client.xack(self._stream, self._group, *entry_ids)
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
-
     async def __aiter__(self) -> AsyncIterator[tuple[str, _T]]:
         failures = 0
         while True:
@@ -124,19 +120,6 @@ class OutcomeReader(Generic[_T]):
             for outcome in outcomes:
                 yield outcome
 
-    async def __aenter__(self) -> Self:
-        try:
-            await self.open()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     async def _read_alone(self, max_entries: int) -> list[Row]:
         if self._after == "$":
             self._after = (
@@ -150,7 +133,7 @@ class OutcomeReader(Generic[_T]):
 
     async def _read_group(self, max_entries: int) -> list[Row]:
         while self._own_cursor is not None:
-            found = await self._read_group_from(self._own_cursor, max_entries, None)
+            found = await self._read_as_consumer(self._own_cursor, max_entries, None)
             self._own_cursor = found[-1][0] if found else None
             gone = [entry_id for entry_id, fields in found if not fields]
             if gone:
@@ -158,22 +141,18 @@ class OutcomeReader(Generic[_T]):
             left = [row for row in found if row[1]]
             if left:
                 return left
-        return await self._read_group_from(">", max_entries, self._block_ms)
+        return await self._read_as_consumer(">", max_entries, self._block_ms)
 
-    async def _read_group_from(self, cursor: str, max_entries: int, block_ms: int | None) -> list[Row]:
-        async def read() -> list[Row]:
-            reply: Any = await self._client.xreadgroup(
-                str(self._group), self._consumer, {self._stream: cursor}, count=max_entries, block=block_ms
-            )
-            return rows(reply.get(self._stream.encode(), ()))
-
-        try:
-            return await read()
-        except ResponseError as error:
-            if not is_missing_group(error):
-                raise
-        await create_group(self._client, self._stream, str(self._group))
-        return await read()
+    async def _read_as_consumer(self, cursor: str, max_entries: int, block_ms: int | None) -> list[Row]:
+        return await read_group(
+            self._client,
+            self._stream,
+            str(self._group),
+            self._consumer,
+            cursor=cursor,
+            max_entries=max_entries,
+            block_ms=block_ms,
+        )
 
     async def _last_id(self) -> str:
         try:
@@ -186,34 +165,24 @@ class OutcomeReader(Generic[_T]):
 
 
 class ResultReader(OutcomeReader[DetectionResult]):
-    """Reads results: `async for entry_id, result in reader`.
+    """Reads results: `async for entry_id, result in reader`."""
 
-    Args:
-        settings: Where the stream is.
-        group: A consumer group's name, made where it is not there; absent: no group.
-        consumer: This consumer's name in the group.
-        after: Without a group, the id to start behind; `$` means from `open` on.
-    """
+    @staticmethod
+    def _name(keys: StreamKeys) -> str:
+        return keys.results
 
-    def __init__(
-        self, settings: RedisSettings, group: str | None = None, *, consumer: str = "consumer", after: str = "$"
-    ) -> None:
-        stream = StreamKeys(prefix=settings.prefix).results
-        super().__init__(settings, stream, parse_result, group=group, consumer=consumer, after=after)
+    @staticmethod
+    def _parse(fields: Fields) -> DetectionResult:
+        return parse_result(fields)
 
 
 class DeadLetterReader(OutcomeReader[DeadLetter]):
-    """Reads dead letters as they come in: `async for entry_id, letter in reader`.
+    """Reads dead letters as they come in: `async for entry_id, letter in reader`."""
 
-    Args:
-        settings: Where the stream is.
-        group: A consumer group's name, made where it is not there; absent: no group.
-        consumer: This consumer's name in the group.
-        after: Without a group, the id to start behind; `$` means from `open` on.
-    """
+    @staticmethod
+    def _name(keys: StreamKeys) -> str:
+        return keys.dead
 
-    def __init__(
-        self, settings: RedisSettings, group: str | None = None, *, consumer: str = "consumer", after: str = "$"
-    ) -> None:
-        stream = StreamKeys(prefix=settings.prefix).dead
-        super().__init__(settings, stream, parse_dead_letter, group=group, consumer=consumer, after=after)
+    @staticmethod
+    def _parse(fields: Fields) -> DeadLetter:
+        return parse_dead_letter(fields)

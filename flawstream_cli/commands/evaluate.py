@@ -23,7 +23,7 @@ from flawstream_cli.terminal import (
     table,
 )
 from schemas.errors import DatasetError, UnknownCategoryError
-from schemas.manifest import Metrics, ModelManifest
+from schemas.manifest import BackboneSpec, Metrics, ModelManifest
 from schemas.messages import MapCodec
 from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import CategoryData
@@ -50,18 +50,17 @@ def evaluate(
     data = [one for one in load_mvtec(root, category) if one.test]
     if not data:
         raise DatasetError(f"no category below {root} has images in test/; evaluation needs labelled test images")
-    manifests = _current_manifests(Registry(settings.registry.root), [one.name for one in data], settings.registry.root)
+    opened = Registry(settings.registry.root)
+    manifests = _current_manifests(opened, [one.name for one in data], settings.registry.root)
     metrics: dict[str, Metrics] = {}
     judged: list[JudgedImage] = []
-    extractors: dict[str, FeatureExtractor] = {}
+    extractors: dict[BackboneSpec, FeatureExtractor] = {}
     for one in data:
         spec = manifests[one.name].backbone
-        if spec.model_dump_json() not in extractors:
+        if spec not in extractors:
             say(f"loading {spec.name} ...")
-            backbone = load_trained_backbone(spec, settings.model)
-            extractors[spec.model_dump_json()] = FeatureExtractor(backbone, settings.limits)
-        extractor = extractors[spec.model_dump_json()]
-        metrics[one.name], images = _evaluate_category(one, manifests[one.name], extractor, settings.registry.root)
+            extractors[spec] = FeatureExtractor(load_trained_backbone(spec, settings.model), settings.limits)
+        metrics[one.name], images = _evaluate_category(one, manifests[one.name], extractors[spec], opened)
         judged += images
     versions = {name: manifest.model for name, manifest in manifests.items()}
     if report is not None:
@@ -103,10 +102,10 @@ def _current_manifests(registry: Registry, categories: list[str], root: str) -> 
 
 
 def _evaluate_category(
-    data: CategoryData, manifest: ModelManifest, extractor: FeatureExtractor, root: str
+    data: CategoryData, manifest: ModelManifest, extractor: FeatureExtractor, registry: Registry
 ) -> tuple[Metrics, list[JudgedImage]]:
     calibration = manifest.calibration
-    weights = Registry(root).read_file(manifest, WEIGHTS_FILE)
+    weights = registry.read_file(manifest, WEIGHTS_FILE)
     head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
     paths = [sample.path for sample in data.test]
     evaluation = Evaluation()
