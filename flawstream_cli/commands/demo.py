@@ -78,9 +78,10 @@ def demo(
             say(f"report: {report}")
             if keep:
                 err.print("everything stays up; Ctrl-C ends it")
-            print_json(_summary(trip, metrics) | ({"addresses": addresses} if keep else {}))
-            if keep:
+                print_json(_summary(trip, metrics) | {"addresses": addresses})
                 wait_for_stop()
+    if not keep:  # when all that stops has had its say: the last line is the program's
+        print_json(_summary(trip, metrics))
     if trip.lost or trip.duplicates:
         raise typer.Exit(ExitCode.FAILED)
 
