@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from flawstream_cli.terminal import ExitCode, err, exit_code_of, out, printable
@@ -94,13 +95,17 @@ def main() -> None:
     try:
         app()
     except FlawstreamError as error:
-        err.print(f"[bold red]error[/] ({error.code}): {printable(str(error))}", highlight=False, soft_wrap=True)
+        _tell_error(f" ({error.code}): {error}")
         sys.exit(exit_code_of(error))
     except OSError as error:
         if error.filename is None:  # not a file that the user named
             raise
-        err.print(f"[bold red]error[/]: {printable(f'{error.filename}: {error.strerror}')}", soft_wrap=True)
+        _tell_error(f": {error.filename}: {error.strerror}")
         sys.exit(ExitCode.FAILED)
     except KeyboardInterrupt:
         err.print("stopped")
         sys.exit(ExitCode.INTERRUPTED)
+
+
+def _tell_error(what: str) -> None:
+    err.print(Text("error", "bold red") + printable(what), highlight=False, soft_wrap=True)

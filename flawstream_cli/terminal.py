@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from schemas.errors import ConfigError, FlawstreamError, TransientError
 from schemas.settings import Settings, load_settings, settings_problems
@@ -93,7 +93,7 @@ def say(text: str, style: str = "") -> None:
 def busy(doing: str) -> Iterator[None]:
     """Show that something goes on: a spinner, or a line where nobody watches."""
     if err.is_terminal:
-        with err.status(f"{printable(doing)} ..."):
+        with err.status(printable(f"{doing} ...")):
             yield
     else:
         say(f"{doing} ...")
@@ -102,7 +102,7 @@ def busy(doing: str) -> Iterator[None]:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     """Build a table; None shows as a dash, floats with four digits."""
-    built = Table(title=printable(title), title_justify="left", title_style="bold", header_style="bold")
+    built = Table(title=printable(title, "bold"), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         built.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
@@ -115,12 +115,12 @@ def exit_code_of(error: FlawstreamError) -> ExitCode:
     return ExitCode.UNAVAILABLE if isinstance(error, TransientError) else ExitCode.CANNOT_START
 
 
-def printable(text: str) -> str:
+def printable(text: str, style: str = "") -> Text:
     """Make text from outside harmless: no control characters for the terminal but new lines, no markup for rich."""
     shown = "".join(
         letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
-    return escape(shown)
+    return Text(shown, style)
 
 
 def entry_id(text: str | None) -> str | None:
@@ -147,9 +147,7 @@ def _finite(value: object) -> object:
     return value
 
 
-def _cell(value: object) -> str:
+def _cell(value: object) -> Text:
     if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return printable(str(value))
+        return Text("-")
+    return printable(f"{value:.4g}" if isinstance(value, float) else str(value))

@@ -23,7 +23,7 @@ class TrainingDisplay:
             TextColumn("{task.fields[stage]}"),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:3.0f}%"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=err,
@@ -41,7 +41,7 @@ class TrainingDisplay:
             stage=progress.stage.value,
             completed=progress.done,
             total=progress.total,
-            note=printable(progress.note) if progress.stage is not Stage.FAILED else "[red]see below[/]",
+            note=printable(progress.note).plain if progress.stage is not Stage.FAILED else "see below",
         )
         if not err.is_terminal:
             line = f"{progress.category}: {progress.stage.value} {progress.note.partition('  ')[0]}".rstrip()

@@ -9,8 +9,11 @@ import pytest
 from schemas.settings import RedisSettings
 from workers.embedded import EmbeddedServer
 
-hypothesis.settings.register_profile("flawstream", deadline=None)  # no test limits how fast a machine must be
-hypothesis.settings.load_profile("flawstream")
+# No test limits how fast a machine must be. The gate tries the same examples every time, so that what passed once
+# passes again; `pytest --hypothesis-profile explore` looks for new ones.
+hypothesis.settings.register_profile("gate", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("gate")
 
 
 @pytest.fixture(scope="session")

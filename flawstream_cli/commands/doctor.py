@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 from pydantic import BaseModel
+from rich.text import Text
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry import Registry
@@ -72,8 +73,8 @@ def doctor(
         except FlawstreamError as error:
             found[name] = {"ok": False, "detail": str(error)}
         if not as_json:
-            mark = "[green]ok  [/]" if found[name]["ok"] else "[bold red]FAIL[/]"
-            out.print(f"{mark} {name:<9} {printable(str(found[name]['detail']))}", highlight=False, soft_wrap=True)
+            mark = Text("ok  ", "green") if found[name]["ok"] else Text("FAIL", "bold red")
+            out.print(mark + printable(f" {name:<9} {found[name]['detail']}"), highlight=False, soft_wrap=True)
     if as_json:
         print_json(found)
     if not all(check["ok"] for check in found.values()):
@@ -136,7 +137,6 @@ def _list_settings(settings: Settings, *, as_json: bool) -> None:
         out.print(f"[bold]{name}[/]  {type(section).__doc__}", highlight=False)
         for field, info in type(section).model_fields.items():
             variable = f"{ENV_PREFIX}{name.upper()}__{field.upper()}"
-            value = printable(str(getattr(section, field)))
-            out.print(
-                f"  {field} = [cyan]{value}[/]  {info.description}  [dim]{variable}[/]", highlight=False, soft_wrap=True
-            )
+            value = printable(str(getattr(section, field)), "cyan")
+            told = Text.assemble(f"  {field} = ", value, f"  {info.description}  ", (variable, "dim"))
+            out.print(told, highlight=False, soft_wrap=True)

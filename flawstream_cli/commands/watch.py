@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from flawstream.maps import decode_map, encode_jpeg, paint
 from flawstream_cli.terminal import (
@@ -79,8 +80,8 @@ def _show(name: str, result: DetectionResult, *, as_json: bool) -> None:
         print_json({"entry_id": name, **told, "map_codec": result.map.codec, "extra": extra})
         return
     style = "bold red" if result.verdict is Verdict.ANOMALOUS else "green"
-    out.print(
-        f"[{style}]{result.verdict:<9}[/] {result.category:<16} score {result.score:8.3f} / {result.threshold:.3f}  "
-        f"p {result.p_value:.3f}  {result.total_ms:6.0f} ms  {printable(result.id)}",
-        highlight=False,
+    line = printable(
+        f" {result.category:<16} score {result.score:8.3f} / {result.threshold:.3f}  "
+        f"p {result.p_value:.3f}  {result.total_ms:6.0f} ms  {result.id}"
     )
+    out.print(Text(f"{result.verdict:<9}", style) + line, highlight=False)
