@@ -11,6 +11,7 @@ from flawstream.fastflow.backbone import load_trained_backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.maps import bounded, encode_map
 from flawstream.registry import WEIGHTS_FILE, Registry
+from flawstream_cli.data_sets import LayoutOption
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
@@ -25,7 +26,7 @@ from flawstream_cli.terminal import (
 from schemas.errors import DatasetError, UnknownCategoryError
 from schemas.manifest import BackboneSpec, Metrics, ModelManifest
 from schemas.messages import MapCodec
-from training.datasets.mvtec import load_mvtec
+from training.datasets.open import Layout, open_dataset
 from training.datasets.samples import CategoryData
 from training.evaluate import Evaluation, ImageScorer, ScoredImage
 from training.features import FeatureExtractor
@@ -37,6 +38,7 @@ def evaluate(
     category: Annotated[
         list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
     ] = None,
+    layout: LayoutOption = Layout.AUTO,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report with images and maps here.")] = None,
     registry: RegistryOption = None,
     config: ConfigOption = None,
@@ -47,7 +49,7 @@ def evaluate(
     Example: `flawstream evaluate data/mvtec -c bottle --report report.html`
     """
     settings = read_settings(config, registry={"root": registry})
-    data = [one for one in load_mvtec(root, category) if one.test]
+    data = [one for one in open_dataset(root, category, layout) if one.test]
     if not data:
         raise DatasetError(f"no category below {root} has images in test/; evaluation needs labelled test images")
     opened = Registry(settings.registry.root)

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from flawstream.cluster import Cluster
+from flawstream_cli.data_sets import LayoutOption
 from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -22,7 +23,7 @@ from flawstream_cli.terminal import (
 from flawstream_cli.training_display import TrainingDisplay
 from schemas.manifest import ModelManifest
 from schemas.settings import Settings
-from training.datasets.mvtec import load_mvtec
+from training.datasets.open import Layout, open_dataset
 from training.datasets.samples import CategoryData
 from training.fleet import train_fleet
 from training.job import Job, Stage
@@ -33,6 +34,7 @@ def train(
     category: Annotated[
         list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
     ] = None,
+    layout: LayoutOption = Layout.AUTO,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     backbone: Annotated[str | None, typer.Option(help="A timm model, e.g. resnet18.")] = None,
     weights: Annotated[str | None, typer.Option(help="auto, package, timm, or a state dict's path.")] = None,
@@ -62,7 +64,7 @@ def train(
         model={"backbone": backbone, "weights": weights, "input_size": input_size},
         registry={"root": registry},
     )
-    data = load_mvtec(root, category)
+    data = open_dataset(root, category, layout)
     with on_cluster(ray_address) as joined:
         manifests, failures = train_all(data, settings, joined, promote=promote)
     if as_json:
