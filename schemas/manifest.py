@@ -1,11 +1,16 @@
 """What training writes beside the weights and serving loads: all that is needed to run and to judge a model version."""
 
+from typing import Literal
+
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from schemas.messages import Category
 
 MANIFEST_FORMAT = 1
 """Raised when a manifest of before can no longer be read as it stands."""
+
+Normalisation = Literal["statistics", "layer_norm", "none"]
+"""What stands before each flow: `flawstream.fastflow.normalisation`."""
 
 
 class _Part(BaseModel):
@@ -47,12 +52,13 @@ class BackboneSpec(_Part):
 
 
 class FlowSpec(_Part):
-    """The shape of the flows, one a stage."""
+    """The shape of the flows, one a stage, and what stands before them."""
 
     steps: int
     hidden_ratio: float
     conv3x3_only: bool
     clamp: float
+    normalisation: Normalisation = "statistics"
 
 
 class Calibration(_Part):

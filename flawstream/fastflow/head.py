@@ -1,4 +1,4 @@
-"""The trained part of a model version: per scale, feature statistics and a flow. Written to and read from safetensors.
+"""The trained part of a model version: per scale, a normalisation and a flow. Written to and read from safetensors.
 
 Shape legend: B images, C channels, K latent channels, H W height and width of a scale's grid, s a scale.
 """
@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flawstream.fastflow.flow import Flow, FoldedFlow
+from flawstream.fastflow.normalisation import make_normalisation
 from flawstream.fastflow.score import anomaly_grid
-from flawstream.fastflow.statistics import FeatureStatistics
 from schemas.errors import RegistryError
 from schemas.manifest import BackboneSpec, FlowSpec
 
@@ -23,8 +23,12 @@ class FastFlowHead(nn.Module):
 
     Args:
         backbone: Gives channels and grid sizes.
-        flow: The shape of the flows.
+        flow: The shape of the flows, and what stands before them.
         seed: Draws the permutations and the first weights.
+
+    Attributes:
+        statistics: What stands before each flow: `FeatureStatistics` unless `flow.normalisation` says otherwise.
+        flows: One a scale.
     """
 
     def __init__(self, backbone: BackboneSpec, flow: FlowSpec, *, seed: int = 0) -> None:
@@ -33,7 +37,7 @@ class FastFlowHead(nn.Module):
             torch.manual_seed(seed)
             generator = torch.Generator().manual_seed(seed)
             self.statistics = nn.ModuleList(
-                FeatureStatistics(channels, side)
+                make_normalisation(flow.normalisation, channels, side)
                 for channels, side in zip(backbone.channels, backbone.grid_sizes, strict=True)
             )
             self.flows = nn.ModuleList(

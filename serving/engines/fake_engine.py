@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.fastflow.statistics import FeatureStatistics
 from schemas.manifest import BackboneSpec
 from serving.engines.engine import HeadRunner
 
@@ -36,7 +37,10 @@ class FakeEngine:
 
     def prepare(self, head: FastFlowHead) -> HeadRunner:
         """Keep one number of a head per scale, so that categories differ."""
-        means = [float(statistics.get_buffer("mean").mean()) for statistics in head.statistics]
+        means = [
+            float(statistics.mean.mean()) if isinstance(statistics, FeatureStatistics) else 0.0
+            for statistics in head.statistics
+        ]
 
         def run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
             return [np.abs(scale[:, 0] - np.float32(mean)) for scale, mean in zip(features, means, strict=True)]
