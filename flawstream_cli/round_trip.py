@@ -91,7 +91,7 @@ class RoundTrip:
             of_name = {key: result for key, result in self.results.items() if result.category == name}
             found[name] = summarise(
                 np.array([result.score for result in of_name.values()]),
-                np.array([self.samples[key].anomalous for key in of_name], dtype=bool),
+                [self.samples[key].defect if self.samples[key].anomalous else None for key in of_name],
                 next(iter(of_name.values())).threshold,
             )
         return found

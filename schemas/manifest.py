@@ -79,24 +79,53 @@ class Calibration(_Part):
     pixel_threshold: float
 
 
-class Metrics(_Part):
-    """How the version did on the test folder, if there was one.
+class DefectMetrics(_Part):
+    """How the version did on one kind of defect.
 
     Attributes:
-        image_auroc: Area under the ROC curve of image scores; absent without both classes.
-        pixel_auroc: The same over pixels; absent without masks.
+        defect: The kind.
+        images: Test images that show it.
+        image_auroc: Of these images against all normal ones; absent without normal ones.
+        recall: Share of these images above the threshold.
+        intervals: As in `Metrics`.
+    """
+
+    defect: str
+    images: int
+    image_auroc: float | None = None
+    recall: float | None = None
+    intervals: dict[str, tuple[float, float]] = {}
+
+
+class Metrics(_Part):
+    """How the version did on the test folder, if there was one. All are shares in [0, 1].
+
+    Attributes:
+        image_auroc: Area under the ROC curve of image scores; absent without both classes, like the next two.
+        average_precision: Mean precision over the defective images, each at its own score.
+        f1_max: The highest F1 that any threshold reaches on these images.
+        pixel_auroc: AUROC over pixels; absent without masks.
+        aupro: Area under the curve of per-region overlap up to a false positive rate of 0.3, over 0.3; absent without
+            masks.
         false_alarm_rate: Share of normal test images above the threshold.
         recall: Share of defective test images above the threshold.
         normal_images: Test images.
         anomalous_images: Test images.
+        intervals: 95 % confidence intervals, (low, high), by the name of the metric; some metrics have none.
+        defects: By kind of defect, where kinds are known.
     """
 
     image_auroc: float | None = None
+    average_precision: float | None = None
+    f1_max: float | None = None
     pixel_auroc: float | None = None
+    aupro: float | None = None
     false_alarm_rate: float | None = None
     recall: float | None = None
     normal_images: int = 0
     anomalous_images: int = 0
+    intervals: dict[str, tuple[float, float]] = {}
+    defects: tuple[DefectMetrics, ...] = ()
 
 
 class TrainingRecord(_Part):

@@ -7,15 +7,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.score import image_scores
-from flawstream.maps import bounded, upsample
+from flawstream.maps import upsample
 from schemas.errors import DatasetError
-from schemas.manifest import Metrics
+from schemas.manifest import DefectMetrics, Metrics
 from training.datasets.samples import Sample
 from training.features import FeatureExtractor
+from training.metrics import Interval, PixelTally, image_metrics, rate_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,9 @@ class Evaluation:
     """
 
     def __init__(self) -> None:
-        self.samples: list[Sample] = []
-        self.scores: list[float] = []
-        self._pixel_scores: list[NDArray[np.float16]] = []
-        self._pixel_labels: list[NDArray[np.bool_]] = []
-        self._has_masks = False
+        self._samples: list[Sample] = []
+        self._scores: list[float] = []
+        self._pixels = PixelTally()
 
     def add(self, sample: Sample, image: ScoredImage) -> None:
         """Take one image.
@@ -88,53 +86,90 @@ class Evaluation:
         Raises:
             DatasetError: Its mask cannot be read.
         """
-        self.samples.append(sample)
-        self.scores.append(image.score)
-        if sample.mask is not None or not sample.anomalous:
-            self._has_masks = self._has_masks or sample.mask is not None
-            self._pixel_scores.append(bounded(image.anomaly_map()).astype(np.float16).ravel())
-            self._pixel_labels.append(_read_mask(sample, image.side).ravel())
+        self._samples.append(sample)
+        self._scores.append(image.score)
+        if sample.mask is not None:
+            self._pixels.add(image.anomaly_map(), read_mask(sample.mask, image.side))
+        elif not sample.anomalous:
+            self._pixels.add(image.anomaly_map(), None)
 
     def metrics(self, threshold: float) -> Metrics:
         """Compare all scores with all labels at a threshold of the image score, nats per channel."""
         return summarise(
-            np.array(self.scores, dtype=np.float64),
-            np.array([sample.anomalous for sample in self.samples], dtype=bool),
+            np.array(self._scores, dtype=np.float64),
+            [sample.defect if sample.anomalous else None for sample in self._samples],
             threshold,
-            auroc(np.concatenate(self._pixel_labels), np.concatenate(self._pixel_scores)) if self._has_masks else None,
+            self._pixels,
         )
 
 
 def summarise(
-    scores: NDArray[np.float64], anomalous: NDArray[np.bool_], threshold: float, pixel_auroc: float | None = None
+    scores: NDArray[np.float64], defects: Sequence[str | None], threshold: float, pixels: PixelTally | None = None
 ) -> Metrics:
-    """Reduce image scores and labels to metrics; what needs a class that is absent stays empty."""
-    alarms = scores > threshold
-    normal = ~anomalous
+    """Reduce image scores and labels to metrics; what needs a class or masks that are absent stays empty.
+
+    Args:
+        scores: (N,) nats per channel. One that is not finite counts as the highest.
+        defects: N kinds of defect; None for a normal image.
+        threshold: A score above it is anomalous.
+        pixels: Of the same images, where maps are at hand.
+    """
+    kinds = sorted({kind for kind in defects if kind is not None})
+    kind_of = np.array([-1 if kind is None else kinds.index(kind) for kind in defects], dtype=np.int64)
+    normal = kind_of < 0
+    alarms = ~(scores <= threshold)  # and not `>`, which no number that is none ever is
+    values, intervals = image_metrics(scores, ~normal)
+    for found in (
+        _rate("false_alarm_rate", alarms[normal]),
+        _rate("recall", alarms[~normal]),
+        pixels.metrics() if pixels is not None else ({}, {}),
+    ):
+        values |= found[0]
+        intervals |= found[1]
     return Metrics(
-        image_auroc=auroc(anomalous, scores),
-        pixel_auroc=pixel_auroc,
-        false_alarm_rate=float(alarms[normal].mean()) if normal.any() else None,
-        recall=float(alarms[anomalous].mean()) if anomalous.any() else None,
+        **values,
         normal_images=int(normal.sum()),
-        anomalous_images=int(anomalous.sum()),
+        anomalous_images=int((~normal).sum()),
+        intervals=intervals,
+        defects=tuple(_of_kind(name, scores, normal, kind_of == k, alarms) for k, name in enumerate(kinds)),
     )
 
 
-def auroc(labels: NDArray[np.bool_], scores: NDArray[np.floating]) -> float | None:
-    """Compute the area under the ROC curve, or nothing where only one class is present.
+def _of_kind(
+    name: str,
+    scores: NDArray[np.float64],
+    normal: NDArray[np.bool_],
+    shown: NDArray[np.bool_],
+    alarms: NDArray[np.bool_],
+) -> DefectMetrics:
+    used = normal | shown
+    values, intervals = image_metrics(scores[used], shown[used], ("image_auroc",))
+    rate, rate_interval = _rate("recall", alarms[shown])
+    return DefectMetrics(
+        defect=name, images=int(shown.sum()), **(values | rate), intervals={**intervals, **rate_interval}
+    )
 
-    A score that is not finite counts as the highest: a gross defect can exceed what floats hold.
+
+def _rate(name: str, alarms: NDArray[np.bool_]) -> tuple[dict[str, float], dict[str, Interval]]:
+    if not alarms.size:
+        return {}, {}
+    return {name: float(alarms.mean())}, {name: rate_interval(int(alarms.sum()), alarms.size)}
+
+
+def read_mask(path: Path, side: int) -> NDArray[np.bool_]:
+    """Read where a defect is, at a map's size.
+
+    Args:
+        path: A picture of the whole image, not 0 where the defect is.
+        side: S, pixels.
+
+    Returns:
+        (S, S).
+
+    Raises:
+        DatasetError: The file cannot be read.
     """
-    if labels.all() or not labels.any():
-        return None
-    return float(roc_auc_score(labels, np.where(np.isfinite(scores), scores, np.finfo(scores.dtype).max)))
-
-
-def _read_mask(sample: Sample, side: int) -> NDArray[np.bool_]:
-    if sample.mask is None:
-        return np.zeros((side, side), dtype=bool)
-    mask = cv2.imread(str(sample.mask), cv2.IMREAD_GRAYSCALE)
+    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None:
-        raise DatasetError(f"cannot read the mask {sample.mask}; mend the file or take it out")
+        raise DatasetError(f"cannot read the mask {path}; mend the file or take it out")
     return np.asarray(cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST) > 0)

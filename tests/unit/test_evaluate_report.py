@@ -20,6 +20,7 @@ from schemas.manifest import Metrics
 from schemas.messages import MapCodec
 from training.datasets.samples import Sample
 from training.evaluate import Evaluation, ScoredImage, summarise
+from training.metrics import rate_interval
 from training.report import JudgedImage, overlay, write_report
 
 pytestmark = pytest.mark.unit
@@ -44,11 +45,12 @@ def sample(*, anomalous: bool, mask: Path | None = None) -> Sample:
 )
 def test_metrics_are_scikit_learn_s(pairs: list[tuple[float, bool]], threshold: float) -> None:
     scores, labels = np.array([score for score, _ in pairs]), np.array([label for _, label in pairs])
+    kinds = ["scratch" if label else None for label in labels]
     evaluation = Evaluation()
     for score, label in pairs:
         evaluation.add(sample(anomalous=label), scored(score))
     metrics = evaluation.metrics(threshold)
-    assert metrics == summarise(scores, labels, threshold)
+    assert metrics == summarise(scores, kinds, threshold)
     assert metrics.image_auroc == pytest.approx(roc_auc_score(labels, scores))
     assert metrics.recall == pytest.approx(recall_score(labels, scores > threshold))
     assert metrics.false_alarm_rate == pytest.approx(1 - recall_score(~labels, scores <= threshold))
@@ -57,16 +59,17 @@ def test_metrics_are_scikit_learn_s(pairs: list[tuple[float, bool]], threshold: 
 
 
 def test_score_at_the_threshold_is_normal() -> None:
-    metrics = summarise(np.array([1.0, 1.0, 1.5]), np.array([False, True, True]), 1.0)
+    metrics = summarise(np.array([1.0, 1.0, 1.5]), [None, "dent", "dent"], 1.0)
     assert (metrics.false_alarm_rate, metrics.recall) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize("anomalous", [False, True])
 def test_metrics_that_need_the_absent_class_are_absent(*, anomalous: bool) -> None:
-    metrics = summarise(np.array([1.0, 2.0]), np.array([anomalous] * 2), 1.5)
+    metrics = summarise(np.array([1.0, 2.0]), ["dent" if anomalous else None] * 2, 1.5)
     assert metrics.image_auroc is None
     assert (metrics.recall is None) is not anomalous
     assert (metrics.false_alarm_rate is None) is anomalous
+    assert set(metrics.intervals) == {"recall" if anomalous else "false_alarm_rate"}
 
 
 def test_no_images_give_no_metrics() -> None:
@@ -74,8 +77,39 @@ def test_no_images_give_no_metrics() -> None:
 
 
 def test_scores_beyond_all_bounds_count_as_the_highest() -> None:
-    metrics = summarise(np.array([1.0, np.inf, np.nan]), np.array([False, True, True]), 2.0)
-    assert metrics.image_auroc == 1.0
+    metrics = summarise(np.array([1.0, np.inf, np.nan]), [None, "dent", "dent"], 2.0)
+    assert (metrics.image_auroc, metrics.recall) == (1.0, 1.0)
+
+
+def test_kinds_of_defect_are_measured_each_against_all_normal_images() -> None:
+    scores = np.array([1.0, 2.0, 3.0, 1.5, 9.0, 8.0])
+    metrics = summarise(scores, [None, None, None, "dent", "scratch", "scratch"], 2.5)
+    dent, scratch = metrics.defects
+    assert (dent.defect, dent.images, dent.recall) == ("dent", 1, 0.0)
+    assert dent.image_auroc == pytest.approx(1 / 3)
+    assert (scratch.defect, scratch.images, scratch.image_auroc, scratch.recall) == ("scratch", 2, 1.0, 1.0)
+    assert scratch.intervals == {"recall": rate_interval(2, 2)}  # perfectly separated: no interval of the AUROC
+    assert metrics.recall == pytest.approx(2 / 3)
+
+
+def test_rates_have_their_binomial_intervals() -> None:
+    generator = np.random.default_rng(0)
+    scores = np.concatenate([generator.normal(0, 1, 50), generator.normal(2, 1, 30)])
+    metrics = summarise(scores, [None] * 50 + ["dent"] * 30, 1.0)
+    assert metrics.intervals["false_alarm_rate"] == rate_interval(int((scores[:50] > 1).sum()), 50)
+    assert metrics.intervals["recall"] == rate_interval(int((scores[50:] > 1).sum()), 30)
+    assert set(metrics.intervals) == {"image_auroc", "average_precision", "f1_max", "false_alarm_rate", "recall"}
+
+
+def test_metrics_of_before_intervals_still_read() -> None:
+    old = '{"image_auroc": 0.9, "pixel_auroc": null, "false_alarm_rate": 0.1, "recall": 0.8, "normal_images": 5}'
+    metrics = Metrics.model_validate_json(old)
+    assert (metrics.image_auroc, metrics.aupro, metrics.intervals, metrics.defects) == (0.9, None, {}, ())
+
+
+def test_metrics_read_back_as_they_were_written() -> None:
+    metrics = summarise(np.array([1.0, 3.0, 2.0, 4.0]), [None, None, "dent", "dent"], 2.5)
+    assert Metrics.model_validate_json(metrics.model_dump_json()) == metrics
 
 
 def write_mask(path: Path, side: int = SIDE) -> NDArray[np.bool_]:
