@@ -1,4 +1,4 @@
-"""Progress of training on the terminal: one bar a category, or plain lines where nobody watches."""
+"""Progress of training on the terminal: one bar a job, or plain lines where nobody watches."""
 
 from types import TracebackType
 from typing import Self
@@ -14,10 +14,10 @@ class TrainingDisplay:
     """Shows what `training.fleet.train_fleet` yields. A context manager.
 
     Args:
-        categories: A bar each, in this order.
+        jobs: Names, a bar each, in this order.
     """
 
-    def __init__(self, categories: list[str]) -> None:
+    def __init__(self, jobs: list[str]) -> None:
         self._bars = Progress(
             TextColumn("[bold]{task.description}"),
             TextColumn("{task.fields[stage]}"),
@@ -30,23 +30,23 @@ class TrainingDisplay:
             disable=not err.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {
-            name: self._bars.add_task(name, total=None, stage="waiting", note="") for name in categories
+            name: self._bars.add_task(name, total=None, stage="waiting", note="") for name in jobs
         }
         self._said: dict[str, str] = {}
 
     def show(self, progress: JobProgress) -> None:
         """Take one report."""
         self._bars.update(
-            self._tasks[progress.category],
+            self._tasks[progress.job],
             stage=progress.stage.value,
             completed=progress.done,
             total=progress.total,
             note=printable(progress.note).plain if progress.stage is not Stage.FAILED else "see below",
         )
         if not err.is_terminal:
-            line = f"{progress.category}: {progress.stage.value} {progress.note.partition('  ')[0]}".rstrip()
-            if self._said.get(progress.category) != line:
-                self._said[progress.category] = line
+            line = f"{progress.job}: {progress.stage.value} {progress.note.partition('  ')[0]}".rstrip()
+            if self._said.get(progress.job) != line:
+                self._said[progress.job] = line
                 say(line)
 
     def __enter__(self) -> Self:

@@ -65,11 +65,11 @@ def train_fleet(
     stops the training.
 
     Args:
-        jobs: One a category, all of one backbone.
+        jobs: Of different names, all of one backbone.
         model: Which backbone.
         limits: What is too large to be decoded.
         cluster: Where to train; `flawstream.cluster.connect` gives it.
-        num_gpus: GPUs, or a share of one, for each category; 0 takes a whole one where the cluster has any.
+        num_gpus: GPUs, or a share of one, for each job; 0 takes a whole one where the cluster has any.
 
     Yields:
         The progress of all jobs as it comes, each job ending in `DONE` or `FAILED`.
@@ -102,7 +102,7 @@ def train_fleet(
                 except RayError as error:
                     del running[stream]
                     start(actor if isinstance(error, RayTaskError) else None)
-                    yield Progress(job.data.name, Stage.FAILED, 0, 1, _explain(job, error))
+                    yield Progress(job.name, Stage.FAILED, 0, 1, _explain(job, error))
     finally:
         if ray.is_initialized():
             for actor, _ in running.values():
@@ -137,7 +137,7 @@ def _explain(job: Job, error: RayError) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, FlawstreamError):
         return str(cause)
-    _log.error("%s: %s", job.data.name, error)
+    _log.error("%s: %s", job.name, error)
     if isinstance(error, RayTaskError):
         return f"{type(cause).__name__}: {_one_line(str(cause))}"
     details = [line for line in str(error).splitlines() if not line.startswith("\t")]

@@ -37,10 +37,10 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a category is.
+    """How far a job is.
 
     Attributes:
-        category: Its name.
+        job: Its name.
         stage: What is being done.
         done: Images done in this stage.
         total: Images to do in this stage.
@@ -48,7 +48,7 @@ class Progress:
         manifest: The published version, at the end.
     """
 
-    category: str
+    job: str
     stage: Stage
     done: int
     total: int
@@ -66,6 +66,7 @@ class Job:
         training: The recipe.
         registry_root: Where the version is written.
         promote: Whether it becomes the current one.
+        label: Tells it from other jobs of the category; empty where it is the only one.
     """
 
     data: CategoryData
@@ -73,6 +74,12 @@ class Job:
     training: TrainingSettings
     registry_root: str
     promote: bool = True
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name the job as its progress does."""
+        return f"{self.data.name} {self.label}".rstrip()
 
 
 def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
@@ -102,25 +109,25 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
     head = FastFlowHead(extractor.spec, flow, seed=recipe.seed)
     features = FeatureCache(Path(tempfile.gettempdir()), data.train, extractor)
     for done in features.fill():
-        yield Progress(data.name, Stage.FEATURES, done, len(data.train))
+        yield Progress(job.name, Stage.FEATURES, done, len(data.train))
     last = Step(0, 0, float("nan"))
     for last in fit_head(head, features, rows, recipe):
         note = f"epoch {last.epoch}/{recipe.epochs}  loss {last.loss:.3f}"
-        yield Progress(data.name, Stage.TRAINING, last.images, recipe.epochs * len(rows), note)
+        yield Progress(job.name, Stage.TRAINING, last.images, recipe.epochs * len(rows), note)
     del features  # and its room on the disk
     calibration_paths = [data.train[row] for row in held_out]
     scored = []
     scorer = ImageScorer(extractor, head, job.model.top_fraction)
     for image in scorer.score(calibration_paths):
         scored.append((image.score, image.anomaly_map().max()))
-        yield Progress(data.name, Stage.CALIBRATING, len(scored), len(held_out))
+        yield Progress(job.name, Stage.CALIBRATING, len(scored), len(held_out))
     scores, peaks = np.array(scored, dtype=np.float64).T
     calibration = calibrate(scores, peaks, recipe.false_alarm_rate, job.model.top_fraction)
     evaluation = Evaluation()
     test_images = scorer.score([sample.path for sample in data.test])
     for done, (sample, image) in enumerate(zip(data.test, test_images, strict=True), start=1):
         evaluation.add(sample, image)
-        yield Progress(data.name, Stage.EVALUATING, done, len(data.test))
+        yield Progress(job.name, Stage.EVALUATING, done, len(data.test))
     weights = head.to_bytes()
     digest = hashlib.sha256(weights).hexdigest()
     created_at = datetime.now(UTC)
@@ -153,4 +160,4 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
     if job.promote:
         registry.promote(manifest.category, manifest.version)
     warning = shortage(len(held_out), recipe.false_alarm_rate) or ""
-    yield Progress(data.name, Stage.DONE, 1, 1, warning, manifest)
+    yield Progress(job.name, Stage.DONE, 1, 1, warning, manifest)

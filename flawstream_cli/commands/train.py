@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from flawstream.calibration import shortage
 from flawstream.cluster import Cluster
 from flawstream_cli.data_sets import LayoutOption
 from flawstream_cli.on_cluster import on_cluster
@@ -41,6 +42,9 @@ def train(
     input_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normal parts that may be rejected.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Versions of each category, with this and the following seeds; the first serves.")
+    ] = 1,
     promote: Annotated[bool, typer.Option(help="Make the new versions current.")] = True,
     registry: RegistryOption = None,
     ray_address: Annotated[
@@ -52,7 +56,7 @@ def train(
     """Train every category of a data set, in parallel on Ray.
 
     Normal images only are needed. A share of them never trains the model: it sets the threshold for the false-alarm
-    rate asked for. Where there is a test folder, AUROC, false-alarm rate and recall on it are reported.
+    rate asked for. Where there is a test folder, the metrics of `flawstream evaluate` on it are reported.
 
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
@@ -66,15 +70,17 @@ def train(
     )
     data = open_dataset(root, category, layout)
     with on_cluster(ray_address) as joined:
-        manifests, failures = train_all(data, settings, joined, promote=promote)
+        manifests, failures = train_all(data, settings, joined, promote=promote, seeds=seeds)
+    warnings = {manifest.model: missing for manifest in manifests if (missing := _shortage(manifest))}
     if as_json:
-        print_json(
-            {"trained": [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests], "failed": failures}
-        )
+        trained = [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests]
+        print_json({"trained": trained, "failed": failures, "warnings": warnings})
     elif manifests:
         out.print(training_table(manifests))
         say(f"registry: {settings.registry.root}")
         say(f"next:     flawstream serve --registry {settings.registry.root}")
+    for model, missing in warnings.items():
+        say(f"{model}: {missing}", "yellow")
     for name, reason in failures.items():
         say(f"{name} failed: {reason}", "red")
     if failures:
@@ -82,24 +88,43 @@ def train(
 
 
 def train_all(
-    data: list[CategoryData], settings: Settings, joined: Cluster, *, promote: bool = True
+    data: list[CategoryData], settings: Settings, joined: Cluster, *, promote: bool = True, seeds: int = 1
 ) -> tuple[list[ModelManifest], dict[str, str]]:
-    """Train all categories, with a bar each.
+    """Train all categories, with a bar for each version.
+
+    Args:
+        data: One item a category.
+        settings: The recipe, its seed the first.
+        joined: Where to train.
+        promote: Whether the first seed's versions become current.
+        seeds: Versions of each category.
 
     Returns:
-        The published versions by name of category, and what was wrong with those that failed.
+        The published versions by category and seed, and what was wrong with the jobs that failed, by name.
     """
-    jobs = [Job(one, settings.model, settings.training, _absolute(settings.registry.root), promote) for one in data]
-    manifests: dict[str, ModelManifest] = {}
+    jobs = [_job(one, settings, number, seeds, promote=promote) for one in data for number in range(seeds)]
+    manifests: list[ModelManifest] = []
     failures: dict[str, str] = {}
-    with TrainingDisplay([one.name for one in data]) as display:
+    with TrainingDisplay([job.name for job in jobs]) as display:
         for progress in train_fleet(jobs, settings.model, settings.limits, joined, settings.training.num_gpus):
             display.show(progress)
             if progress.manifest is not None:
-                manifests[progress.category] = progress.manifest
+                manifests.append(progress.manifest)
             elif progress.stage is Stage.FAILED:
-                failures[progress.category] = progress.note
-    return [manifests[name] for name in sorted(manifests)], failures
+                failures[progress.job] = progress.note
+    return sorted(manifests, key=lambda m: (m.category, m.training.seed)), failures
+
+
+def _job(data: CategoryData, settings: Settings, number: int, seeds: int, *, promote: bool) -> Job:
+    seed = settings.training.seed + number
+    return Job(
+        data,
+        settings.model,
+        settings.training.model_copy(update={"seed": seed}),
+        _absolute(settings.registry.root),
+        promote=promote and number == 0,
+        label=f"seed {seed}" if seeds > 1 else "",
+    )
 
 
 def training_table(manifests: list[ModelManifest]) -> Table:
@@ -109,11 +134,13 @@ def training_table(manifests: list[ModelManifest]) -> Table:
         (
             "category",
             "version",
+            "seed",
             "train",
             "calibrate",
             "test",
             "AUROC",
             "pixel AUROC",
+            "AUPRO",
             "false alarms",
             "recall",
             "seconds",
@@ -122,11 +149,13 @@ def training_table(manifests: list[ModelManifest]) -> Table:
             (
                 m.category,
                 m.version,
+                m.training.seed,
                 m.training.train_images,
                 m.training.calibration_images,
                 m.metrics.normal_images + m.metrics.anomalous_images,
                 m.metrics.image_auroc,
                 m.metrics.pixel_auroc,
+                m.metrics.aupro,
                 m.metrics.false_alarm_rate,
                 m.metrics.recall,
                 round(m.training.duration_s),
@@ -134,6 +163,10 @@ def training_table(manifests: list[ModelManifest]) -> Table:
             for m in manifests
         ),
     )
+
+
+def _shortage(manifest: ModelManifest) -> str | None:
+    return shortage(manifest.training.calibration_images, manifest.calibration.false_alarm_rate)
 
 
 def _absolute(root: str) -> str:

@@ -74,7 +74,7 @@ class Outcome:
     logged: list[str]
 
     def of(self, name: str) -> list[Progress]:
-        return [one for one in self.progress if one.category == name]
+        return [one for one in self.progress if one.job == name]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_fleet_whose_every_job_fails_ends_and_says_why(cluster: Cluster, tmp_pat
     model = MODEL.model_copy(update={"backbone": "resnet18", "weights": str(tmp_path / "weights.pth")})
     progress = list(fleet(jobs, cluster, model))
     assert [one.stage for one in progress] == [Stage.FAILED] * 3
-    assert {one.category for one in progress} == {"bottle", "cable", "tile"}
+    assert {one.job for one in progress} == {"bottle", "cable", "tile"}
     for one in progress:
         assert one.note.startswith("cannot read backbone weights from")
         assert len(one.note) < 600
@@ -178,12 +178,12 @@ def test_dead_actors_fail_their_jobs_and_whoever_stops_consuming_stops_the_rest(
     killed: set[int] = set()
     progress = fleet(jobs, cluster)
     for one in progress:
-        last[one.category] = one
+        last[one.job] = one
         if not killed and [latest.stage for latest in last.values()] == [Stage.TRAINING] * len(names):
             killed = trainers(cluster)
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
-        if one.category == "last" and one.stage is Stage.TRAINING:
+        if one.job == "last" and one.stage is Stage.TRAINING:
             break
     assert len(killed) == len(names)
     for name in names:
