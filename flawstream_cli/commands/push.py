@@ -24,7 +24,7 @@ from flawstream_cli.terminal import (
 from schemas.errors import ConfigError, MessageError
 from schemas.messages import DetectionResult
 from schemas.settings import Settings
-from training.datasets.mvtec import IMAGE_SUFFIXES
+from training.datasets.folders import IMAGE_SUFFIXES
 from workers.producer import Producer
 from workers.results import DeadLetterReader, ResultReader
 

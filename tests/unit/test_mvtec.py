@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import DatasetError
-from training.datasets.mvtec import MIN_TRAIN_IMAGES, load_mvtec
+from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import Sample
 
 pytestmark = pytest.mark.unit
+
+TRAIN_IMAGES = 10
 
 
 def fill(folder: Path, *names: str) -> None:
@@ -20,7 +22,7 @@ def fill(folder: Path, *names: str) -> None:
 
 def make_category(root: Path, name: str = "bottle") -> Path:
     folder = root / name
-    fill(folder / "train" / "good", *(f"{k:03}.png" for k in range(MIN_TRAIN_IMAGES)))
+    fill(folder / "train" / "good", *(f"{k:03}.png" for k in range(TRAIN_IMAGES)))
     fill(folder / "test" / "good", "000.png")
     fill(folder / "test" / "broken", "001.png", "000.png", "002.png")
     fill(folder / "ground_truth" / "broken", "000_mask.png", "001.png")
@@ -31,7 +33,7 @@ def test_images_labels_and_masks_are_found_in_order(tmp_path: Path) -> None:
     folder = make_category(tmp_path)
     (bottle,) = load_mvtec(tmp_path)
     assert bottle.name == "bottle"
-    assert [path.name for path in bottle.train] == [f"{k:03}.png" for k in range(MIN_TRAIN_IMAGES)]
+    assert [path.name for path in bottle.train] == [f"{k:03}.png" for k in range(TRAIN_IMAGES)]
     broken, masks = folder / "test" / "broken", folder / "ground_truth" / "broken"
     assert bottle.test == (
         Sample(broken / "000.png", anomalous=True, defect="broken", mask=masks / "000_mask.png"),
@@ -39,14 +41,6 @@ def test_images_labels_and_masks_are_found_in_order(tmp_path: Path) -> None:
         Sample(broken / "002.png", anomalous=True, defect="broken", mask=None),
         Sample(folder / "test" / "good" / "000.png", anomalous=False, defect="good", mask=None),
     )
-
-
-def test_suffixes_count_in_any_case_and_other_files_do_not(tmp_path: Path) -> None:
-    folder = make_category(tmp_path)
-    fill(folder / "train" / "good", "a.JPG", "b.Jpeg", "c.BMP", "d.tif", "e.TIFF", "f.webp")
-    fill(folder / "train" / "good", "Thumbs.db", ".DS_Store", "._000.png", "notes.txt")
-    (folder / "train" / "good" / "folder.png").mkdir()
-    assert len(load_mvtec(tmp_path)[0].train) == MIN_TRAIN_IMAGES + 6
 
 
 def test_category_needs_no_test_images(tmp_path: Path) -> None:
@@ -70,14 +64,6 @@ def test_categories_come_by_name_or_as_asked_for(tmp_path: Path) -> None:
     assert [data.name for data in load_mvtec(tmp_path, ["tile", "bottle", "tile"])] == ["tile", "bottle"]
 
 
-def test_category_that_is_not_asked_for_is_not_judged(tmp_path: Path) -> None:
-    make_category(tmp_path)
-    fill(tmp_path / "my tile" / "train" / "good", "000.png")
-    assert [data.name for data in load_mvtec(tmp_path, ["bottle"])] == ["bottle"]
-    with pytest.raises(DatasetError, match="my tile"):
-        load_mvtec(tmp_path)
-
-
 def test_unknown_category_is_refused_with_the_known(tmp_path: Path) -> None:
     make_category(tmp_path)
     make_category(tmp_path, "tile")
@@ -87,35 +73,11 @@ def test_unknown_category_is_refused_with_the_known(tmp_path: Path) -> None:
         load_mvtec(tmp_path / "bottle", ["tile"])
 
 
-def test_folder_that_is_none_or_holds_no_category_is_refused_with_the_layout(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for root, words in ((tmp_path / "none", "is not a folder"), (tmp_path / "file", "is not a folder")):
-        with pytest.raises(DatasetError, match=f"{words}; expected <root>/<category>/train/good"):
-            load_mvtec(root)
-    with pytest.raises(DatasetError, match=r"holds no category; expected <root>/<category>/train/good"):
-        load_mvtec(tmp_path)
-
-
-@pytest.mark.parametrize("count", [0, MIN_TRAIN_IMAGES - 1])
-def test_too_few_training_images_are_refused(tmp_path: Path, count: int) -> None:
-    fill(tmp_path / "bottle" / "train" / "good", *(f"{k}.png" for k in range(count)))
-    with pytest.raises(DatasetError, match=f"holds {count} images and at least {MIN_TRAIN_IMAGES}"):
-        load_mvtec(tmp_path)
-
-
 @pytest.mark.parametrize("mask", ["broken/003_mask.png", "broken/000_mask_mask.png", "scratched/000_mask.png"])
-def test_mask_without_an_image_is_refused(tmp_path: Path, mask: str) -> None:
+def test_mask_without_an_image_is_kept_apart(tmp_path: Path, mask: str) -> None:
     path = make_category(tmp_path) / "ground_truth" / mask
     fill(path.parent, path.name)
-    with pytest.raises(DatasetError, match=f"masks without an image in .*: {path.name}; "):
-        load_mvtec(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["my bottle", "flaschengröße", "-bottle", "b" * 129])
-def test_name_that_cannot_be_a_categorys_is_refused(tmp_path: Path, name: str) -> None:
-    make_category(tmp_path, name)
-    with pytest.raises(DatasetError, match="rename the folder"):
-        load_mvtec(tmp_path)
+    assert load_mvtec(tmp_path)[0].orphan_masks == (path,)
 
 
 def test_digest_tells_content_and_not_place(tmp_path: Path) -> None:

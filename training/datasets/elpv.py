@@ -7,18 +7,17 @@ Source: Deitsch et al., Automatic classification of defective photovoltaic modul
 Solar Energy 185 (2019). The split is ours: the data set has none for anomaly detection.
 """
 
-import random
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from schemas.errors import ConfigError, DatasetError
-from training.datasets.samples import NORMAL
+from schemas.errors import ConfigError
+from training.datasets.export import export_whole
+from training.datasets.samples import NORMAL, split_normal
 
 CATEGORIES = ("mono", "poly")
 _TRAIN_SHARE = 0.7
-_SEED = 0
+_NEEDED_MB = 100
 
 
 def export_elpv(target: Path) -> Path:
@@ -36,24 +35,7 @@ def export_elpv(target: Path) -> Path:
         ConfigError: The package is not installed.
         DatasetError: The target holds something else, or cannot be written.
     """
-    if _is_complete(target):
-        return target
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise DatasetError(f"{target} exists and holds something else than this data set; name a new folder")
-    source = _package_data()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
-            built = Path(unfinished) / target.name
-            _build(source, built)
-            built.replace(target)
-    except OSError as error:
-        if _is_complete(target):  # another process was quicker
-            return target
-        raise DatasetError(
-            f"{target} cannot be written: {error}; name a folder on a disk with 100 MB to spare"
-        ) from error
-    return target
+    return export_whole(target, lambda folder: _build(_package_data(), folder), _is_complete, _NEEDED_MB)
 
 
 def _is_complete(target: Path) -> bool:
@@ -73,11 +55,9 @@ def _build(source: Path, folder: Path) -> None:
         name, probability, kind = line.split()
         cells.setdefault((kind, probability), []).append(name)
     for category in CATEGORIES:
-        functional = sorted(cells[category, "0.0"])
-        random.Random(_SEED).shuffle(functional)  # noqa: S311 - a split that all repeat, not a secret
-        split = round(_TRAIN_SHARE * len(functional))
-        _copy(source, functional[:split], folder / category / "train" / NORMAL)
-        _copy(source, functional[split:], folder / category / "test" / NORMAL)
+        trained, tested = split_normal(cells[category, "0.0"], _TRAIN_SHARE)
+        _copy(source, trained, folder / category / "train" / NORMAL)
+        _copy(source, tested, folder / category / "test" / NORMAL)
         _copy(source, cells[category, "1.0"], folder / category / "test" / "defective")
 
 

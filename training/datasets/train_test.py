@@ -1,0 +1,54 @@
+"""The tree that several data sets share: `train/<normal>`, `test/<normal or defect>`, `ground_truth/<defect>`.
+
+They differ in what they call normal: this reads any. Decodes nothing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.datasets.folders import choose_categories, list_folders, list_images, match_masks
+from training.datasets.samples import NORMAL, CategoryData, Sample
+
+
+def is_train_test(root: Path, normal: str) -> bool:
+    """Tell whether a folder is such a data set, or one category of it."""
+    return bool(_category_folders(root, normal))
+
+
+def load_train_test(root: Path, categories: Sequence[str] | None, normal: str) -> list[CategoryData]:
+    """Find the images of every category under a folder.
+
+    Args:
+        root: The folder of categories, or one category's own folder. Hidden files and other suffixes are passed over.
+        categories: Those wanted; absent: all.
+        normal: What the folders of normal images are called.
+
+    Returns:
+        One item a category, by name, or in the order asked for.
+
+    Raises:
+        DatasetError: No category, an unknown one, a name that cannot be a category's, or a folder that cannot be read.
+    """
+    chosen = choose_categories(root, _category_folders(root, normal), categories)
+    return [_load_category(name, folder, normal) for name, folder in chosen.items()]
+
+
+def _category_folders(root: Path, normal: str) -> dict[str, Path]:
+    if (root / "train" / normal).is_dir():
+        return {root.resolve().name: root}
+    return {folder.name: folder for folder in list_folders(root) if (folder / "train" / normal).is_dir()}
+
+
+def _load_category(name: str, folder: Path, normal: str) -> CategoryData:
+    samples: list[Sample] = []
+    orphans: list[Path] = []
+    named = {path.name for part in ("test", "ground_truth") for path in list_folders(folder / part)}
+    for defect in sorted(named):
+        images = list_images(folder / "test" / defect)
+        if defect == normal:
+            samples += [Sample(path, anomalous=False, defect=NORMAL, mask=None) for path in images]
+            continue
+        matched, left = match_masks(images, list_images(folder / "ground_truth" / defect), defect)
+        samples += matched
+        orphans += left
+    return CategoryData(name, list_images(folder / "train" / normal), tuple(samples), tuple(orphans))
