@@ -24,11 +24,12 @@ class BackboneSpec(_Part):
         name: timm's name.
         weights: Where they came from: `package`, `timm`, or a file's name.
         weights_sha256: Of the tensors that are used, in order.
-        strides: Feature stages by stride, pixels.
-        channels: Channels of each stage.
+        strides: Of each scale, pixels: what stages were chosen by.
+        channels: Channels of each scale.
         input_size: Side in pixels.
         mean: Per colour channel, of pixels in [0, 1].
         std: Per colour channel, of pixels in [0, 1].
+        blocks: Blocks by index from 0, one a scale, where they were chosen and not stages.
     """
 
     name: str
@@ -39,15 +40,22 @@ class BackboneSpec(_Part):
     input_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> str:
+        """Say in words which layers give the features."""
+        kind, chosen = ("blocks", self.blocks) if self.blocks else ("strides", self.strides)
+        return f"{kind} {', '.join(map(str, chosen))}"
 
     @property
     def grid_sizes(self) -> tuple[int, ...]:
-        """Give the side of each stage's feature map."""
+        """Give the side of each scale's feature map."""
         return tuple(self.input_size // stride for stride in self.strides)
 
     @property
     def feature_shapes(self) -> list[tuple[int, int, int]]:
-        """Give (channels, height, width) of each stage's features."""
+        """Give (channels, height, width) of each scale's features."""
         return [(count, side, side) for count, side in zip(self.channels, self.grid_sizes, strict=True)]
 
 

@@ -128,16 +128,23 @@ class ApiSettings(_Section):
 class ModelSettings(_Section):
     """The frozen backbone and the shape of the flows on it. Fixed in a model version's manifest once trained."""
 
-    backbone: str = Field("tf_efficientnet_lite0", description="Any timm model that yields feature maps by stage.")
+    backbone: str = Field(
+        "tf_efficientnet_lite0", description="Any timm model that yields features by stage or, a transformer, by block."
+    )
     weights: str = Field(
         "auto",
-        description="`auto`: the installed package for tf_efficientnet_lite0, timm's own loading for all others. "
-        "`package`, `timm`, or the path of a .safetensors, .pth or .pt state dict.",
+        description="`auto`: the installed package for tf_efficientnet_lite0 and tf_efficientnet_lite2, timm's own "
+        "loading for all others. `package`, `timm`, or the path of a .safetensors, .pth or .pt state dict.",
     )
     strides: tuple[int, ...] = Field(
         (8, 16, 32),
         min_length=1,
         description="Feature stages by their stride in pixels; stages past the last are cut off.",
+    )
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        description="A transformer's blocks by index from 0, in place of stages: where given, strides are not used. "
+        "Later blocks are cut off, and the network's last norm is applied.",
     )
     input_size: int = Field(
         256, ge=32, le=2048, multiple_of=32, description="Side in pixels that images are resized to."

