@@ -17,6 +17,7 @@ from schemas.errors import FlawstreamError
 
 COMMANDS = {
     "demo": "The main job end to end on photographs of solar cells.",
+    "datasets": "Check data sets, list what they hold, and write public ones as folders.",
     "train": "Train every category of a data set, in parallel on Ray.",
     "evaluate": "Measure the current model versions on labelled test images.",
     "serve": "Serve the trained categories until Ctrl-C.",

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from flawstream.calibration import shortage
 from flawstream.cluster import Cluster
-from flawstream_cli.data_sets import LayoutOption
+from flawstream_cli.data_sets import CategoryOption, LayoutOption, refuse_faulty
 from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -31,10 +31,10 @@ from training.job import Job, Stage
 
 
 def train(
-    root: Annotated[Path, typer.Argument(help="Data set: ROOT/CATEGORY/train/good, test/DEFECT, ground_truth.")],
-    category: Annotated[
-        list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
-    ] = None,
+    root: Annotated[
+        Path, typer.Argument(help="Data set: ROOT/CATEGORY/train/good, test/DEFECT, ground_truth; or another --layout.")
+    ],
+    category: CategoryOption = None,
     layout: LayoutOption = Layout.AUTO,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     backbone: Annotated[str | None, typer.Option(help="A timm model, e.g. resnet18.")] = None,
@@ -42,6 +42,9 @@ def train(
     input_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normal parts that may be rejected.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
+    check: Annotated[
+        bool, typer.Option(help="Decode every image first. Names and counts are checked in any case.")
+    ] = True,
     seeds: Annotated[
         int, typer.Option(min=1, help="Versions of each category, with this and the following seeds; the first serves.")
     ] = 1,
@@ -56,7 +59,8 @@ def train(
     """Train every category of a data set, in parallel on Ray.
 
     Normal images only are needed. A share of them never trains the model: it sets the threshold for the false-alarm
-    rate asked for. Where there is a test folder, the metrics of `flawstream evaluate` on it are reported.
+    rate asked for. Where there is a test folder, the metrics of `flawstream evaluate` on it are reported. A data set
+    with errors is refused, as `flawstream datasets check` does.
 
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
@@ -69,6 +73,7 @@ def train(
         registry={"root": registry},
     )
     data = open_dataset(root, category, layout)
+    refuse_faulty(data, settings, decode=check)
     with on_cluster(ray_address) as joined:
         manifests, failures = train_all(data, settings, joined, promote=promote, seeds=seeds)
     warnings = {manifest.model: missing for manifest in manifests if (missing := _shortage(manifest))}
