@@ -17,6 +17,19 @@ from training.datasets.samples import Sample
 from training.features import FeatureExtractor
 from training.metrics import Interval, PixelTally, image_metrics, rate_interval
 
+METRIC_NAMES = {
+    "image_auroc": "AUROC",
+    "average_precision": "average precision",
+    "f1_max": "F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "aupro": "AUPRO",
+    "false_alarm_rate": "false alarms",
+    "recall": "recall",
+}
+"""What people call the fields of `Metrics`, in the order they are shown."""
+RATES = ("false_alarm_rate", "recall")
+"""Those that are taken at the deployed threshold."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredImage:
@@ -133,6 +146,31 @@ def summarise(
         intervals=intervals,
         defects=tuple(_of_kind(name, scores, normal, kind_of == k, alarms) for k, name in enumerate(kinds)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a metric varies over versions.
+
+    Attributes:
+        mean: Over the versions.
+        deviation: Standard deviation of the versions, not of their mean (n - 1 in the denominator).
+    """
+
+    mean: float
+    deviation: float
+
+
+def spread(found: Sequence[Metrics]) -> dict[str, Spread]:
+    """Compare versions: by name the metrics that all of them have; nothing of fewer than two versions."""
+    if len(found) < 2:  # noqa: PLR2004 - one has no deviation
+        return {}
+    table = {name: [getattr(one, name) for one in found] for name in METRIC_NAMES}
+    return {
+        name: Spread(float(np.mean(values)), float(np.std(values, ddof=1)))
+        for name, values in table.items()
+        if None not in values
+    }
 
 
 def _of_kind(

@@ -1,17 +1,21 @@
-"""`flawstream evaluate`: how well the current versions do on a test folder."""
+"""`flawstream evaluate`: how well model versions do on a test folder."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.progress import track
+from rich.table import Table
 
+from flawstream.calibration import shortage
 from flawstream.fastflow.backbone import load_trained_backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.maps import bounded, encode_map
 from flawstream.registry import WEIGHTS_FILE, Registry
-from flawstream_cli.data_sets import LayoutOption
+from flawstream_cli.data_sets import CategoryOption, LayoutOption
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
@@ -23,73 +27,77 @@ from flawstream_cli.terminal import (
     say,
     table,
 )
-from schemas.errors import DatasetError, UnknownCategoryError
-from schemas.manifest import BackboneSpec, Metrics, ModelManifest
+from schemas.errors import DatasetError, RegistryError, UnknownCategoryError
+from schemas.manifest import BackboneSpec, DefectMetrics, Metrics, ModelManifest
 from schemas.messages import MapCodec
 from training.datasets.open import Layout, open_dataset
-from training.datasets.samples import CategoryData
-from training.evaluate import Evaluation, ImageScorer, ScoredImage
+from training.datasets.samples import CategoryData, Sample
+from training.evaluate import METRIC_NAMES, Evaluation, ImageScorer, ScoredImage, Spread, spread
 from training.features import FeatureExtractor
 from training.report import JudgedImage, write_report
+
+_MEASURED = {"seed", "final_loss", "duration_s"}
+"""What may differ in the training of versions that are one recipe's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluated:
+    """One version on one category's test images."""
+
+    manifest: ModelManifest
+    metrics: Metrics
+    judged: list[JudgedImage]
 
 
 def evaluate(
     root: Annotated[Path, typer.Argument(help="Data set: ROOT/CATEGORY/test/good and test/DEFECT.")],
-    category: Annotated[
-        list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
-    ] = None,
+    category: CategoryOption = None,
     layout: LayoutOption = Layout.AUTO,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML report with images and maps here.")] = None,
+    versions: Annotated[
+        int, typer.Option(min=1, help="The current version and the newest others that differ in their seed alone.")
+    ] = 1,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report with curves and maps here.")] = None,
+    images: Annotated[bool, typer.Option("--images", help="With --json: every image's score and verdict too.")] = False,
     registry: RegistryOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the current model versions on labelled test images.
 
+    AUROC, average precision and F1-max of the images, AUROC and AUPRO of the pixels where there are masks, false alarms
+    and recall at the deployed threshold, each with its 95 % interval.
+
     Example: `flawstream evaluate data/mvtec -c bottle --report report.html`
     """
+    if images and not as_json:
+        raise typer.BadParameter("--images adds to what --json prints; give both")
     settings = read_settings(config, registry={"root": registry})
     data = [one for one in open_dataset(root, category, layout) if one.test]
     if not data:
         raise DatasetError(f"no category below {root} has images in test/; evaluation needs labelled test images")
     opened = Registry(settings.registry.root)
-    manifests = _current_manifests(opened, [one.name for one in data], settings.registry.root)
-    metrics: dict[str, Metrics] = {}
-    judged: list[JudgedImage] = []
+    currents = _current_manifests(opened, [one.name for one in data], settings.registry.root)
+    chosen = {name: _runs_like(current, opened, versions) for name, current in currents.items()}
+    found: dict[str, list[_Evaluated]] = {}
     extractors: dict[BackboneSpec, FeatureExtractor] = {}
     for one in data:
-        spec = manifests[one.name].backbone
+        spec = currents[one.name].backbone
         if spec not in extractors:
             say(f"loading {spec.name} ...")
             extractors[spec] = FeatureExtractor(load_trained_backbone(spec, settings.model), settings.limits)
-        metrics[one.name], images = _evaluate_category(one, manifests[one.name], extractors[spec], opened)
-        judged += images
-    versions = {name: manifest.model for name, manifest in manifests.items()}
+        found[one.name] = [_evaluate_version(one, manifest, extractors[spec], opened) for manifest in chosen[one.name]]
     if report is not None:
-        write_report(report, "flawstream: evaluation", judged, metrics)
+        _write_report(report, found)
         say(f"report: {report}")
     if as_json:
-        print_json({name: {"model": versions[name], **found.model_dump()} for name, found in metrics.items()})
+        print_json({name: _as_json(runs, with_images=images) for name, runs in found.items()})
         return
-    out.print(
-        table(
-            "Evaluation",
-            ("category", "model", "normal", "defective", "AUROC", "pixel AUROC", "false alarms", "recall"),
-            (
-                (
-                    name,
-                    versions[name],
-                    m.normal_images,
-                    m.anomalous_images,
-                    m.image_auroc,
-                    m.pixel_auroc,
-                    m.false_alarm_rate,
-                    m.recall,
-                )
-                for name, m in metrics.items()
-            ),
-        )
-    )
+    out.print(_metrics_table(found))
+    if any(len(runs[0].metrics.defects) > 1 for runs in found.values()):
+        out.print(_defects_table(found))
+    for runs in found.values():
+        if missing := _shortage(runs[0].manifest):
+            say(f"{runs[0].manifest.model}: {missing}", "yellow")
 
 
 def _current_manifests(registry: Registry, categories: list[str], root: str) -> dict[str, ModelManifest]:
@@ -103,9 +111,32 @@ def _current_manifests(registry: Registry, categories: list[str], root: str) -> 
     return {name: registry.manifest(name, currents[name]) for name in categories}
 
 
-def _evaluate_category(
+def _runs_like(current: ModelManifest, registry: Registry, count: int) -> list[ModelManifest]:
+    """Find versions of the current one's data, model and recipe, one for each seed; the current one comes first."""
+    runs = {current.training.seed: current}
+    for version in reversed(registry.versions(current.category)) if count > 1 else ():
+        if len(runs) == count:
+            break
+        manifest = registry.manifest(current.category, version)
+        if _recipe(manifest) == _recipe(current):
+            runs.setdefault(manifest.training.seed, manifest)
+    if len(runs) < count:
+        raise RegistryError(
+            f"{current.model}: {count} versions of its data, model and recipe are asked for and the registry holds "
+            f"{len(runs)} of different seeds; make more with `flawstream train --seeds {count}`"
+        )
+    return list(runs.values())
+
+
+def _recipe(manifest: ModelManifest) -> tuple[object, ...]:
+    calibration = manifest.calibration
+    recipe = manifest.training.model_dump(exclude=_MEASURED)
+    return manifest.backbone, manifest.flow, recipe, calibration.false_alarm_rate, calibration.top_fraction
+
+
+def _evaluate_version(
     data: CategoryData, manifest: ModelManifest, extractor: FeatureExtractor, registry: Registry
-) -> tuple[Metrics, list[JudgedImage]]:
+) -> _Evaluated:
     calibration = manifest.calibration
     weights = registry.read_file(manifest, WEIGHTS_FILE)
     head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
@@ -114,27 +145,120 @@ def _evaluate_category(
     judged: list[JudgedImage] = []
     scored = track(
         ImageScorer(extractor, head, calibration.top_fraction).score(paths),
-        description=data.name,
+        description=manifest.model,
         total=len(paths),
         console=err,
         disable=not err.is_terminal,
     )
     for sample, image in zip(data.test, scored, strict=True):
         evaluation.add(sample, image)
-        judged.append(
-            _judge(data.name, sample.defect, image, anomalous=sample.anomalous, threshold=calibration.threshold)
-        )
-    return evaluation.metrics(calibration.threshold), judged
+        judged.append(_judge(data.name, sample, image, calibration.threshold))
+    return _Evaluated(manifest, evaluation.metrics(calibration.threshold), judged)
 
 
-def _judge(category: str, defect: str, image: ScoredImage, *, anomalous: bool, threshold: float) -> JudgedImage:
+def _judge(category: str, sample: Sample, image: ScoredImage, threshold: float) -> JudgedImage:
     half = [bounded(grid).astype(np.float16) for grid in image.grids]
     return JudgedImage(
         path=image.path,
         category=category,
-        defect=defect,
-        anomalous=anomalous,
+        defect=sample.defect,
+        anomalous=sample.anomalous,
         score=image.score,
         threshold=threshold,
         map=encode_map(half, (image.side, image.side), MapCodec.GRID_F16, threshold),
+        mask=sample.mask,
     )
+
+
+def _write_report(path: Path, found: Mapping[str, Sequence[_Evaluated]]) -> None:
+    write_report(
+        path,
+        "flawstream: evaluation",
+        [image for runs in found.values() for image in runs[0].judged],
+        {name: runs[0].metrics for name, runs in found.items()},
+        {name: {run.manifest.model: run.metrics for run in runs} for name, runs in found.items()},
+    )
+
+
+def _as_json(runs: Sequence[_Evaluated], *, with_images: bool) -> dict[str, Any]:
+    """Tell one version flat; several under `versions`, with the mean and the standard deviation of each metric."""
+    told = [_run_as_json(run, with_images=with_images) for run in runs]
+    if len(runs) == 1:
+        return told[0]
+    over = spread([run.metrics for run in runs])
+    return {
+        "versions": told,
+        "mean": {name: one.mean for name, one in over.items()},
+        "std": {name: one.deviation for name, one in over.items()},
+    }
+
+
+def _run_as_json(run: _Evaluated, *, with_images: bool) -> dict[str, Any]:
+    calibration = run.manifest.calibration
+    told = {
+        "model": run.manifest.model,
+        "seed": run.manifest.training.seed,
+        "threshold": calibration.threshold,
+        "asked_false_alarm_rate": calibration.false_alarm_rate,
+        "calibration_images": len(calibration.scores),
+        "warning": _shortage(run.manifest),
+        **run.metrics.model_dump(),
+    }
+    if with_images:
+        told["images"] = [
+            {
+                "path": str(image.path),
+                "label": image.defect,
+                "anomalous": image.anomalous,
+                "score": image.score,
+                "verdict": "anomalous" if image.is_alarm else "normal",
+            }
+            for image in run.judged
+        ]
+    return told
+
+
+def _shortage(manifest: ModelManifest) -> str | None:
+    return shortage(len(manifest.calibration.scores), manifest.calibration.false_alarm_rate)
+
+
+def _metrics_table(found: Mapping[str, Sequence[_Evaluated]]) -> Table:
+    """Show every version, under each value its interval, and after several their mean and standard deviation."""
+    rows: list[tuple[object, ...]] = []
+    for name, runs in found.items():
+        rows += [
+            (
+                f"{name}\n{run.manifest.version}",
+                f"{run.metrics.normal_images}\n{run.metrics.anomalous_images}",
+                *(_with_interval(run.metrics, one) for one in METRIC_NAMES),
+            )
+            for run in runs
+        ]
+        if over := spread([run.metrics for run in runs]):
+            rows.append(
+                (f"mean of {len(runs)}\nstd", "", *(_mean_and_deviation(over.get(one)) for one in METRIC_NAMES))
+            )
+    columns = ("category\nversion", "normal\ndefective", *(f"{label}\n95 %" for label in METRIC_NAMES.values()))
+    return table("Evaluation", columns, rows)
+
+
+def _defects_table(found: Mapping[str, Sequence[_Evaluated]]) -> Table:
+    rows = [
+        (name, kind.defect, kind.images, _with_interval(kind, "recall"), _with_interval(kind, "image_auroc"))
+        for name, runs in found.items()
+        for kind in runs[0].metrics.defects
+    ]
+    columns = ("category", "defect", "images", "recall\n95 %", "AUROC\n95 %")
+    return table("By kind of defect", columns, rows)
+
+
+def _with_interval(metrics: Metrics | DefectMetrics, name: str) -> str | None:
+    value = getattr(metrics, name)
+    if value is None:
+        return None
+    low, high = metrics.intervals.get(name, (None, None))
+    return f"{value:.3f}" if low is None else f"{value:.3f}\n{low:.2f}-{high:.2f}"
+
+
+def _mean_and_deviation(over: Spread | None) -> str | None:
+    return None if over is None else f"{over.mean:.3f}\n{over.deviation:.3f}"

@@ -16,11 +16,12 @@ from sklearn.metrics import recall_score, roc_auc_score
 
 from flawstream.maps import encode_map
 from schemas.errors import DatasetError
-from schemas.manifest import Metrics
+from schemas.manifest import DefectMetrics, Metrics
 from schemas.messages import MapCodec
 from training.datasets.samples import Sample
-from training.evaluate import Evaluation, ScoredImage, summarise
+from training.evaluate import Evaluation, ScoredImage, Spread, spread, summarise
 from training.metrics import rate_interval
+from training.plots import BOTTOM, LEFT, RIGHT, TOP, plot_scores
 from training.report import JudgedImage, overlay, write_report
 
 pytestmark = pytest.mark.unit
@@ -216,13 +217,13 @@ def test_wrong_verdicts_are_marked_and_listed(tmp_path: Path) -> None:
     )
     assert "Missed defects: 1 in all" in page
     assert "False alarms: 1 in all" in page
-    figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    figures = re.findall(r'<figure class="card.*?</figure>', page, re.DOTALL)
     for name in ("missed", "alarm", "found", "quiet"):
         shown = [figure for figure in figures if f"{name}.png" in figure]
         assert shown
         for figure in shown:
             wrong = name in ("missed", "alarm")
-            assert figure.startswith('<figure class="wrong">') is wrong
+            assert figure.startswith('<figure class="card wrong">') is wrong
             assert ("judged <b>wrong</b>" in figure) is wrong
 
 
@@ -232,7 +233,78 @@ def test_histogram_bears_any_scores(tmp_path: Path, scores: list[float], thresho
     images = [judged(tmp_path, score=score, anomalous=False, threshold=threshold) for score in scores]
     page = report(tmp_path, images)
     assert "nan" not in page.replace("nano", "").split("</style>")[1].split("<figure")[0]
-    assert re.findall(r'<rect [^>]*height="100\.0"', page)
+    assert "inf" not in "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    bars = [float(height) for height in re.findall(r'<rect class="normal"[^>]* height="([^"]*)"', page)]
+    assert 0 < max(bars) <= BOTTOM - TOP
+
+
+def plots(page: str) -> dict[str, str]:
+    found = re.findall(r'<figure class="plot">\s*<figcaption>(.*?)</figcaption>(.*?)</figure>', page, re.DOTALL)
+    return dict(found)
+
+
+def test_curves_are_drawn_where_both_classes_are_present(tmp_path: Path) -> None:
+    normal = judged(tmp_path, score=0.5, anomalous=False)
+    assert list(plots(report(tmp_path, [normal]))) == ["Scores"]
+    both = plots(report(tmp_path, [normal, judged(tmp_path, score=2, anomalous=True)]))
+    assert list(both) == ["ROC curve", "Precision and recall", "Scores"]
+
+
+def test_operating_point_stands_where_the_threshold_puts_it(tmp_path: Path) -> None:
+    """Of four normal images one is above the threshold, of two defective ones one: precision is a half."""
+    scores = [(0.1, False), (0.2, False), (0.3, False), (1.5, False), (0.5, True), (3.0, True)]
+    drawn = plots(report(tmp_path, [judged(tmp_path, score=score, anomalous=label) for score, label in scores]))
+    for name, (x, y) in {"ROC curve": (0.25, 0.5), "Precision and recall": (0.5, 0.5)}.items():
+        (at,) = re.findall(r'<circle class="marker" cx="([^"]*)" cy="([^"]*)"', drawn[name])
+        assert float(at[0]) == pytest.approx(LEFT + x * (RIGHT - LEFT))
+        assert float(at[1]) == pytest.approx(BOTTOM - y * (BOTTOM - TOP))
+        assert "threshold 1<" in drawn[name]
+        for label in re.findall(r'<text class="label".*?>(.*?)</text>', drawn[name]):
+            assert re.match("false alarms|recall|precision", label)
+
+
+def test_precision_without_an_alarm_is_not_marked(tmp_path: Path) -> None:
+    images = [judged(tmp_path, score=score, anomalous=score > 1, threshold=9) for score in (0.5, 2.0)]
+    assert "<circle" not in plots(report(tmp_path, images))["Precision and recall"]
+
+
+def test_curve_of_many_images_stays_small() -> None:
+    generator = np.random.default_rng(0)
+    roc, *_ = plot_scores(generator.gamma(2, 1, 20_000), generator.random(20_000) < 0.3, 2.0)
+    assert len(roc.curve) < 10_000
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.65, 4.5), (0.01, 300.0), (2.0, 2.2), (1e-3, 1e30), (0.98, 1.02)])
+def test_logarithmic_axis_has_a_few_marks_within_it(low: float, high: float) -> None:
+    ticks = plot_scores(np.array([low, high]), np.array([False, False]), low)[0].x_ticks
+    assert 1 <= len(ticks) <= 6
+    assert all(LEFT <= tick.at <= RIGHT for tick in ticks)
+
+
+def test_intervals_kinds_and_versions_are_shown(tmp_path: Path) -> None:
+    kind = DefectMetrics(defect="dent", images=7, recall=0.5, intervals={"recall": (0.1, 0.9)})
+    first = Metrics(image_auroc=0.75, recall=0.5, intervals={"image_auroc": (0.7, 0.8)}, defects=(kind,))
+    second = Metrics(image_auroc=0.85, recall=0.7)
+    path = tmp_path / "report.html"
+    write_report(path, "Title", [], {"bottle": first}, {"bottle": {"bottle@v2": first, "bottle@v1": second}})
+    page = path.read_text()
+    assert "0.700 to 0.800" in page
+    assert "<td>dent</td><td>7</td><td>50.0 %<small>10.0 % to 90.0 %</small></td>" in page
+    assert "0.800<small>± 0.071</small>" in page
+    assert "60.0 %<small>± 14.1 %</small>" in page
+
+
+def test_single_version_is_not_compared(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(path, "Title", [], {"bottle": Metrics()}, {"bottle": {"bottle@v2": Metrics()}})
+    assert "bottle@v2" in path.read_text()
+    assert "seed" not in path.read_text()
+
+
+def test_spread_is_of_the_metrics_that_all_versions_have() -> None:
+    assert spread([Metrics(image_auroc=0.5)]) == {}
+    found = spread([Metrics(image_auroc=0.5, recall=0.1), Metrics(image_auroc=0.7)])
+    assert found == {"image_auroc": Spread(pytest.approx(0.6), pytest.approx(0.1 * 2**0.5))}
 
 
 def test_category_without_images_is_reported(tmp_path: Path) -> None:
@@ -255,3 +327,21 @@ def test_overlay_is_hotter_where_the_map_is(tmp_path: Path) -> None:
     assert picture.shape == (32, 32, 3)
     red_less_blue = picture[..., 0] - picture[..., 2]
     assert red_less_blue[:, 16:].min() > red_less_blue[:, :16].max()
+
+
+def test_overlay_bounds_the_defect_in_white(tmp_path: Path) -> None:
+    write_mask(tmp_path / "mask.png", 128)
+    image = judged(tmp_path, score=1, anomalous=True)
+    pixels = np.full((32, 32, 3), 60, np.uint8)
+    plain, outlined = overlay(image, pixels), overlay(replace(image, mask=tmp_path / "mask.png"), pixels)
+    changed = (plain != outlined).any(axis=-1)
+    assert (outlined[8:15, 8] == 255).all()
+    assert changed[8:16, 8:16].any()
+    assert not changed[20:, 20:].any()
+    assert not changed[11:13, 11:13].any()  # what is inside stays to be seen
+
+
+def test_score_that_is_no_number_is_an_alarm(tmp_path: Path) -> None:
+    image = replace(judged(tmp_path, score=1, anomalous=True), score=float("nan"))
+    assert image.is_alarm
+    assert not image.is_wrong
