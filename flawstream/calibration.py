@@ -109,6 +109,11 @@ def shortage(images: int, false_alarm_rate: float) -> str | None:
     )
 
 
+def shortage_of(calibration: Calibration) -> str | None:
+    """Say the same of a calibration that was made."""
+    return shortage(len(calibration.scores), calibration.false_alarm_rate)
+
+
 def _rank(count: int, rate: float) -> int:
     """Give the threshold's rank from 1, ``ceil((n + 1)(1 - rate))``, or n where that is n + 1.
 

@@ -35,16 +35,18 @@ class TrainingDisplay:
         self._said: dict[str, str] = {}
 
     def show(self, progress: JobProgress) -> None:
-        """Take one report."""
+        """Take one report. What is said at a job's end is too long for a line of bars: the caller says it below."""
+        has_more = progress.note and progress.stage in {Stage.DONE, Stage.FAILED}
+        note = "see below" if has_more else progress.note
         self._bars.update(
             self._tasks[progress.job],
             stage=progress.stage.value,
             completed=progress.done,
             total=progress.total,
-            note=printable(progress.note).plain if progress.stage is not Stage.FAILED else "see below",
+            note=printable(note).plain,
         )
         if not err.is_terminal:
-            line = f"{progress.job}: {progress.stage.value} {progress.note.partition('  ')[0]}".rstrip()
+            line = f"{progress.job}: {progress.stage.value} {note.partition('  ')[0]}".rstrip()
             if self._said.get(progress.job) != line:
                 self._said[progress.job] = line
                 say(line)

@@ -10,7 +10,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from flawstream.calibration import shortage
+from flawstream.calibration import shortage_of
 from flawstream.fastflow.backbone import load_trained_backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.maps import bounded, encode_map
@@ -96,8 +96,8 @@ def evaluate(
     if any(len(runs[0].metrics.defects) > 1 for runs in found.values()):
         out.print(_defects_table(found))
     for runs in found.values():
-        if missing := _shortage(runs[0].manifest):
-            say(f"{runs[0].manifest.model}: {missing}", "yellow")
+        if missing := shortage_of(runs[0].manifest.calibration):
+            say(f"warning: {runs[0].manifest.model}: {missing}", "yellow")
 
 
 def _current_manifests(registry: Registry, categories: list[str], root: str) -> dict[str, ModelManifest]:
@@ -201,7 +201,7 @@ def _run_as_json(run: _Evaluated, *, with_images: bool) -> dict[str, Any]:
         "threshold": calibration.threshold,
         "asked_false_alarm_rate": calibration.false_alarm_rate,
         "calibration_images": len(calibration.scores),
-        "warning": _shortage(run.manifest),
+        "warning": shortage_of(calibration),
         **run.metrics.model_dump(),
     }
     if with_images:
@@ -216,10 +216,6 @@ def _run_as_json(run: _Evaluated, *, with_images: bool) -> dict[str, Any]:
             for image in run.judged
         ]
     return told
-
-
-def _shortage(manifest: ModelManifest) -> str | None:
-    return shortage(len(manifest.calibration.scores), manifest.calibration.false_alarm_rate)
 
 
 def _metrics_table(found: Mapping[str, Sequence[_Evaluated]]) -> Table:

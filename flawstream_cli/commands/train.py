@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from flawstream.calibration import shortage
+from flawstream.calibration import shortage_of
 from flawstream.cluster import Cluster
 from flawstream_cli.data_sets import CategoryOption, LayoutOption, refuse_faulty
 from flawstream_cli.on_cluster import on_cluster
@@ -76,16 +76,13 @@ def train(
     refuse_faulty(data, settings, decode=check)
     with on_cluster(ray_address) as joined:
         manifests, failures = train_all(data, settings, joined, promote=promote, seeds=seeds)
-    warnings = {manifest.model: missing for manifest in manifests if (missing := _shortage(manifest))}
     if as_json:
         trained = [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests]
-        print_json({"trained": trained, "failed": failures, "warnings": warnings})
+        print_json({"trained": trained, "failed": failures, "warnings": _warnings(manifests)})
     elif manifests:
         out.print(training_table(manifests))
         say(f"registry: {settings.registry.root}")
         say(f"next:     flawstream serve --registry {settings.registry.root}")
-    for model, missing in warnings.items():
-        say(f"{model}: {missing}", "yellow")
     for name, reason in failures.items():
         say(f"{name} failed: {reason}", "red")
     if failures:
@@ -95,7 +92,7 @@ def train(
 def train_all(
     data: list[CategoryData], settings: Settings, joined: Cluster, *, promote: bool = True, seeds: int = 1
 ) -> tuple[list[ModelManifest], dict[str, str]]:
-    """Train all categories, with a bar for each version.
+    """Train all categories, with a bar for each version, and say where there were too few images to calibrate.
 
     Args:
         data: One item a category.
@@ -117,6 +114,8 @@ def train_all(
                 manifests.append(progress.manifest)
             elif progress.stage is Stage.FAILED:
                 failures[progress.job] = progress.note
+    for model, missing in _warnings(manifests).items():
+        say(f"warning: {model}: {missing}", "yellow")
     return sorted(manifests, key=lambda m: (m.category, m.training.seed)), failures
 
 
@@ -170,8 +169,9 @@ def training_table(manifests: list[ModelManifest]) -> Table:
     )
 
 
-def _shortage(manifest: ModelManifest) -> str | None:
-    return shortage(manifest.training.calibration_images, manifest.calibration.false_alarm_rate)
+def _warnings(manifests: list[ModelManifest]) -> dict[str, str]:
+    """Say for which models the false-alarm rate could not be kept."""
+    return {m.model: missing for m in manifests if (missing := shortage_of(m.calibration))}
 
 
 def _absolute(root: str) -> str:
