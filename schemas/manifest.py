@@ -1,10 +1,11 @@
 """What training writes beside the weights and serving loads: all that is needed to run and to judge a model version."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from schemas.messages import Category
+from schemas.settings import ModelSettings
 
 MANIFEST_FORMAT = 1
 """Raised when a manifest of before can no longer be read as it stands."""
@@ -67,6 +68,16 @@ class FlowSpec(_Part):
     conv3x3_only: bool
     clamp: float
     normalisation: Normalisation = "statistics"
+
+    @classmethod
+    def of(cls, settings: ModelSettings) -> Self:
+        """Take what training's settings say."""
+        return cls(
+            steps=settings.flow_steps,
+            hidden_ratio=settings.hidden_ratio,
+            conv3x3_only=settings.conv3x3_only,
+            clamp=settings.clamp,
+        )
 
 
 class Calibration(_Part):

@@ -5,17 +5,28 @@ A part of the program receives its section and never the tree. Nothing is read a
 
 import os
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from schemas.errors import ConfigError
 from schemas.messages import MapCodec
+from schemas.presets import PRESETS, PresetName
 
 ENV_PREFIX = "FLAWSTREAM_"
 _MIB = 1 << 20
@@ -128,6 +139,10 @@ class ApiSettings(_Section):
 class ModelSettings(_Section):
     """The frozen backbone and the shape of the flows on it. Fixed in a model version's manifest once trained."""
 
+    preset: PresetName | None = Field(
+        None,
+        description="A configuration by name; what else is given here stands above it. `flawstream models presets`.",
+    )
     backbone: str = Field(
         "tf_efficientnet_lite0", description="Any timm model that yields features by stage or, a transformer, by block."
     )
@@ -159,6 +174,15 @@ class ModelSettings(_Section):
         le=1,
         description="The image score is the mean of this share of the map's highest values; 0: the maximum.",
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _preset_fills_what_is_not_given(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(given, Mapping) or given.get("preset") not in PRESETS:
+            return handler(given)
+        filled = handler({**PRESETS[given["preset"]].fields, **given})
+        filled.model_fields_set.intersection_update(given)  # so that another preset on the command line replaces it
+        return filled
 
 
 class TrainingSettings(_Section):
@@ -196,7 +220,6 @@ class Settings(BaseSettings):
         frozen=True,
         extra="forbid",
         hide_input_in_errors=True,
-        nested_model_default_partial_update=True,
     )
 
     redis: RedisSettings = RedisSettings()

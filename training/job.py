@@ -99,12 +99,7 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
     """
     started = time.monotonic()
     data, recipe = job.data, job.training
-    flow = FlowSpec(
-        steps=job.model.flow_steps,
-        hidden_ratio=job.model.hidden_ratio,
-        conv3x3_only=job.model.conv3x3_only,
-        clamp=job.model.clamp,
-    )
+    flow = FlowSpec.of(job.model)
     rows, held_out = split_rows(len(data.train), recipe)
     head = FastFlowHead(extractor.spec, flow, seed=recipe.seed)
     features = FeatureCache(Path(tempfile.gettempdir()), data.train, extractor)

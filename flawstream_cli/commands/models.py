@@ -1,5 +1,6 @@
 """`flawstream models`: look at the registry and choose what is served."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from flawstream_cli.terminal import (
     ExitCode,
     JsonOption,
     RegistryOption,
+    busy,
     out,
     print_json,
     read_settings,
@@ -118,3 +120,19 @@ def promote(
     settings = read_settings(config, registry={"root": registry})
     Registry(settings.registry.root).promote(category, version)
     say(f"{category}@{version} is current")
+
+
+@app.command()
+def presets(as_json: JsonOption = False) -> None:
+    """List the configurations by name that `model.preset` and `flawstream train --preset` take, and their size.
+
+    Example: `flawstream models presets`
+    """
+    from flawstream_cli.preset_sizes import preset_sizes  # noqa: PLC0415 - torch takes seconds; `list` needs none
+
+    with busy("counting"):
+        sizes = preset_sizes()
+    if as_json:
+        print_json([asdict(size) for size in sizes])
+        return
+    out.print(table("Presets", sizes[0].columns(), (size.cells() for size in sizes)))

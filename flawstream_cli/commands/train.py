@@ -23,6 +23,7 @@ from flawstream_cli.terminal import (
 )
 from flawstream_cli.training_display import TrainingDisplay
 from schemas.manifest import ModelManifest
+from schemas.presets import PresetName
 from schemas.settings import Settings
 from training.datasets.open import Layout, open_dataset
 from training.datasets.samples import CategoryData
@@ -37,6 +38,9 @@ def train(
     category: CategoryOption = None,
     layout: LayoutOption = Layout.AUTO,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    preset: Annotated[
+        PresetName | None, typer.Option(help="A configuration by name: flawstream models presets.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option(help="A timm model, e.g. resnet18.")] = None,
     weights: Annotated[str | None, typer.Option(help="auto, package, timm, or a state dict's path.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
@@ -69,7 +73,7 @@ def train(
     settings = read_settings(
         config,
         training={"epochs": epochs, "false_alarm_rate": false_alarm_rate, "seed": seed},
-        model={"backbone": backbone, "weights": weights, "input_size": input_size},
+        model={"preset": preset, "backbone": backbone, "weights": weights, "input_size": input_size},
         registry={"root": registry},
     )
     data = open_dataset(root, category, layout)

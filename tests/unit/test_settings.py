@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from flawstream_cli.terminal import read_settings
 from schemas.errors import ConfigError
-from schemas.settings import RedisSettings, Settings, load_settings
+from schemas.presets import PRESETS, PresetName
+from schemas.settings import ModelSettings, RedisSettings, Settings, load_settings
 
 pytestmark = pytest.mark.unit
 
@@ -190,3 +192,34 @@ def test_every_section_is_frozen_and_says_what_it_is() -> None:
         assert issubclass(model, BaseModel), name
         assert model.__doc__, name
         assert model.model_config["frozen"], name
+
+
+def test_preset_fills_what_nobody_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "model: {preset: deit, hidden_ratio: 0.5}\n")
+    monkeypatch.setenv("FLAWSTREAM_MODEL__FLOW_STEPS", "3")
+    model = load_settings(path).model
+    assert (model.backbone, model.blocks, model.input_size) == ("deit_base_distilled_patch16_384", (7,), 384)
+    assert (model.hidden_ratio, model.flow_steps) == (0.5, 3)
+
+
+def test_preset_of_the_command_line_replaces_that_of_the_file_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {preset: deit, clamp: 1.5}\n")
+    model = read_settings(path, model={"preset": "resnet18", "backbone": None}).model
+    assert model == ModelSettings(preset="resnet18", clamp=1.5)
+    assert (model.backbone, model.blocks, model.strides) == ("resnet18", (), (4, 8, 16))
+
+
+def test_preset_survives_a_round_trip(tmp_path: Path) -> None:
+    model = load_settings(write(tmp_path, "model: {preset: cait, input_size: 224}\n")).model
+    assert ModelSettings(**model.model_dump()) == model
+
+
+def test_unknown_preset_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.preset.*resnet18.*cait"):
+        load_settings(write(tmp_path, "model: {preset: vgg}\n"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid(name: PresetName) -> None:
+    model = ModelSettings(preset=name)
+    assert all(getattr(model, field) == value for field, value in PRESETS[name].fields.items())
