@@ -113,7 +113,7 @@ def _current_manifests(registry: Registry, categories: list[str], root: str) -> 
 
 def _runs_like(current: ModelManifest, registry: Registry, count: int) -> list[ModelManifest]:
     """Find versions of the current one's data, model and recipe, one for each seed; the current one comes first."""
-    runs = {current.training.seed: current}
+    runs: dict[int | None, ModelManifest] = {current.training.seed: current}  # an imported version tells no seed
     for version in reversed(registry.versions(current.category)) if count > 1 else ():
         if len(runs) == count:
             break
