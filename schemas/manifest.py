@@ -23,7 +23,7 @@ class BackboneSpec(_Part):
 
     Attributes:
         name: timm's name.
-        weights: Where they came from: `package`, `timm`, or a file's name.
+        weights: Where they came from: `package`, `timm`, `anomalib` (they lie beside the version), or a file's name.
         weights_sha256: Of the tensors that are used, in order.
         strides: Of each scale, pixels: what stages were chosen by.
         channels: Channels of each scale.
@@ -163,6 +163,28 @@ class TrainingRecord(_Part):
     duration_s: float
 
 
+class ImportRecord(_Part):
+    """Where an imported version is from. What trained it, and how, its checkpoint does not tell.
+
+    Attributes:
+        source: The program that trained it.
+        checkpoint_sha256: Of the file.
+        dataset_sha256: Of the images that calibrated it.
+        calibration_images: Their number.
+        train_images: Unknown.
+        seed: Unknown.
+        duration_s: What importing took.
+    """
+
+    source: Literal["anomalib"]
+    checkpoint_sha256: str
+    dataset_sha256: str
+    calibration_images: int
+    train_images: None = None
+    seed: None = None
+    duration_s: float
+
+
 class ModelManifest(_Part):
     """One immutable model version."""
 
@@ -174,7 +196,7 @@ class ModelManifest(_Part):
     flow: FlowSpec
     calibration: Calibration
     metrics: Metrics = Metrics()
-    training: TrainingRecord
+    training: TrainingRecord | ImportRecord
     libraries: dict[str, str]
     files: dict[str, str] = Field(description="SHA-256 of every file beside the manifest, by name.")
 

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from flawstream.calibration import p_values
-from flawstream.fastflow.backbone import Backbone, load_trained_backbone
+from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.score import image_scores
 from flawstream.maps import bounded
 from flawstream.registry import Registry
+from flawstream.versions import open_backbone
 from schemas.errors import Reason, RegistryError, ShapeError, UnknownCategoryError
 from schemas.manifest import ModelManifest
 from schemas.messages import Verdict
@@ -211,7 +212,7 @@ def make_detector(registry_root: str, model: ModelSettings, settings: DetectorSe
     """
     registry = Registry(registry_root)
     newest = newest_manifest(registry)
-    backbone = Backbone(model) if newest is None else load_trained_backbone(newest.backbone, model)
+    backbone = Backbone(model) if newest is None else open_backbone(registry, newest, model)
     return DetectorService(registry, make_engine(settings.engine, backbone), settings)
 
 

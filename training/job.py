@@ -4,19 +4,28 @@ import hashlib
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from flawstream.calibration import calibrate, shortage
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import WEIGHTS_FILE, Registry, new_version
-from schemas.manifest import FlowSpec, ModelManifest, TrainingRecord
+from schemas.manifest import (
+    BackboneSpec,
+    Calibration,
+    FlowSpec,
+    ImportRecord,
+    Metrics,
+    ModelManifest,
+    TrainingRecord,
+)
 from schemas.settings import ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData
 from training.evaluate import Evaluation, ImageScorer
@@ -111,25 +120,19 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
         yield Progress(job.name, Stage.TRAINING, last.images, recipe.epochs * len(rows), note)
     del features  # and its room on the disk
     calibration_paths = [data.train[row] for row in held_out]
-    scored = []
-    scorer = ImageScorer(extractor, head, job.model.top_fraction)
-    for image in scorer.score(calibration_paths):
-        scored.append((image.score, image.anomaly_map().max()))
-        yield Progress(job.name, Stage.CALIBRATING, len(scored), len(held_out))
-    scores, peaks = np.array(scored, dtype=np.float64).T
-    calibration = calibrate(scores, peaks, recipe.false_alarm_rate, job.model.top_fraction)
+    top_fraction = job.model.top_fraction
+    scorer = ImageScorer(extractor, head, top_fraction)
+    calibration = yield from calibrate_on(job.name, scorer, calibration_paths, top_fraction, recipe.false_alarm_rate)
     evaluation = Evaluation()
     test_images = scorer.score([sample.path for sample in data.test])
     for done, (sample, image) in enumerate(zip(data.test, test_images, strict=True), start=1):
         evaluation.add(sample, image)
         yield Progress(job.name, Stage.EVALUATING, done, len(data.test))
-    weights = head.to_bytes()
-    digest = hashlib.sha256(weights).hexdigest()
-    created_at = datetime.now(UTC)
-    manifest = ModelManifest(
+    manifest = publish(
+        job.registry_root,
+        head,
+        promote=job.promote,
         category=data.name,
-        version=new_version(created_at, digest),
-        created_at=created_at,
         backbone=extractor.spec,
         flow=flow,
         calibration=calibration,
@@ -147,12 +150,88 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
             final_loss=last.loss,
             duration_s=time.monotonic() - started,
         ),
-        libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
-        files={WEIGHTS_FILE: digest},
     )
-    registry = Registry(job.registry_root)
-    registry.write(manifest, {WEIGHTS_FILE: weights})
-    if job.promote:
-        registry.promote(manifest.category, manifest.version)
     warning = shortage(len(held_out), recipe.false_alarm_rate) or ""
     yield Progress(job.name, Stage.DONE, 1, 1, warning, manifest)
+
+
+def calibrate_on(
+    name: str, scorer: ImageScorer, paths: Sequence[Path], top_fraction: float, false_alarm_rate: float
+) -> Generator[Progress, None, Calibration]:
+    """Score held-out normal images and set the thresholds by them.
+
+    Args:
+        name: What its progress is called.
+        scorer: The head.
+        paths: The images, none of which trained it.
+        top_fraction: How the scorer takes image scores from maps.
+        false_alarm_rate: Share of normal images that may be called anomalous.
+
+    Yields:
+        Progress.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        DatasetError: An image cannot be read.
+        ConfigError: A score is not finite.
+    """
+    scored = []
+    for image in scorer.score(paths):
+        scored.append((image.score, image.anomaly_map().max()))
+        yield Progress(name, Stage.CALIBRATING, len(scored), len(paths))
+    scores, peaks = np.array(scored, dtype=np.float64).T
+    return calibrate(scores, peaks, false_alarm_rate, top_fraction)
+
+
+def publish(
+    registry_root: str,
+    head: FastFlowHead,
+    *,
+    promote: bool,
+    category: str,
+    backbone: BackboneSpec,
+    flow: FlowSpec,
+    calibration: Calibration,
+    metrics: Metrics,
+    training: TrainingRecord | ImportRecord,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+) -> ModelManifest:
+    """Write a version, and make it current where asked to.
+
+    Args:
+        registry_root: Where to.
+        head: Its weights.
+        promote: Whether it becomes the current one.
+        category: Whose.
+        backbone: Goes into the manifest, as do the following.
+        flow: The shape of the head.
+        calibration: Its thresholds.
+        metrics: What it did on test images.
+        training: Where it is from.
+        beside: Further files by name.
+
+    Raises:
+        RegistryError: The registry cannot be written.
+    """
+    files = {WEIGHTS_FILE: head.to_bytes(), **beside}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    created_at = datetime.now(UTC)
+    manifest = ModelManifest(
+        category=category,
+        version=new_version(created_at, digests[WEIGHTS_FILE]),
+        created_at=created_at,
+        backbone=backbone,
+        flow=flow,
+        calibration=calibration,
+        metrics=metrics,
+        training=training,
+        libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
+        files=digests,
+    )
+    registry = Registry(registry_root)
+    registry.write(manifest, files)
+    if promote:
+        registry.promote(manifest.category, manifest.version)
+    return manifest

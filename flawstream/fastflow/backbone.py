@@ -27,6 +27,8 @@ from schemas.errors import ConfigError, WeightsError
 from schemas.manifest import BackboneSpec
 from schemas.settings import ModelSettings
 
+_CURE = "model.weights must be auto, package, timm, or the path of a .safetensors, .pth or .pt state dict"
+
 
 class Backbone(nn.Module):
     """Features of the chosen stages or blocks; what lies past the last of them is cut off.
@@ -54,7 +56,7 @@ class Backbone(nn.Module):
         elif source == "package":
             load_weights(made.module, read_package(settings.backbone), f"the package of {settings.backbone}")
         elif source != "timm":
-            load_weights(made.module, read_state_dict(Path(source)), source)
+            load_weights(made.module, read_state_dict(Path(source), f"backbone weights from {source}", _CURE), source)
         weights = source if source in ("timm", "package") else Path(source).name
         self.spec = made.spec(settings, weights, digest(made.module))
         if isinstance(made.module, BlockFeatures):

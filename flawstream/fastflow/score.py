@@ -26,6 +26,25 @@ def likelihood_score(grid: Tensor) -> Tensor:
     return -torch.exp(-grid)
 
 
+def likelihood_map(grids: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Turn grids into the paper's anomaly map, as public re-implementations compute it: scored, upsampled, averaged.
+
+    Source: FastFlow, section 3.3.
+
+    Args:
+        grids: One (B, H_s, W_s) float tensor per feature scale, nats per channel.
+        size: (height, width) in pixels of the map.
+
+    Returns:
+        (B, height, width) float, in [-1, 0]; higher is more anomalous.
+    """
+    scales = [
+        functional.interpolate(likelihood_score(grid)[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        for grid in grids
+    ]
+    return torch.stack(scales).mean(dim=0)
+
+
 def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
     """Score whole images: scales averaged at the finest grid, then the mean of the highest values.
 

@@ -6,6 +6,7 @@ Knows no features and no flow. A pickle is never executed.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import safetensors.torch
 import timm
@@ -59,8 +60,13 @@ def read_package(backbone: str) -> dict[str, Tensor]:
     return dict(zip(wanted, held.values(), strict=True))
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, what: str, cure: str) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors file or, without executing it, from a pickle.
+
+    Args:
+        path: The file.
+        what: What is read from where, for the error's text.
+        cure: What the file must be, for the same.
 
     Raises:
         WeightsError: The file cannot be read or holds something else.
@@ -69,16 +75,18 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         held = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle is never executed
-    except Exception as error:
+    except UnpicklingError as error:  # torch's own text tells how to execute it
         raise WeightsError(
-            f"cannot read backbone weights from {path} ({type(error).__name__}: {first_lines(error)}); "
-            "model.weights must be auto, package, timm, or the path of a .safetensors, .pth or .pt state dict"
+            f"cannot read {what}: it is damaged, or a pickle that holds more than tensors, which could run any code "
+            f"and is not executed; {cure}"
         ) from error
+    except Exception as error:
+        raise WeightsError(f"cannot read {what} ({type(error).__name__}: {first_lines(error)}); {cure}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(wrapper), Mapping):
             held = held[wrapper]
     if not isinstance(held, Mapping):
-        raise WeightsError(f"{path} holds a {type(held).__name__}; backbone weights must be a state dict")
+        raise WeightsError(f"cannot read {what}: it holds a {type(held).__name__} and no state dict; {cure}")
     return {str(name): tensor for name, tensor in held.items()}
 
 
@@ -93,16 +101,8 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
     Raises:
         WeightsError: A tensor is missing or has another shape.
     """
-    wanted = network.state_dict().keys()
-    named = {
-        candidate: tensor
-        for name, tensor in tensors.items()
-        # timm puts `model.` before the names of a transformer cut off, and joins a stage's name and number with `_`
-        for candidate in (name, f"model.{name}", name.replace(".", "_", 1))
-        if candidate in wanted
-    }
     try:
-        missing = network.load_state_dict(named, strict=False).missing_keys
+        missing = network.load_state_dict(_renamed(network, tensors), strict=False).missing_keys
     except RuntimeError as error:
         raise WeightsError(f"the weights from {source} are of another network: {first_lines(error)}") from error
     if missing:
@@ -110,6 +110,23 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
             f"the weights from {source} lack {len(missing)} tensors of the network, {missing[0]} among them; "
             "they must be a state dict of the same timm model"
         )
+
+
+def matches(network: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether `load_weights` would succeed; the network may be on the meta device."""
+    named = _renamed(network, tensors)
+    return all(name in named and named[name].shape == tensor.shape for name, tensor in network.state_dict().items())
+
+
+def _renamed(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    wanted = network.state_dict().keys()
+    return {
+        candidate: tensor
+        for name, tensor in tensors.items()
+        # timm puts `model.` before the names of a transformer cut off, and joins a stage's name and number with `_`
+        for candidate in (name, f"model.{name}", name.replace(".", "_", 1))
+        if candidate in wanted
+    }
 
 
 def digest(network: nn.Module) -> str:

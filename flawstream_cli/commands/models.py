@@ -1,6 +1,7 @@
 """`flawstream models`: look at the registry and choose what is served."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -136,3 +137,61 @@ def presets(as_json: JsonOption = False) -> None:
         print_json([asdict(size) for size in sizes])
         return
     out.print(table("Presets", sizes[0].columns(), (size.cells() for size in sizes)))
+
+
+@app.command("import-anomalib")
+def import_anomalib(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A Lightning .ckpt of anomalib's Fastflow, or its state dict (.pt, .safetensors).")
+    ],
+    category: Annotated[str, typer.Option("--category", "-c", help="Whose version it becomes.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder of normal images that did not train the model: they set the threshold.")
+    ],
+    backbone: Annotated[
+        str, typer.Option(help="auto: found by the tensors; or one of anomalib's, by timm's name.")
+    ] = "auto",
+    false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normal parts that may be rejected.")] = None,
+    promote: Annotated[bool, typer.Option(help="Make the new version current.")] = True,
+    registry: RegistryOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version of a FastFlow model that anomalib trained.
+
+    The checkpoint is read as tensors alone; a pickle is never executed. Everything else is inferred from the tensors,
+    and the backbone's weights come along. A version without a threshold cannot judge, and a threshold set on images
+    that trained the model is too low: hence `--data`.
+
+    Example: `flawstream models import-anomalib model.ckpt -c bottle --data bottle/held-out`
+    """
+    from flawstream.fastflow.anomalib import read_anomalib  # noqa: PLC0415 - torch takes seconds; `list` needs none
+    from flawstream_cli.training_display import TrainingDisplay  # noqa: PLC0415 - the same
+    from training.imports import ImportJob, run_import  # noqa: PLC0415 - the same
+
+    settings = read_settings(config, registry={"root": registry}, training={"false_alarm_rate": false_alarm_rate})
+    with busy(f"reading {checkpoint}"):
+        model = read_anomalib(checkpoint, backbone)
+    say(f"found: {model.settings.backbone} at {model.settings.input_size} px, {model.flow.steps} steps")
+    job = ImportJob(
+        model=model,
+        checkpoint=checkpoint,
+        category=category,
+        normal=data,
+        top_fraction=settings.model.top_fraction,
+        false_alarm_rate=settings.training.false_alarm_rate,
+        limits=settings.limits,
+        registry_root=settings.registry.root,
+        promote=promote,
+    )
+    with TrainingDisplay([category]) as display:
+        for progress in run_import(job):
+            display.show(progress)
+    assert progress.manifest is not None  # noqa: S101 - the last one carries it
+    manifest = progress.manifest
+    if progress.note:
+        say(progress.note, "yellow")
+    if as_json:
+        print_json(manifest.model_dump(mode="json", exclude={"calibration"}))
+        return
+    say(f"{manifest.model} is {'current' if promote else 'written'}; threshold {manifest.calibration.threshold:.4g}")

@@ -1,0 +1,231 @@
+"""FastFlow checkpoints of anomalib: read as tensors alone, and turned into a backbone and a head of ours.
+
+All there is to know of the model is inferred from names and shapes. Knows no registry. A pickle is never executed.
+
+Shape legend: C channels, H W height and width of a scale's grid, s a scale, k a step.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flawstream.fastflow.backbone import Backbone, make_network
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.fastflow.weights import matches, read_state_dict
+from schemas.errors import ConfigError, WeightsError
+from schemas.manifest import FlowSpec
+from schemas.presets import PRESETS, PresetName
+from schemas.settings import ModelSettings
+
+_FORMS: tuple[PresetName, ...] = ("resnet18", "wide_resnet50_2", "deit", "cait")
+"""The presets whose backbones anomalib has."""
+
+ANOMALIB_BACKBONES: dict[str, dict[str, Any]] = {
+    PRESETS[name].fields["backbone"]: {
+        field: PRESETS[name].fields[field]
+        for field in ("backbone", "strides", "blocks", "input_size")
+        if field in PRESETS[name].fields
+    }
+    for name in _FORMS
+}
+"""Of every backbone that anomalib has, by timm's name: what `ModelSettings` must say to take the same features."""
+
+_CLAMP = 2.0
+"""anomalib's, which leaves no trace in a checkpoint."""
+
+_STEP = re.compile(r"fast_flow_blocks\.(\d+)\.module_list\.(\d+)\.(.+)")
+_TENSORS = {
+    "global_scale": "raw_scale",
+    "global_offset": "offset",
+    "subnet.0.weight": "subnet.0.weight",
+    "subnet.0.bias": "subnet.0.bias",
+    "subnet.2.weight": "subnet.2.weight",
+    "subnet.2.bias": "subnet.2.bias",
+}
+"""A step's tensors, theirs to ours; the permutation is another matter."""
+
+_NOTHING = torch.empty(())
+
+_CURE = (
+    "it must be a Lightning .ckpt of anomalib's Fastflow, or its tensors alone. From an exported model.pt or another "
+    "checkpoint make one in anomalib: torch.save(model.state_dict(), 'weights.pt')"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AnomalibModel:
+    """A checkpoint understood.
+
+    Attributes:
+        settings: Backbone, layers and input size.
+        flow: The shape of the flows.
+        backbone_tensors: By timm's names, of the whole network or more than is needed.
+        head_tensors: The state dict of a `FastFlowHead`.
+    """
+
+    settings: ModelSettings
+    flow: FlowSpec
+    backbone_tensors: dict[str, Tensor]
+    head_tensors: dict[str, Tensor]
+
+    def make_backbone(self) -> Backbone:
+        """Make the backbone with the checkpoint's own weights."""
+        named = self.settings.model_copy(update={"weights": "anomalib"})
+        return Backbone(named, self.backbone_tensors)
+
+    def make_head(self, backbone: Backbone) -> FastFlowHead:
+        """Make the head.
+
+        Raises:
+            WeightsError: The flows do not fit the backbone.
+        """
+        head = FastFlowHead(backbone.spec, self.flow)
+        try:
+            head.load_state_dict(self.head_tensors)
+        except RuntimeError as error:
+            raise WeightsError(
+                f"the checkpoint's flows do not fit {backbone.spec.name} at {backbone.spec.layers} and "
+                f"{backbone.spec.input_size} px: {' '.join(str(error).split())[:300]}"
+            ) from error
+        return head.eval()
+
+
+def read_anomalib(
+    path: Path, backbone: str = "auto", known: Mapping[str, Mapping[str, Any]] = ANOMALIB_BACKBONES
+) -> AnomalibModel:
+    """Read a checkpoint of anomalib's FastFlow.
+
+    Args:
+        path: A Lightning .ckpt, a state dict of the Lightning module or of its `FastflowModel`, pickled by torch or
+            as .safetensors.
+        backbone: `auto`, or the one of `known` that it must be.
+        known: What a backbone may be, as fields of `ModelSettings`: the first whose tensors are there is taken.
+
+    Raises:
+        ConfigError: No such backbone is known.
+        WeightsError: It cannot be read without executing it, is of another model, or holds what flows here cannot do.
+    """
+    if backbone not in ("auto", *known):
+        raise ConfigError(f"anomalib's FastFlow has no backbone {backbone!r}; it has: auto, {', '.join(known)}")
+    forms = list(known.values()) if backbone == "auto" else [known[backbone]]
+    held = read_state_dict(path, f"an anomalib checkpoint from {path}", _CURE)
+    ours = _without_prefix({name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}, path)
+    backbone_tensors = {
+        name.removeprefix("feature_extractor."): tensor
+        for name, tensor in ours.items()
+        if name.startswith("feature_extractor.")
+    }
+    steps = _group_steps(ours, path)
+    norms = [ours[f"norms.{s}.weight"] for s in range(len(steps)) if f"norms.{s}.weight" in ours]
+    settings = _find_form(backbone_tensors, norms, forms, path)
+    head: dict[str, Tensor] = {}
+    for s, scale in enumerate(steps):
+        for k, step in enumerate(scale):
+            where = f"flows.{s}.steps.{k}"
+            head |= {f"{where}.{new}": step[old].float() for old, new in _TENSORS.items()}
+            head[f"{where}.permutation"] = _permutation(step, f"{path}: step {k} of scale {s}")
+        if norms:
+            head |= {f"statistics.{s}.{name}": ours[f"norms.{s}.{name}"].float() for name in ("weight", "bias")}
+    flow = FlowSpec(
+        steps=len(steps[0]),
+        hidden_ratio=_hidden_ratio([step for scale in steps for step in scale], path),
+        conv3x3_only=all(step["subnet.0.weight"].shape[-1] == 3 for scale in steps for step in scale),  # noqa: PLR2004 - 3x3
+        clamp=_CLAMP,
+        normalisation="layer_norm" if norms else "none",
+    )
+    return AnomalibModel(settings, flow, backbone_tensors, head)
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Cut off what wrappers put before the names of `FastflowModel`, and leave out what is not of it."""
+    for name in tensors:
+        before, found, _ = name.partition("fast_flow_blocks.")
+        if found:
+            return {full.removeprefix(before): tensor for full, tensor in tensors.items() if full.startswith(before)}
+    raise WeightsError(f"{path} holds no fast_flow_blocks: it is no checkpoint of anomalib's Fastflow; {_CURE}")
+
+
+def _group_steps(tensors: Mapping[str, Tensor], path: Path) -> list[list[dict[str, Tensor]]]:
+    """Sort the flows' tensors by scale and step; all scales must have as many steps, and every step its tensors."""
+    found: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := _STEP.fullmatch(name):
+            found.setdefault((int(match[1]), int(match[2])), {})[match[3]] = tensor
+    scales, steps = (max((place[axis] for place in found), default=-1) + 1 for axis in (0, 1))
+    wanted = [(s, k) for s in range(scales) for k in range(steps)]
+    lacking = [
+        f"fast_flow_blocks.{s}.module_list.{k}.{name}"
+        for s, k in wanted
+        for name in (*_TENSORS, "w_perm")
+        if found.get((s, k), {}).get(name, _NOTHING).ndim != (1 if name.endswith("bias") else 4)
+    ]
+    if lacking or not wanted:
+        raise WeightsError(
+            f"{path} lacks tensors of the flows, {', '.join(lacking[:1]) or 'all of them'}; a file cut short cannot be "
+            "imported, nor a learned Householder permutation (w_0)"
+        )
+    return [[found[s, k] for k in range(steps)] for s in range(scales)]
+
+
+def _find_form(
+    backbone: Mapping[str, Tensor], norms: Sequence[Tensor], forms: Sequence[Mapping[str, Any]], path: Path
+) -> ModelSettings:
+    tried = []
+    for form in forms:
+        settings = ModelSettings.model_validate(form)
+        tried.append(settings.backbone)
+        if bool(norms) == bool(settings.blocks):  # anomalib has a layer norm with stages, and none with blocks
+            continue
+        with torch.device("meta"):
+            network = make_network(settings, pretrained=False)
+        if not matches(network.module, backbone):
+            continue
+        if not norms:
+            return settings
+        sides = {stride * side for norm, stride in zip(norms, network.strides, strict=True) for side in norm.shape[1:]}
+        if len(sides) > 1:
+            raise WeightsError(
+                f"{path} was trained on images of {' x '.join(map(str, sorted(sides)))} pixels, and images are square "
+                "here; train it again with input_size=(256, 256)"
+            )
+        return ModelSettings.model_validate({**form, "input_size": sides.pop()})
+    raise WeightsError(
+        f"the backbone in {path} is none of {', '.join(tried)}: a tensor is missing or has another shape. "
+        "anomalib has no others, and what another program trained cannot be imported"
+    )
+
+
+def _permutation(step: Mapping[str, Tensor], where: str) -> Tensor:
+    """Turn a (C, C, 1, 1) matrix into the (C,) index that says the same: row i takes channel index[i]."""
+    matrix = step["w_perm"].flatten(start_dim=1)
+    index = matrix.argmax(dim=1)
+    is_permutation = torch.equal(index.sort().values, torch.arange(matrix.shape[1])) and torch.equal(
+        matrix, torch.zeros_like(matrix).scatter_(1, index[:, None], 1.0)
+    )
+    inverse = step.get("w_perm_inv")
+    if not is_permutation or (inverse is not None and not torch.equal(inverse.flatten(start_dim=1), matrix.T)):
+        raise WeightsError(
+            f"{where} mixes channels by a matrix that is no permutation (permute_soft=True?); here a permutation is an "
+            "index, so it cannot be imported: train it with hard permutations, which is anomalib's default"
+        )
+    return index
+
+
+def _hidden_ratio(steps: Sequence[Mapping[str, Tensor]], path: Path) -> float:
+    """Find the roundest ratio that gives every subnet the hidden channels it has, `int(inputs * ratio)`."""
+    widths = {tuple(step["subnet.0.weight"].shape[1::-1]) for step in steps}
+    lowest = max(hidden / inputs for inputs, hidden in widths)
+    for digits in range(8):
+        ratio = math.ceil(lowest * 10.0**digits) / 10.0**digits
+        if all(int(inputs * ratio) == hidden for inputs, hidden in widths):
+            return ratio
+    raise WeightsError(
+        f"{path}: no one hidden ratio gives subnets of (input, hidden) channels {sorted(widths)}; "
+        "anomalib has one for all"
+    )
