@@ -152,7 +152,7 @@ class ModelSettings(_Section):
         "loading for all others. `package`, `timm`, or the path of a .safetensors, .pth or .pt state dict.",
     )
     strides: tuple[int, ...] = Field(
-        (8, 16, 32),
+        (8, 16),
         min_length=1,
         description="Feature stages by their stride in pixels; stages past the last are cut off.",
     )

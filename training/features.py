@@ -135,18 +135,11 @@ class FeatureCache:
         """Read some images' features; one (B, C_s, H_s, W_s) float32 tensor per scale."""
         return [torch.from_numpy(array[rows].astype(np.float32)) for array in self._scales]
 
-    def sums(self, rows: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
-        """Sum features and their squares over some images; per scale two (C, H, W) float64 tensors."""
-        totals = []
-        for array in self._scales:
-            total = np.zeros(array.shape[1:], np.float64)
-            squares = np.zeros(array.shape[1:], np.float64)
-            for row in rows:
-                values = array[row].astype(np.float64)
-                total += values
-                squares += values * values
-            totals.append((torch.from_numpy(total), torch.from_numpy(squares)))
-        return totals
+    def grid_rows(self, scale: int, images: NDArray[np.int64]) -> Iterator[Tensor]:
+        """Read some images' features of one scale row by row of its grid; H times (N, C, W) float32."""
+        array = self._scales[scale]
+        for row in range(array.shape[2]):
+            yield torch.from_numpy(array[images, :, row].astype(np.float32))
 
 
 def _nameless_array(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float16]:

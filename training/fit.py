@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,9 +68,9 @@ def fit_head(
         The state after each optimiser step.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for statistics, (total, squares) in zip(head.statistics, features.sums(rows), strict=True):
-        assert isinstance(statistics, FeatureStatistics)  # noqa: S101 - FastFlowHead made it so
-        statistics.set_from(total, squares, len(rows))
+    for scale, statistics in enumerate(head.statistics):
+        assert isinstance(statistics, FeatureStatistics)  # noqa: S101 - a head that is trained has them
+        statistics.set_from(partial(features.grid_rows, scale, rows))
     head.to(device)
     head.to(memory_format=torch.channels_last)
     head.train()

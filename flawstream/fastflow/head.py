@@ -68,8 +68,13 @@ class FastFlowHead(nn.Module):
         return [latents for latents, _ in pairs], [log_det for _, log_det in pairs]
 
     def to_bytes(self) -> bytes:
-        """Write all tensors as safetensors."""
-        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in self.state_dict().items()})
+        """Write all tensors as safetensors; the whitening as float16, which it was rounded to."""
+        return safetensors.torch.save(
+            {
+                name: tensor.half() if name.endswith(".whitening") else tensor.contiguous()
+                for name, tensor in self.state_dict().items()
+            }
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes, backbone: BackboneSpec, flow: FlowSpec) -> "FastFlowHead":

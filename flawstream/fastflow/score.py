@@ -46,7 +46,10 @@ def likelihood_map(grids: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 
 def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
-    """Score whole images: scales averaged at the finest grid, then the mean of the highest values.
+    """Score whole images: scales averaged at the coarsest grid, then the mean of the highest values.
+
+    A finer scale is pooled first: single positions of it stand out by chance in normal images too
+    (docs/decisions/0004).
 
     Args:
         grids: One (B, H_s, W_s) float32 tensor per feature scale.
@@ -60,13 +63,10 @@ def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
     """
     if not grids or len({grid.shape[0] for grid in grids}) != 1:
         raise ShapeError(f"grids of one batch are needed, got shapes {[tuple(grid.shape) for grid in grids]}")
-    finest = max((grid.shape[1:] for grid in grids), key=lambda shape: shape[0] * shape[1])
-    total = torch.zeros((grids[0].shape[0], *finest), dtype=torch.float32, device=grids[0].device)
+    height, width = min((grid.shape[1:] for grid in grids), key=lambda shape: shape[0] * shape[1])
+    total = torch.zeros((grids[0].shape[0], height, width), dtype=torch.float32, device=grids[0].device)
     for grid in grids:
-        sized = grid.float()
-        if grid.shape[1:] != finest:
-            sized = functional.interpolate(sized[:, None], size=finest, mode="bilinear", align_corners=False)[:, 0]
-        total += sized
+        total += functional.adaptive_avg_pool2d(grid.float()[:, None], (height, width))[:, 0]
     positions = (total / len(grids)).flatten(start_dim=1)
     count = max(1, int(positions.shape[1] * top_fraction))
     return positions.topk(count, dim=1).values.mean(dim=1)

@@ -34,6 +34,9 @@ def make_head(seed: int = 0) -> FastFlowHead:
         for tensor in [*head.parameters(), *head.buffers()]:
             if tensor.is_floating_point():
                 tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.1)
+        for name, tensor in head.named_buffers():
+            if name.endswith("whitening"):
+                tensor.copy_(tensor.half())  # as training leaves it
     return head.eval()
 
 

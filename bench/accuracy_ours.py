@@ -1,0 +1,51 @@
+"""One run of ours for `bench.accuracy`, in a process of its own: `python -m bench.accuracy_ours JOB RESULT`."""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.registry import WEIGHTS_FILE, Registry
+from schemas.settings import LimitSettings, ModelSettings, TrainingSettings
+from training.datasets.samples import CategoryData, Sample
+from training.evaluate import ImageScorer
+from training.features import FeatureExtractor
+from training.job import Job, Stage, run_job
+
+
+def main(job_file: str, result_file: str) -> None:
+    """Train with the default recipe, then score every test image with the version that was published."""
+    told = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(told["threads"])
+    started = time.monotonic()
+    samples = tuple(
+        Sample(Path(path), anomalous=anomalous, defect="defective" if anomalous else "good", mask=None)
+        for path, anomalous in zip(told["test"], told["anomalous"], strict=True)
+    )
+    data = CategoryData(told["set_name"], tuple(map(Path, told["train"])), samples)
+    recipe = TrainingSettings(epochs=told["epochs"], seed=told["seed"])
+    extractor = FeatureExtractor(Backbone(ModelSettings()), LimitSettings(), told["threads"])
+    epoch = ""
+    with tempfile.TemporaryDirectory() as root:
+        for progress in run_job(Job(data, ModelSettings(), recipe, root), extractor):
+            if progress.stage is Stage.TRAINING and progress.note.split("  ")[0] != epoch:
+                epoch = progress.note.split("  ")[0]
+                print(progress.note, file=sys.stderr, flush=True)
+        assert progress.manifest is not None  # noqa: S101 - a job ends with it or raises
+        manifest = progress.manifest
+        weights = Registry(root).read_file(manifest, WEIGHTS_FILE)
+    seconds = time.monotonic() - started
+    head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
+    scorer = ImageScorer(extractor, head, manifest.calibration.top_fraction)
+    scores = [image.score for image in scorer.score([sample.path for sample in samples])]
+    result = {"scores": scores, "false_alarm_rate": manifest.metrics.false_alarm_rate, "seconds": seconds}
+    Path(result_file).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
