@@ -41,11 +41,8 @@ METHODS = (OURS, FASTFLOW, PADIM)
 _EPOCHS, _QUICK_EPOCHS = 8, 3
 _FALSE_ALARM_RATE = 0.05
 _RECIPE_SOURCES = (
-    "flawstream/fastflow",
-    "flawstream/images.py",
-    "training/fit.py",
-    "training/features.py",
-    "training/job.py",
+    *(f"flawstream/fastflow/{name}.py" for name in ("backbone", "flow", "head", "loss", "score", "statistics")),
+    *("flawstream/images.py", "training/fit.py", "training/features.py"),
 )
 _ROOT = Path(__file__).parents[1]
 _PEER = _ROOT / "bench/peers/anomalib_accuracy.py"
@@ -199,11 +196,7 @@ def _key(run: Run, data: CategoryData) -> str:
     digest.update(repr(run).encode())
     if run.method == OURS:
         digest.update((ModelSettings().model_dump_json() + TrainingSettings().model_dump_json()).encode())
-        sources = [
-            path
-            for source in _RECIPE_SOURCES
-            for path in ([_ROOT / source] if source.endswith(".py") else sorted((_ROOT / source).glob("*.py")))
-        ]
+        sources = [_ROOT / source for source in _RECIPE_SOURCES]
     else:
         sources = [_PEER, _PEER.parent / "constraints.txt"]
     for path in sources:

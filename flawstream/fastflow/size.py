@@ -21,7 +21,7 @@ class ModelSize:
         backbone_parameters: Kept of the network: what lies past the last layer is not counted.
         added_parameters: Trained.
         backbone_macs: Multiply-accumulates of the backbone's convolutions and matrix products for one image.
-        flow_macs: The same of the flows.
+        flow_macs: The same of what stands before the flows, and of the flows.
     """
 
     spec: BackboneSpec

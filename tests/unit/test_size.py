@@ -26,13 +26,13 @@ def test_count_is_that_of_the_model_with_weights() -> None:
     assert size.spec.feature_shapes == backbone.spec.feature_shapes
 
 
-def test_macs_are_those_of_the_subnets() -> None:
+def test_macs_are_those_of_the_whitening_and_the_subnets() -> None:
     size = measure(ModelSettings(strides=(8,), input_size=64, flow_steps=2, hidden_ratio=0.5))
     (channels,), (side,) = size.spec.channels, size.spec.grid_sizes
     passive = channels // 2
     hidden = passive // 2
     weights = (9 + 1) * hidden * (passive + channels)
-    assert size.flow_macs == weights * side * side
+    assert size.flow_macs == (channels * channels + weights) * side * side
 
 
 def test_reference_page_holds_the_sizes_of_the_presets() -> None:
