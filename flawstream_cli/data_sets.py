@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 
 from flawstream_cli.terminal import err, printable, say
 from schemas.errors import DatasetError
@@ -79,8 +80,11 @@ def show_findings(findings: Iterable[Finding], console: Console) -> None:
         same = list(found)
         for one in same[:_SHOWN]:
             where = f"{one.path}: " if one.path is not None else ""
-            line = printable(severity.value, "red" if severity is Severity.ERROR else "yellow")
-            console.print(line + printable(f" {category}: {where}{one.text}"), highlight=False, soft_wrap=True)
+            line = Text.assemble(
+                (severity.value, "red" if severity is Severity.ERROR else "yellow"),
+                printable(f" {category}: {where}{one.text}"),
+            )
+            console.print(line, highlight=False, soft_wrap=True)
         if len(same) > _SHOWN:
             console.print(printable(f"      {category}: and {len(same) - _SHOWN} more of this kind"), soft_wrap=True)
 

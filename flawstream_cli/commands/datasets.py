@@ -67,7 +67,8 @@ def check(
     if errors:
         raise typer.Exit(ExitCode.FAILED)
     if not as_json:
-        say(f"next: flawstream train {root}")
+        named = "" if layout is Layout.AUTO else f" --layout {layout}"
+        say(f"next: flawstream train {root}{named}")
 
 
 @app.command("list")

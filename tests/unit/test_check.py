@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from image_files import HEIGHT, WIDTH, write_category, write_image, write_images, write_mask
 
@@ -68,6 +70,18 @@ def test_all_faults_are_found_at_once(bottle: Path) -> None:
         ],
         key=str,
     )
+
+
+def test_training_is_refused_for_what_makes_it_wrong_and_not_for_what_makes_it_worse() -> None:
+    refused = {problem for problem in Problem if Finding("can", problem, None, "").severity is Severity.ERROR}
+    assert refused == {
+        Problem.TOO_FEW,
+        Problem.MISSING_FILE,
+        Problem.ORPHAN_MASK,
+        Problem.DAMAGED,
+        Problem.MASK_SIZE,
+        Problem.LEAKAGE,
+    }
 
 
 @pytest.mark.parametrize("count", [0, MIN_TRAIN_IMAGES - 1])
@@ -174,9 +188,11 @@ def test_sizes_are_counted_and_told_apart_from_aspects(bottle: Path) -> None:
 
 def test_grey_and_colour_are_counted_by_what_they_show(bottle: Path) -> None:
     write_image(bottle / "test/good/colour.png", colour=True)
+    cv2.imwrite(str(bottle / "test/good/yellow.png"), np.full((HEIGHT, WIDTH, 3), (0, 200, 200), np.uint8))
+    cv2.imwrite(str(bottle / "test/good/grey.png"), np.full((HEIGHT, WIDTH, 3), 200, np.uint8))
     (found,) = check(load_mvtec(bottle)[0])
     assert (found.problem, found.severity) == (Problem.MIXED_COLOURS, Severity.WARNING)
-    assert "105 grey images and 1 with colour" in found.text
+    assert "106 grey images and 2 with colour" in found.text
 
 
 def test_magnetic_tiles_are_checked_with_their_masks(tmp_path: Path) -> None:
