@@ -51,6 +51,8 @@ class CompiledModule:
         examples = [torch.zeros((2, *shape), dtype=dtype) for shape in shapes]
         with _CONVERTING, warnings.catch_warnings(), torch.inference_mode():
             warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # how OpenVINO converts; not ours to change
+            # timm's transformers check shapes while they are traced: the sizes are fixed, only the batch varies
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
             graph = openvino.convert_model(
                 _Flat(module, listed=listed),
                 example_input=tuple(examples),

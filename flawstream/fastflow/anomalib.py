@@ -96,24 +96,23 @@ class AnomalibModel:
         return head.eval()
 
 
-def read_anomalib(
-    path: Path, backbone: str = "auto", known: Mapping[str, Mapping[str, Any]] = ANOMALIB_BACKBONES
-) -> AnomalibModel:
+def read_anomalib(path: Path, backbone: str = "auto") -> AnomalibModel:
     """Read a checkpoint of anomalib's FastFlow.
 
     Args:
         path: A Lightning .ckpt, a state dict of the Lightning module or of its `FastflowModel`, pickled by torch or
             as .safetensors.
-        backbone: `auto`, or the one of `known` that it must be.
-        known: What a backbone may be, as fields of `ModelSettings`: the first whose tensors are there is taken.
+        backbone: The one that it must be, by timm's name; `auto` takes the first whose tensors are there.
 
     Raises:
-        ConfigError: No such backbone is known.
+        ConfigError: anomalib has no such backbone.
         WeightsError: It cannot be read without executing it, is of another model, or holds what flows here cannot do.
     """
-    if backbone not in ("auto", *known):
-        raise ConfigError(f"anomalib's FastFlow has no backbone {backbone!r}; it has: auto, {', '.join(known)}")
-    forms = list(known.values()) if backbone == "auto" else [known[backbone]]
+    if backbone not in ("auto", *ANOMALIB_BACKBONES):
+        raise ConfigError(
+            f"anomalib's FastFlow has no backbone {backbone!r}; give auto, {', '.join(ANOMALIB_BACKBONES)}"
+        )
+    forms = list(ANOMALIB_BACKBONES.values()) if backbone == "auto" else [ANOMALIB_BACKBONES[backbone]]
     held = read_state_dict(path, f"an anomalib checkpoint from {path}", _CURE)
     ours = _without_prefix({name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}, path)
     backbone_tensors = {

@@ -1,0 +1,254 @@
+"""Checkpoints of anomalib: the fixtures hold its own maps (`bench/peers/anomalib_fixtures.py` made them)."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from command_line import Run, make_run
+from small_backbones import SIDE, shrink
+from torch import Tensor
+
+from flawstream.fastflow.anomalib import ANOMALIB_BACKBONES, AnomalibModel, read_anomalib
+from flawstream.fastflow.head import FoldedHead
+from flawstream.fastflow.score import likelihood_map
+from flawstream.registry import Registry
+from flawstream.versions import BACKBONE_FILE, open_backbone
+from schemas.errors import ConfigError, WeightsError
+from schemas.manifest import FlowSpec, ImportRecord
+from schemas.settings import ModelSettings
+from serving.engines.openvino_engine import OpenvinoEngine
+from serving.engines.torch_engine import TorchEngine
+from serving.model_store import ModelStore
+
+pytestmark = pytest.mark.unit
+
+DATA = Path(__file__).parents[1] / "data"
+LIMIT = 1e-4
+NAMES = {"resnet18": "resnet18", "deit": "deit_base_distilled_patch16_384", "cait": "cait_m48_448"}
+FLOWS = {
+    "resnet18": FlowSpec(steps=3, hidden_ratio=0.5, conv3x3_only=False, clamp=2.0, normalisation="layer_norm"),
+    "deit": FlowSpec(steps=4, hidden_ratio=0.3, conv3x3_only=False, clamp=2.0, normalisation="none"),
+    "cait": FlowSpec(steps=2, hidden_ratio=1.0, conv3x3_only=True, clamp=2.0, normalisation="none"),
+}
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", shrink(timm.create_model))
+    for name in ("deit", "cait"):
+        form = ANOMALIB_BACKBONES[NAMES[name]]
+        monkeypatch.setitem(ANOMALIB_BACKBONES, NAMES[name], {**form, "input_size": SIDE})
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return make_run(monkeypatch, capsys)
+
+
+def read_fixture(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The checkpoint, (B, S, S, 3) uint8 images and anomalib's (B, S, S) maps."""
+    tensors = safetensors.torch.load_file(DATA / f"anomalib_{name}.safetensors")
+    images, maps = tensors.pop("images"), tensors.pop("maps")
+    return tensors, images, maps
+
+
+def write(path: Path, tensors: dict[str, Tensor], **more: object) -> Path:
+    torch.save({"state_dict": tensors, **more} if more else tensors, path)
+    return path
+
+
+def read_changed(name: str, folder: Path, change: Change) -> AnomalibModel:
+    return read_anomalib(write(folder / "a.pt", change(read_fixture(name)[0])))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_maps_are_anomalib_s(name: str, tmp_path: Path) -> None:
+    tensors, images, theirs = read_fixture(name)
+    model = read_anomalib(write(tmp_path / "a.pt", tensors))
+    assert (model.settings.backbone, model.settings.input_size) == (NAMES[name], SIDE)
+    assert model.flow == FLOWS[name]
+    backbone = model.make_backbone()
+    head = model.make_head(backbone)
+    with torch.inference_mode():
+        grids = FoldedHead(head)(backbone(images))
+        unfolded = [0.5 * z.square().mean(dim=1) for z in head(backbone(images))[0]]
+    for ours in (grids, unfolded):
+        assert (likelihood_map(ours, (SIDE, SIDE)) - theirs).abs().max() <= LIMIT
+    assert theirs.std() > 0.05
+    assert theirs.max() - theirs.min() > 0.3
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_form_of_file_gives_the_same_model(name: str, tmp_path: Path) -> None:
+    tensors, _, _ = read_fixture(name)
+    inner = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    lightning = {"hyper_parameters": {"backbone": "resnet18"}, "epoch": 3, "loops": {}, "optimizer_states": []}
+    one, *others = (
+        read_anomalib(path)
+        for path in (
+            write(tmp_path / "a.pt", tensors),
+            write(tmp_path / "b.pt", inner),
+            write(tmp_path / "c.ckpt", {**tensors, "post_processor.image_min": torch.zeros(())}, **lightning),
+            tmp_path / "a.safetensors",
+        )
+    )
+    for other in others:
+        assert (other.settings, other.flow) == (one.settings, one.flow)
+        for ours, same in ((one.head_tensors, other.head_tensors), (one.backbone_tensors, other.backbone_tensors)):
+            assert ours.keys() == same.keys()
+            assert all(torch.equal(ours[key], same[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def normal_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("normal")
+    random = np.random.default_rng(0)
+    for number in range(20):
+        cv2.imwrite(str(folder / f"{number}.png"), random.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+    return folder
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_imported_version_is_served_and_gives_anomalib_s_maps(
+    name: str, tmp_path: Path, normal_images: Path, run: Run
+) -> None:
+    tensors, images, theirs = read_fixture(name)
+    path = write(tmp_path / "a.ckpt", tensors, epoch=1)
+    root = tmp_path / "models"
+    arguments = ("-c", "bottle", "--data", str(normal_images), "--registry", str(root), "--json")
+    ran = run("models", "import-anomalib", str(path), *arguments)
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
+    registry = Registry(str(root))
+    assert registry.currents() == {"bottle": told["version"]}
+    manifest = registry.manifest("bottle", told["version"])
+    assert isinstance(manifest.training, ImportRecord)
+    assert manifest.training.calibration_images == len(manifest.calibration.scores) == 20
+    assert BACKBONE_FILE in manifest.files
+    path.unlink()
+    for make in (TorchEngine, OpenvinoEngine):
+        engine = make(open_backbone(registry, manifest, ModelSettings()))
+        head = ModelStore(registry, engine, 1).load("bottle").run
+        for count in (1, 3):  # the graphs are of any batch size
+            grids = head(engine.features(images.numpy().repeat(count, axis=0)))
+            ours = likelihood_map([torch.from_numpy(grid) for grid in grids], (SIDE, SIDE))
+            assert (ours - theirs).abs().max() <= LIMIT
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_malicious_checkpoint_never_runs(tmp_path: Path, wrapped: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    tensors, _, _ = read_fixture("resnet18")
+    evil: dict[str, Any] = {"callbacks": Malicious(tmp_path / "ran")}
+    torch.save({"state_dict": tensors, **evil} if wrapped else {**tensors, **evil}, tmp_path / "a.ckpt")
+    with pytest.raises(WeightsError, match=r"is not executed; .*torch\.save\(model\.state_dict\(\)"):
+        read_anomalib(tmp_path / "a.ckpt")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "a.ckpt", weights_only=False)  # it is a real one
+    assert (tmp_path / "ran").exists()
+
+
+def test_exported_module_is_refused_with_how_to_save_its_tensors(tmp_path: Path) -> None:
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "model.pt")
+    with pytest.raises(WeightsError, match=r"torch\.save\(model\.state_dict\(\)"):
+        read_anomalib(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("held", [{}, {"weight": torch.zeros(3)}, [1, 2], torch.zeros(2), {"fast_flow_blocks.x": 1}])
+def test_file_of_something_else_is_refused(tmp_path: Path, held: object) -> None:
+    torch.save(held, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match=r"a\.pt"):
+        read_anomalib(tmp_path / "a.pt")
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="FileNotFoundError"):
+        read_anomalib(tmp_path / "nowhere.ckpt")
+
+
+W_PERM = "model.fast_flow_blocks.0.module_list.1.w_perm"
+
+
+def blend(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    rotation = torch.linalg.qr(torch.randn(tensors[W_PERM].shape[:2]))[0]
+    return {**tensors, W_PERM: rotation[:, :, None, None]}
+
+
+def repeat_a_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    matrix = tensors[W_PERM].clone()
+    matrix[0] = matrix[1]
+    return {**tensors, W_PERM: matrix}
+
+
+def contradict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**tensors, W_PERM + "_inv": tensors[W_PERM].roll(1, 0)}
+
+
+@pytest.mark.parametrize("change", [blend, repeat_a_row, contradict])
+def test_matrix_that_is_no_permutation_is_refused(tmp_path: Path, change: Change) -> None:
+    with pytest.raises(WeightsError, match="step 1 of scale 0 mixes channels by a matrix that is no permutation"):
+        read_changed("resnet18", tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        W_PERM,
+        "model.fast_flow_blocks.2.module_list.2.subnet.0.bias",
+        "model.fast_flow_blocks.0.module_list.0.global_scale",
+    ],
+)
+def test_checkpoint_that_lacks_a_tensor_of_the_flows_is_refused(tmp_path: Path, lost: str) -> None:
+    with pytest.raises(WeightsError, match=lost.removeprefix("model.").replace(".", r"\.")):
+        read_changed("resnet18", tmp_path, lambda tensors: {k: v for k, v in tensors.items() if k != lost})
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_checkpoint_that_lacks_a_tensor_of_the_backbone_is_refused(tmp_path: Path, name: str) -> None:
+    lost = {"resnet18": "layer2.0.conv1.weight", "deit": "blocks.7.mlp.fc2.weight", "cait": "blocks.40.gamma_2"}[name]
+    with pytest.raises(WeightsError, match="is none of resnet18"):
+        read_changed(name, tmp_path, lambda t: {k: v for k, v in t.items() if k != f"model.feature_extractor.{lost}"})
+
+
+def test_other_backbone_than_the_one_named_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.pt", read_fixture("deit")[0])
+    with pytest.raises(WeightsError, match="is none of cait_m48_448"):
+        read_anomalib(path, "cait_m48_448")
+    with pytest.raises(ConfigError, match="no backbone 'vgg16'; give auto, resnet18"):
+        read_anomalib(path, "vgg16")
+
+
+def test_oblong_images_are_refused(tmp_path: Path) -> None:
+    def stretch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: torch.cat([v, v], dim=1) if ".norms." in k else v for k, v in tensors.items()}
+
+    with pytest.raises(WeightsError, match="64 x 128 pixels"):
+        read_changed("resnet18", tmp_path, stretch)
+
+
+def test_import_without_images_is_refused(tmp_path: Path, run: Run) -> None:
+    path = write(tmp_path / "a.pt", read_fixture("resnet18")[0])
+    arguments = ("-c", "bottle", "--data", str(tmp_path), "--registry", str(tmp_path / "models"))
+    ran = run("models", "import-anomalib", str(path), *arguments)
+    assert ran.code != 0
+    assert "name a folder of normal images that did not train the model" in ran.err
+    assert not (tmp_path / "models").exists()
