@@ -25,7 +25,7 @@ LITE2_DIGEST = "b070e39c6940468b6f09a837f66ff25a49fc07b9691385bf291dd27c5faab5f7
 
 
 def settings(**changes: object) -> ModelSettings:
-    return ModelSettings(**{"input_size": 64, **changes})  # type: ignore[arg-type]
+    return ModelSettings(**{"strides": (8, 16, 32), "input_size": 64, **changes})  # type: ignore[arg-type]
 
 
 def pixels(count: int = 1, side: int = 64) -> Tensor:

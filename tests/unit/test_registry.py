@@ -210,7 +210,7 @@ def test_files_that_the_manifest_does_not_describe_are_refused(root: str, files:
 def test_manifest_that_would_not_read_back_is_refused(root: str) -> None:
     broken = make_manifest()
     training = broken.training.model_copy(update={"final_loss": float("nan")})
-    with pytest.raises(RegistryError, match=r"training\.final_loss"):
+    with pytest.raises(RegistryError, match=r"training\..*final_loss"):
         Registry(root).write(broken.model_copy(update={"training": training}), FILES)
 
 
