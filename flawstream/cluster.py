@@ -41,7 +41,7 @@ def connect(address: str | None = None) -> Cluster:
         address: A cluster's address, `auto` for the one that runs here already; None starts one.
 
     Raises:
-        ConfigError: No cluster answers at the address.
+        ConfigError: No cluster answers at the address, or this machine is too busy to start one.
     """
     if not ray.is_initialized():
         for name, value in _QUIET.items():
@@ -55,6 +55,12 @@ def connect(address: str | None = None) -> Cluster:
             raise ConfigError(
                 f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, "
                 "or leave the address out to run on this machine alone"
+            ) from error
+        except Exception as error:
+            if type(error) is not Exception:  # the bare class is how Ray says that a start took too long
+                raise
+            raise ConfigError(
+                f"Ray did not start ({error}); the machine is busy or short of memory: try again when it is less so"
             ) from error
     url = ray.get_runtime_context().worker.node.webui_url if address is None else ""
     resources = ray.cluster_resources()
