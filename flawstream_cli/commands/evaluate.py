@@ -11,10 +11,10 @@ from rich.progress import track
 from rich.table import Table
 
 from flawstream.calibration import shortage_of
-from flawstream.fastflow.backbone import load_trained_backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.maps import bounded, encode_map
 from flawstream.registry import WEIGHTS_FILE, Registry
+from flawstream.versions import open_backbone
 from flawstream_cli.data_sets import CategoryOption, LayoutOption
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -84,7 +84,9 @@ def evaluate(
         spec = currents[one.name].backbone
         if spec not in extractors:
             say(f"loading {spec.name} ...")
-            extractors[spec] = FeatureExtractor(load_trained_backbone(spec, settings.model), settings.limits)
+            extractors[spec] = FeatureExtractor(
+                open_backbone(opened, currents[one.name], settings.model), settings.limits
+            )
         found[one.name] = [_evaluate_version(one, manifest, extractors[spec], opened) for manifest in chosen[one.name]]
     if report is not None:
         _write_report(report, found)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,21 @@ def test_imported_version_is_served_and_gives_anomalib_s_maps(
             grids = head(engine.features(images.numpy().repeat(count, axis=0)))
             ours = likelihood_map([torch.from_numpy(grid) for grid in grids], (SIDE, SIDE))
             assert (ours - theirs).abs().max() <= LIMIT
+
+
+def test_imported_version_is_evaluated_with_the_weights_that_came_with_it(
+    tmp_path: Path, normal_images: Path, run: Run
+) -> None:
+    path = write(tmp_path / "a.pt", read_fixture("resnet18")[0])
+    registry = ("--registry", str(tmp_path / "models"), "--json")
+    assert (
+        run("models", "import-anomalib", str(path), "-c", "bottle", "--data", str(normal_images), *registry).code == 0
+    )
+    for folder in ("train/good", "test/good", "test/defective"):
+        shutil.copytree(normal_images, tmp_path / "data" / "bottle" / folder)
+    ran = run("evaluate", str(tmp_path / "data"), *registry)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["bottle"]["image_auroc"] == 0.5
 
 
 class Malicious:
