@@ -69,7 +69,7 @@ def write_seed(registry: Registry, version: str, seed: int, **training: object) 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path) -> Run:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_trained_backbone", lambda *_: None)
+    monkeypatch.setattr(evaluate, "open_backbone", lambda *_: None)
     monkeypatch.setattr(evaluate, "FeatureExtractor", GreyScorer)
     monkeypatch.setattr(evaluate, "ImageScorer", GreyScorer)
     command = make_run(monkeypatch, capsys)
