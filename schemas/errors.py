@@ -15,6 +15,7 @@ class Reason(StrEnum):
     UNKNOWN_CATEGORY = "unknown_category"
     TOO_LARGE = "too_large"
     FORBIDDEN_REFERENCE = "forbidden_reference"
+    UNAVAILABLE_REFERENCE = "unavailable_reference"
     POISON = "poison"
 
 

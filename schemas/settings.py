@@ -51,6 +51,35 @@ class RedisSettings(_Section):
     )
     username: str | None = Field(None, description="ACL user.")
     password: SecretStr | None = Field(None, description="Password; never printed.")
+    password_file: Path | None = Field(
+        None, description="File that holds the password, such as a mounted secret; instead of `password`."
+    )
+    tls_ca_file: Path | None = Field(
+        None, description="PEM file of the authorities to trust with `rediss://`; absent: the system's."
+    )
+    tls_cert_file: Path | None = Field(
+        None, description="PEM file of the client's certificate, where one is asked for."
+    )
+    tls_key_file: Path | None = Field(None, description="PEM file of the certificate's key.")
+    sentinels: tuple[str, ...] = Field(
+        (),
+        description="`host:port` of each Sentinel; they tell where the primary is, `url` the scheme and database.",
+    )
+    sentinel_primary: str = Field("mymaster", min_length=1, description="What the Sentinels call the primary.")
+    cluster: bool = Field(False, description="`url` names any node of a Redis Cluster; needs `shards`.")  # noqa: FBT003
+    shards: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Sets of streams to spread images over: `<prefix>:{0}:images` and on; 0: one, `<prefix>:images`.",
+    )
+    wait_replicas: int = Field(
+        0, ge=0, le=16, description="Replicas that must have an image before a push is done (WAIT); 0 does not wait."
+    )
+    wait_local_fsync: bool = Field(
+        False,  # noqa: FBT003
+        description="A push is done only when the image is on the server's disk (WAITAOF: Redis 7.2, Valkey; AOF).",
+    )
     prefix: str = Field("flawstream", min_length=1, max_length=64, description="What every key starts with.")
     timeout_s: float = Field(5.0, gt=0, description="Longest wait for a reply, and for a connection.")
     block_ms: int = Field(
@@ -63,6 +92,16 @@ class RedisSettings(_Section):
         if urlsplit(url).password:  # the URL is printed and logged
             raise ValueError("a password must not stand in the URL; put it into redis.password")
         return url
+
+    @model_validator(mode="after")
+    def _one_way_to_the_server(self) -> Self:
+        if self.cluster and self.sentinels:
+            raise ValueError("cluster and sentinels exclude each other: a cluster fails over by itself")
+        if self.cluster and not self.shards:
+            raise ValueError("cluster needs shards, as many as the cluster has primaries or more: set redis.shards=8")
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("password and password_file are both set; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _block_is_shorter_than_the_timeout(self) -> Self:
@@ -82,23 +121,62 @@ class LimitSettings(_Section):
     max_aspect: float = Field(32.0, ge=1.0, description="Largest ratio of the longer to the shorter side.")
 
 
+class ReferenceSettings(_Section):
+    """Images by reference: which may be fetched, and within what limits. None may, unless it is listed here."""
+
+    allow: tuple[str, ...] = Field(
+        (),
+        description="What a reference must start with: `key:frames:`, `s3://bucket/folder/`, `https://host[:port]/path/`.",
+    )
+    timeout_s: float = Field(10.0, gt=0, description="Longest time to fetch one image, tries included.")
+    tries: int = Field(3, ge=1, le=10, description="Tries before an image that cannot be fetched is a dead letter.")
+    concurrency: int = Field(16, ge=1, le=256, description="Images that one worker fetches at once.")
+
+
 class BacklogSettings(_Section):
-    """When producers are refused, and what is kept of the results."""
+    """When producers are refused, and what is kept of the results. All per shard."""
 
     max_images: int = Field(10_000, ge=1, description="Entries on the images stream past which a push is refused.")
+    max_bytes: int = Field(
+        2048 * _MIB,
+        ge=_MIB,
+        description="Bytes of the images stream, as the server estimates, past which a push is refused.",
+    )
     keep_results: int = Field(
         100_000,
         ge=1,
         description="Results kept on the stream; older ones go, but never what a registered group has yet to read.",
+    )
+    keep_results_s: float = Field(
+        7 * 86_400.0,
+        gt=0,
+        description="Age past which a result goes, be the stream short or long; never what a group has yet to read.",
     )
 
 
 class WorkerSettings(_Section):
     """One stream worker."""
 
-    replicas: int = Field(1, ge=0, description="Stream workers to run.")
+    replicas: int = Field(1, ge=0, description="Stream workers to run; with max_replicas the fewest.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Most stream workers; with it their number follows the backlog."
+    )
+    images_per_replica: int = Field(
+        500, ge=1, description="Images waiting for each worker, above which there are to be more workers."
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Consumer name of `flawstream worker`; absent: the host's. Started again under its name, a worker "
+        "goes on with what it had.",
+    )
     batch_size: int = Field(16, ge=1, le=1024, description="Most entries read, decoded and detected together.")
-    in_flight: int = Field(3, ge=1, le=64, description="Batches of one worker under way at once.")
+    batch_bytes: int = Field(
+        64 * _MIB,
+        ge=1024,
+        description="Bytes past which a batch takes no further entry; with in_flight the worker's bound.",
+    )
+    in_flight: int = Field(3, ge=1, le=64, description="Batches of one worker under way at once, over all shards.")
     decode_threads: int = Field(2, ge=1, le=64, description="Threads that decode images.")
     claim_idle_ms: int = Field(
         60_000, ge=100, description="A pending entry untouched for so long belongs to a dead worker."
@@ -106,7 +184,10 @@ class WorkerSettings(_Section):
     max_deliveries: int = Field(
         5, ge=1, description="An entry given out more often than this is a dead letter: `poison`."
     )
-    sweep_s: float = Field(10.0, gt=0, description="Time between two looks for entries of dead workers.")
+    sweep_s: float = Field(5.0, gt=0, description="Time between two looks for entries of dead workers.")
+    drain_s: float = Field(
+        20.0, ge=0, description="Time to finish what is in hand when told to stop; the rest is handed back at once."
+    )
     map_codec: MapCodec = Field(MapCodec.GRID_F16, description="How maps are written into results.")
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for a worker.")
 
@@ -114,7 +195,13 @@ class WorkerSettings(_Section):
 class DetectorSettings(_Section):
     """One detector replica: the backbone, and the heads of all categories."""
 
-    replicas: int = Field(1, ge=1, description="Detector replicas to run.")
+    replicas: int = Field(1, ge=1, description="Detector replicas to run; with max_replicas the fewest.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Most detector replicas; with it their number follows the backlog."
+    )
+    images_per_replica: int = Field(
+        500, ge=1, description="Images waiting for each replica, above which there are to be more replicas."
+    )
     engine: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="`auto` takes torch on a GPU, else openvino where it is installed, else torch."
     )
@@ -134,6 +221,12 @@ class ApiSettings(_Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    tokens: tuple[SecretStr, ...] = Field(
+        (), description="Tokens of which a request must carry one, as `Authorization: Bearer`; none: all may ask."
+    )
+    tokens_file: Path | None = Field(
+        None, description="File of tokens, one a line, such as a mounted secret; instead of `tokens`."
+    )
 
 
 class ModelSettings(_Section):
@@ -224,6 +317,7 @@ class Settings(BaseSettings):
 
     redis: RedisSettings = RedisSettings()
     limits: LimitSettings = LimitSettings()
+    references: ReferenceSettings = ReferenceSettings()
     backlog: BacklogSettings = BacklogSettings()
     worker: WorkerSettings = WorkerSettings()
     detector: DetectorSettings = DetectorSettings()
