@@ -3,20 +3,22 @@
 Knows Redis and nothing of what is on the streams.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha1
 from importlib.resources import files
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     ClusterDownError,
     NoPermissionError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -31,6 +33,9 @@ from schemas.settings import RedisSettings
 
 Row = tuple[str, dict[bytes, bytes]]
 """An entry's id, and its fields; an entry that was deleted has none."""
+
+StreamConnection = Redis | RedisCluster
+"""A client of one server, of the primary that Sentinels name, or of a cluster."""
 
 _CREATE_GROUP = """#!lua flags=allow-oom
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
@@ -107,6 +112,39 @@ async def require_server(client: Redis) -> None:
 def load_script(name: str) -> str:
     """Read one of the scripts that run at the server."""
     return (files("workers") / name).read_text(encoding="utf-8")
+
+
+class Script:
+    """One of the scripts that run at the server, for every kind of client: `await script(keys=[...], args=[...])`.
+
+    It is sent by its digest, and as a whole once where the server does not know it, which is before anything has run.
+    In a cluster it runs where its keys are, which must all be in one slot.
+
+    Args:
+        client: Of the server that runs it.
+        name: The file's name in this package.
+    """
+
+    def __init__(self, client: StreamConnection, name: str) -> None:
+        self._client = client
+        self._text = load_script(name)
+        self._digest = sha1(self._text.encode()).hexdigest()  # noqa: S324 - the server's name for it, no secret
+
+    async def __call__(self, *, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Any:
+        """Run it.
+
+        Args:
+            keys: The streams and other keys it touches.
+            args: What else it is told.
+
+        Returns:
+            What it answers.
+        """
+        values = (len(keys), *keys, *args)
+        try:
+            return await self._client.evalsha(self._digest, *values)  # type: ignore[arg-type]  # bytes are sent as they are
+        except NoScriptError:
+            return await self._client.eval(self._text, *values)  # type: ignore[arg-type]  # the same
 
 
 def rows(reply: Any) -> list[Row]:
