@@ -1,0 +1,39 @@
+#!lua flags=no-writes
+-- Tell how a shard stands.
+-- KEYS: images, results, dead, counters.  ARGV: the workers' group.
+-- Returns {images, pending, lag or null, age of the oldest in ms or -1, results, dead, {counter, value, ...}}.
+
+local images, group = KEYS[1], ARGV[1]
+
+local length = redis.call('XLEN', images)
+local pending, lag = 0, length -- without a group nothing was given out
+local groups = redis.pcall('XINFO', 'GROUPS', images)
+if not groups['err'] then -- an error: the stream is not there yet
+    for _, row in ipairs(groups) do
+        local about = {}
+        for i = 1, #row, 2 do
+            about[row[i]] = row[i + 1]
+        end
+        if about['name'] == group then
+            pending, lag = about['pending'], about['lag']
+        end
+    end
+end
+
+-- Entries are given out in order, so the first one pending is older than all that wait; and it comes without its body.
+local oldest = nil
+if pending > 0 then
+    oldest = redis.call('XPENDING', images, group)[2]
+elseif length > 0 then
+    oldest = redis.call('XRANGE', images, '-', '+', 'COUNT', 1)[1][1]
+end
+local age_ms = -1
+if oldest then
+    local now = redis.call('TIME')
+    age_ms = now[1] * 1000 + math.floor(now[2] / 1000) - string.match(oldest, '^%d+')
+end
+
+return {
+    length, pending, lag, age_ms,
+    redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), redis.call('HGETALL', KEYS[4]),
+}
