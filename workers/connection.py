@@ -122,12 +122,12 @@ class Script:
 
     Args:
         client: Of the server that runs it.
-        name: The file's name in this package.
+        names: The file's name in this package; of several, put together in this order.
     """
 
-    def __init__(self, client: StreamConnection, name: str) -> None:
+    def __init__(self, client: StreamConnection, *names: str) -> None:
         self._client = client
-        self._text = load_script(name)
+        self._text = "".join(map(load_script, names))
         self._digest = sha1(self._text.encode()).hexdigest()  # noqa: S324 - the server's name for it, no secret
 
     async def __call__(self, *, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Any:
