@@ -44,6 +44,11 @@ class StreamKeys(BaseModel):
         return f"{self._base}:counters"
 
     @property
+    def image_bytes(self) -> str:
+        """Name the key that remembers for a moment how many bytes the images take."""
+        return f"{self.images}:bytes"
+
+    @property
     def group(self) -> str:
         """Name the consumer group of the workers on the images stream."""
         return "workers"

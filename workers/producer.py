@@ -3,28 +3,27 @@
 import asyncio
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
+from itertools import cycle
 
-from redis.exceptions import OutOfMemoryError
-
-from schemas.errors import BacklogFullError
-from schemas.keys import StreamKeys
+from schemas.errors import BacklogFullError, StreamUnavailableError
+from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
 from workers.backoff import backoff_s
-from workers.connection import StreamClient, address, load_script, stream_errors
-
-_REMEMBER_S = 600
-"""How long a pushed id is known: a push repeated within writes nothing."""
+from workers.connection import StreamClient, stream_errors
+from workers.durability import DurableScript
+from workers.room import REMEMBER_S, Room
 
 
 class Producer(StreamClient):
     """Pushes images, refusing when the backlog is full.
 
     A push that was cut off may or may not have happened. Push again with the same `id`: the image is on the stream
-    once.
+    once. With shards, an image with an `id` goes to the shard of that `id`, others to one shard after the other.
 
     Args:
-        settings: Where the stream is.
+        settings: Where the streams are, and what to wait for after a push.
         limits: What a worker would refuse is refused here, before it is sent.
         backlog: When the backlog is full.
     """
@@ -36,10 +35,21 @@ class Producer(StreamClient):
         backlog: BacklogSettings = BacklogSettings(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(settings)
-        self._keys = StreamKeys(prefix=settings.prefix)
+        self._settings = settings
         self._limits = limits
-        self._max_images = backlog.max_images
-        self._script = self._client.register_script(load_script("push.lua"))
+        self._shards = cycle(all_keys(settings))
+        self._room = Room(self._client, backlog)
+        self._script = DurableScript(self._client, settings, "room.lua", "push.lua")
+
+    async def open(self) -> None:
+        """See that the server answers, can run our scripts, and can wait as asked.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+            ConfigError: It is too old, refuses the user, or keeps no AOF to wait for.
+        """
+        await super().open()
+        await self._script.check()
 
     async def push(
         self,
@@ -68,7 +78,9 @@ class Producer(StreamClient):
         Raises:
             MessageError: A worker would refuse it: `too_large` or `malformed`.
             BacklogFullError: There is no room, and nothing was written.
-            StreamUnavailableError: The server does not answer; whether the image was written is not known.
+            StreamUnavailableError: The server does not answer, and whether the image was written is not known; or it
+                was written, and is not yet as safe as `redis.wait_replicas` and `redis.wait_local_fsync` ask. Push
+                it again with the same `id`: that waits anew.
             ConfigError: The server refuses the user.
         """
         fields = {name.encode(): value for name, value in (extra or {}).items()}
@@ -79,11 +91,12 @@ class Producer(StreamClient):
         if captured_at is not None:
             fields[b"captured_at"] = captured_at.isoformat().encode()
         parse_image("0-0", fields, self._limits)
+        keys = keys_of(self._settings, id) if id else next(self._shards)
         deadline = asyncio.get_running_loop().time() + wait_s
         failures = 0
         while True:
             try:
-                return await self._push_once(id, fields)
+                return await self._push_once(keys, id, fields)
             except BacklogFullError:
                 failures += 1
                 left_s = deadline - asyncio.get_running_loop().time()
@@ -91,24 +104,20 @@ class Producer(StreamClient):
                     raise
                 await asyncio.sleep(min(left_s, backoff_s(failures)))
 
-    async def _push_once(self, message_id: str | None, fields: Mapping[bytes, bytes]) -> str:
-        keys = [self._keys.images]
+    async def _push_once(self, keys: StreamKeys, message_id: str | None, fields: Mapping[bytes, bytes]) -> str:
+        names = Room.keys(keys)
         if message_id:
-            keys.append(f"{self._keys.prefix}:seen:{message_id}")
-        values: list[bytes | int] = [self._max_images, _REMEMBER_S]
+            names.append(keys.seen(message_id))
+        values: list[bytes | int] = [*self._room.bounds, REMEMBER_S]
         for name, value in fields.items():
             values += (name, value)
         with stream_errors(self._client):
-            try:
-                entry_id, length = await self._script(keys=keys, args=values)
-            except OutOfMemoryError as error:
-                raise BacklogFullError(
-                    f"the server at {address(self._client)} is out of memory and nothing was written; "
-                    "wait for the workers, or raise its maxmemory"
-                ) from error
-        if not entry_id:
-            raise BacklogFullError(
-                f"{length:,} images wait on {self._keys.images} and {self._max_images:,} are allowed; "
-                "nothing was written; wait, add workers, or raise backlog.max_images"
+            async with self._room.memory_errors(keys):
+                entry_id, lacking = await self._script(names, values, partial(self._room.entry_id, keys))
+        if lacking:
+            raise StreamUnavailableError(
+                f"the image is written, as entry {entry_id} of {keys.images}, but is not yet as safe as "
+                f"redis.wait_replicas and redis.wait_local_fsync ask: {lacking} after {self._settings.timeout_s:g} s; "
+                "push it again with the same id, which waits anew and writes nothing twice"
             )
-        return str(entry_id.decode())
+        return entry_id

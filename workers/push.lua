@@ -1,24 +1,24 @@
-#!lua
--- Add an image unless the backlog is full, and never the same one twice.
--- KEYS: images, and where the producer gave an id: what remembers it.
--- ARGV: most images, seconds to remember, field, value, field, value ...
--- Returns {entry id or '', images on the stream}.
--- No allow-oom flag: a server at its memory limit refuses before anything is written.
+-- Add an image unless the backlog is full, and never the same one twice. Behind room.lua.
+-- KEYS: images, counters, what was measured, and where the producer gave an id: what remembers it.
+-- ARGV: most images, most bytes, seconds to remember, field, value, field, value ...
+-- Returns {entry id}, or {'', 'images' or 'bytes', how many there are}.
 
-if KEYS[2] then
-    local before = redis.call('GET', KEYS[2])
-    if before then
-        return {before, redis.call('XLEN', KEYS[1])}
-    end
+local images, counters, measured, seen = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+
+local before = seen and redis.call('GET', seen)
+if before then
+    -- The counter is a write of this connection: a WAIT behind it waits for the first push too.
+    redis.call('HINCRBY', counters, 'duplicates', 1)
+    return {before}
 end
 
-local length = redis.call('XLEN', KEYS[1])
-if length >= tonumber(ARGV[1]) then
-    return {'', length}
+local refused = refusal(images, counters, measured, ARGV[1], ARGV[2])
+if refused then
+    return refused
 end
 
-local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, 3))
-if KEYS[2] then
-    redis.call('SET', KEYS[2], id, 'EX', ARGV[2])
+local id = add(images, measured, {unpack(ARGV, 4)})
+if seen then
+    redis.call('SET', seen, id, 'EX', ARGV[3])
 end
-return {id, length + 1}
+return {id}

@@ -1,0 +1,91 @@
+"""A producer that waits until an image is with a replica, or on the server's disk; on real servers."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from fakes import png
+from redis.asyncio import Redis
+
+from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError
+from schemas.keys import StreamKeys
+from schemas.settings import BacklogSettings, RedisSettings
+from workers.connection import make_client
+from workers.embedded import EmbeddedServer
+from workers.producer import Producer
+
+pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+
+KEYS = StreamKeys()
+SOON_S = 1.0
+PATIENT_S = 60.0
+
+
+@pytest.fixture
+async def replica(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
+    """Give a second server, which copies nobody yet."""
+    del redis_settings  # an empty first server
+    with EmbeddedServer() as server:
+        async with make_client(RedisSettings(url=server.url)) as client:
+            yield client
+
+
+def waiting(settings: RedisSettings, timeout_s: float) -> RedisSettings:
+    return settings.model_copy(update={"wait_replicas": 1, "timeout_s": timeout_s})
+
+
+async def test_a_push_that_waits_is_done_when_a_replica_has_the_image(
+    redis_settings: RedisSettings, valkey_server: EmbeddedServer, replica: Redis
+) -> None:
+    await replica.replicaof("127.0.0.1", valkey_server.port)
+    async with Producer(waiting(redis_settings, PATIENT_S)) as producer:
+        ids = [await producer.push(png(), "bottle", id=f"cam1-{number}") for number in range(5)]
+        assert [entry_id.decode() for entry_id, _ in await replica.xrange(KEYS.images)] == ids
+
+
+async def test_an_image_that_no_replica_has_is_written_and_said_to_be_unsafe(redis_settings: RedisSettings) -> None:
+    async with Producer(waiting(redis_settings, SOON_S)) as producer, make_client(redis_settings) as client:
+        with pytest.raises(StreamUnavailableError, match=r"is written.*0 of 1 replicas have it.*with the same id"):
+            await producer.push(png(), "bottle", id="cam1-1")
+        assert await client.xlen(KEYS.images) == 1
+
+
+async def test_a_push_made_again_waits_for_the_image_of_the_first(
+    redis_settings: RedisSettings, valkey_server: EmbeddedServer, replica: Redis
+) -> None:
+    async with Producer(waiting(redis_settings, SOON_S)) as hasty:
+        with pytest.raises(StreamUnavailableError):
+            await hasty.push(png(), "bottle", id="cam1-1")
+        with pytest.raises(StreamUnavailableError):  # recognised, and as unsafe as before
+            await hasty.push(png(), "bottle", id="cam1-1")
+    await replica.replicaof("127.0.0.1", valkey_server.port)
+    async with Producer(waiting(redis_settings, PATIENT_S)) as patient:
+        entry_id = await patient.push(png(), "bottle", id="cam1-1")
+    assert [one.decode() for one, _ in await replica.xrange(KEYS.images)] == [entry_id]
+
+
+async def test_a_refused_push_waits_for_nobody(redis_settings: RedisSettings) -> None:
+    settings = waiting(redis_settings, PATIENT_S)  # for which there is no replica
+    async with Producer(redis_settings) as first:
+        await first.push(png(), "bottle")
+    async with Producer(settings, backlog=BacklogSettings(max_images=1)) as producer:
+        with pytest.raises(BacklogFullError, match="1 images wait"):
+            await producer.push(png(), "bottle", id="cam1-1")
+
+
+async def test_a_push_that_waits_for_the_disk_is_done_on_a_server_that_keeps_an_aof(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path) as server:
+        settings = RedisSettings(url=server.url, wait_local_fsync=True, timeout_s=PATIENT_S)
+        async with Producer(settings) as producer, make_client(settings) as client:
+            entry_id = await producer.push(png(), "bottle", id="cam1-1")
+            log = b"".join(file.read_bytes() for file in (tmp_path / "appendonlydir").glob("*.incr.aof"))
+            assert entry_id.encode() in log
+            await client.config_set("appendonly", "no")
+            with pytest.raises(ConfigError, match=r"redis\.wait_local_fsync"):
+                await producer.push(png(), "bottle", id="cam1-2")
+
+
+async def test_a_server_that_keeps_no_aof_is_refused_at_the_start(redis_settings: RedisSettings) -> None:
+    settings = redis_settings.model_copy(update={"wait_local_fsync": True})
+    with pytest.raises(ConfigError, match="appendonly yes"):
+        await Producer(settings).__aenter__()
