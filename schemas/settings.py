@@ -27,6 +27,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from schemas.errors import ConfigError
 from schemas.messages import MapCodec
 from schemas.presets import PRESETS, PresetName
+from schemas.references import parse_allowed
 
 ENV_PREFIX = "FLAWSTREAM_"
 _MIB = 1 << 20
@@ -131,6 +132,16 @@ class ReferenceSettings(_Section):
     timeout_s: float = Field(10.0, gt=0, description="Longest time to fetch one image, tries included.")
     tries: int = Field(3, ge=1, le=10, description="Tries before an image that cannot be fetched is a dead letter.")
     concurrency: int = Field(16, ge=1, le=256, description="Images that one worker fetches at once.")
+
+    @field_validator("allow")
+    @classmethod
+    def _allow_is_read_once_here(cls, allow: tuple[str, ...]) -> tuple[str, ...]:
+        for number, entry in enumerate(allow, 1):
+            try:
+                parse_allowed(entry)
+            except ValueError as error:
+                raise ValueError(f"entry {number} of the list cannot be allowed: {error}") from None
+        return allow
 
 
 class BacklogSettings(_Section):

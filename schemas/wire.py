@@ -37,33 +37,26 @@ def parse_image(entry_id: str, fields: Fields, limits: LimitSettings) -> ImageMe
         limits: What is too large.
 
     Raises:
-        MessageError: `too_large`, `malformed`, or `forbidden_reference` (an image by reference).
+        MessageError: `too_large` or `malformed`. Whether a reference may be followed is not asked here.
     """
     _refuse_oversized(fields, limits)
-    known: dict[str, Any] = {}
-    extra: dict[str, bytes] = {}
-    for key, value in fields.items():
-        name = key.decode("utf-8", "backslashreplace")
-        if name not in _IMAGE_FIELDS:
-            extra[name] = value
-        elif name == "image":
-            known[name] = value
-        elif name == "traceparent":
-            known[name] = value.decode("ascii", "replace")
-        else:
-            known[name] = _text(name, value)
+    known, extra = _sort_fields(fields)
     known["id"] = known.get("id") or entry_id
     if not _TRACEPARENT.fullmatch(known.get("traceparent", "")):
         known.pop("traceparent", None)  # W3C Trace Context 3.2: a malformed header is ignored, never an error
-    if not known.get("image"):
-        if known.get("image_ref"):
+    match (known.pop("image", None) or None, known.pop("image_ref", None) or None):
+        case (None, None):
             raise MessageError(
-                Reason.FORBIDDEN_REFERENCE,
-                "field image_ref names an image elsewhere and references are not enabled; put the bytes in field image",
+                Reason.MALFORMED,
+                "field image is absent or empty; put the bytes of a JPEG, PNG, WebP, BMP or TIFF into it, or into "
+                "image_ref where they are",
             )
-        raise MessageError(
-            Reason.MALFORMED, "field image is absent or empty; put the bytes of a JPEG, PNG, WebP, BMP or TIFF into it"
-        )
+        case (image, None):
+            known["image"] = image
+        case (None, image_ref):
+            known["image_ref"] = image_ref
+        case _:  # which of the two was meant, nobody can tell
+            raise MessageError(Reason.MALFORMED, "field image and field image_ref are both there; send one of them")
     try:
         return ImageMessage(**known, extra=extra)
     except ValidationError as error:
@@ -162,6 +155,23 @@ def parse_dead_letter(fields: Fields) -> DeadLetter:
         )
     except (KeyError, ValueError) as error:
         raise MessageError(Reason.MALFORMED, f"not a dead letter of flawstream: {error}") from error
+
+
+def _sort_fields(fields: Fields) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Tell the fields that mean something from those that are handed through."""
+    known: dict[str, Any] = {}
+    extra: dict[str, bytes] = {}
+    for key, value in fields.items():
+        name = key.decode("utf-8", "backslashreplace")
+        if name not in _IMAGE_FIELDS:
+            extra[name] = value
+        elif name == "image":
+            known[name] = value
+        elif name == "traceparent":
+            known[name] = value.decode("ascii", "replace")
+        else:
+            known[name] = _text(name, value)
+    return known, extra
 
 
 def _refuse_oversized(fields: Fields, limits: LimitSettings) -> None:

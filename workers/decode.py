@@ -1,4 +1,7 @@
-"""From an entry's bytes to pixels, on threads: the decoders let go of the interpreter lock while they work."""
+"""From an entry's bytes to pixels, on threads: the decoders let go of the interpreter lock while they work.
+
+An image that is elsewhere is fetched first, and held by nobody once it is pixels.
+"""
 
 import asyncio
 import logging
@@ -8,11 +11,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from flawstream.images import DecodedImage, decode_image
-from schemas.errors import MessageError
+from schemas.errors import MessageError, TransientError
 from schemas.messages import ImageMessage
 from schemas.settings import LimitSettings
 from schemas.wire import parse_image
 from workers.ports import Clock, Entry
+from workers.references import ImageFetcher, NoReferences
 
 _log = logging.getLogger(__name__)
 
@@ -23,10 +27,10 @@ class Job:
 
     Attributes:
         entry: Where it came from.
-        message: What the producer said.
+        message: What the producer said; with a reference, without the bytes that it led to.
         image: Pixels at the detector's input size.
         queued_ms: From the entry's arrival on the server to the worker's first look.
-        decode_ms: Bytes to pixels.
+        decode_ms: Bytes to pixels, without the time to fetch them.
     """
 
     entry: Entry
@@ -43,12 +47,16 @@ class Decoder:
         threads: Images decoded at once.
         limits: What is too large.
         clock: For the times.
+        references: Fetches images that are elsewhere; absent: none are.
     """
 
-    def __init__(self, threads: int, limits: LimitSettings, clock: Clock) -> None:
+    def __init__(
+        self, threads: int, limits: LimitSettings, clock: Clock, references: ImageFetcher | None = None
+    ) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flawstream-decode")
         self._limits = limits
         self._clock = clock
+        self._references = references or NoReferences()
 
     @property
     def pool(self) -> ThreadPoolExecutor:
@@ -64,29 +72,60 @@ class Decoder:
 
         Returns:
             For each entry a job, why it can never be one, or nothing where a bug of ours came between (it is logged).
+
+        Raises:
+            StreamUnavailableError: The stream server has an image under a key and does not answer.
         """
         seen_at = self._clock.now()
         loop = asyncio.get_running_loop()
-        return list(
-            await asyncio.gather(
-                *(loop.run_in_executor(self._pool, self._decode_one, entry, size_px, seen_at) for entry in entries)
-            )
+        outcomes = await asyncio.gather(
+            *(
+                self._fetch_and_decode(entry, size_px, seen_at)
+                if entry.fields.get(b"image_ref")
+                else loop.run_in_executor(self._pool, self._decode_one, entry, size_px, seen_at)
+                for entry in entries
+            ),
+            return_exceptions=True,  # so that nothing is left running when the first fails
         )
+        opened: list[Job | MessageError | None] = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, MessageError):
+                raise outcome
+            opened.append(outcome)
+        return opened
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode_one(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
-        started_at = self._clock.now()
+    async def _fetch_and_decode(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
         try:
             message = parse_image(entry.entry_id, entry.fields, self._limits)
-            image = decode_image(message.image or b"", size_px, self._limits)
+            async with self._references.fetch(message.image_ref or "") as data:
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._pool, self._decode_bytes, entry, message, data, size_px, seen_at
+                )
+        except MessageError as error:
+            return error
+        except TransientError:
+            raise
+        except Exception:  # noqa: BLE001 - one image must not take its neighbours down
+            _log.exception("entry %s could not be fetched; this is a bug, and the entry stays pending", entry.entry_id)
+            return None
+
+    def _decode_one(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
+        try:
+            message = parse_image(entry.entry_id, entry.fields, self._limits)
+            return self._decode_bytes(entry, message, message.image or b"", size_px, seen_at)
         except MessageError as error:
             return error
         except Exception:  # noqa: BLE001 - one image must not take its neighbours down
             _log.exception("entry %s could not be decoded; this is a bug, and the entry stays pending", entry.entry_id)
             return None
+
+    def _decode_bytes(self, entry: Entry, message: ImageMessage, data: bytes, size_px: int, seen_at: datetime) -> Job:
+        started_at = self._clock.now()
+        image = decode_image(data, size_px, self._limits)
         return Job(
             entry=entry,
             message=message,

@@ -45,6 +45,7 @@ images = st.builds(
     traceparent=traces,
     extra=extras,
 )
+images |= st.builds(ImageMessage, id=ids, category=categories, image_ref=ids, captured_at=st.none() | moments)
 maps = st.just(AnomalyMap(codec=MapCodec.NONE)) | st.builds(
     AnomalyMap,
     codec=st.sampled_from([codec for codec in MapCodec if codec is not MapCodec.NONE]),
@@ -199,7 +200,9 @@ def test_plain_producer_needs_category_and_image_only() -> None:
     [
         ({}, Reason.MALFORMED, "image is absent"),
         ({b"image": b""}, Reason.MALFORMED, "image is absent or empty"),
-        ({b"image_ref": b"s3://bucket/a.png"}, Reason.FORBIDDEN_REFERENCE, "image_ref"),
+        ({b"image": b"", b"image_ref": b""}, Reason.MALFORMED, "image is absent or empty"),
+        ({b"image": b"x", b"image_ref": b"s3://bucket/a.png"}, Reason.MALFORMED, "send one of them"),
+        ({b"image_ref": b"\xff"}, Reason.MALFORMED, "field image_ref is not UTF-8"),
         ({b"image": b"x", b"category": b"../etc"}, Reason.MALFORMED, "category"),
         ({b"image": b"x", b"category": b"a\n"}, Reason.MALFORMED, "category"),
         ({b"image": b"x", b"category": b"\xff"}, Reason.MALFORMED, "field category is not UTF-8"),
@@ -223,6 +226,18 @@ def test_refusal_does_not_repeat_a_long_value() -> None:
     with pytest.raises(MessageError) as caught:
         parse_image(ENTRY_ID, {b"image": b"x", b"category": b"!" * 60_000}, LIMITS)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("absent", [{}, {b"image": b""}])
+def test_reference_stands_in_for_the_bytes_wherever_it_leads(absent: dict[bytes, bytes]) -> None:
+    fields = {b"category": b"bottle", b"image_ref": b"file:///etc/passwd"}
+    message = parse_image(ENTRY_ID, fields | absent, LIMITS)
+    assert message == ImageMessage(id=ENTRY_ID, category="bottle", image_ref="file:///etc/passwd")
+
+
+def test_empty_reference_beside_the_bytes_is_absent() -> None:
+    message = parse_image(ENTRY_ID, {b"category": b"bottle", b"image": b"x", b"image_ref": b""}, LIMITS)
+    assert (message.image, message.image_ref) == (b"x", None)
 
 
 @pytest.mark.parametrize("value", [b"", b"00-xyz", b"\xff\xfe", b"00-" + b"0" * 32])

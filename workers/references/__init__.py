@@ -1,0 +1,5 @@
+"""Images by reference: fetched from the stream server, from S3 or over HTTP, where the allow-list says so."""
+
+from workers.references.fetcher import ImageFetcher, NoReferences, ReferenceFetcher
+
+__all__ = ["ImageFetcher", "NoReferences", "ReferenceFetcher"]
