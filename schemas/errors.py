@@ -76,6 +76,12 @@ class DetectorOverloadedError(TransientError):
     code = "detector_overloaded"
 
 
+class DetectorDiedError(FlawstreamError):
+    """The process that judged a batch ended meanwhile: of the batch, perhaps."""
+
+    code = "detector_died"
+
+
 class RegistryError(FlawstreamError):
     """A model version is missing, damaged, or newer than this program reads."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -11,26 +12,20 @@ import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from schemas.errors import DetectorOverloadedError, FlawstreamError
-from schemas.keys import StreamKeys
+from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError
 from schemas.settings import Settings
 from serving.api import build_api
 from serving.detector import make_detector
-from workers.clock import SystemClock
 from workers.connection import make_client, require_server
-from workers.consumer import StreamWorker
 from workers.ports import Detection, Refusal
-from workers.reader import RedisStreamReader
-from workers.retention import RedisRetention
-from workers.sink import RedisResultSink
+from workers.sharded import ShardedWorker
 
 log = logging.getLogger(__name__)
 
-_DRAIN_S = 20.0
 _NO_REPLICA = (BackPressureError, DeploymentUnavailableError, RequestCancelledError, RayActorError, ObjectLostError)
 
 
@@ -59,8 +54,14 @@ class HandleDetector:
         Raises:
             DetectorOverloadedError: The queue is full, no replica is there, or none answered in time; nothing of what
                 was judged comes back.
+            DetectorDiedError: The replica ended while it had the call.
         """
-        outcomes: Sequence[Detection | Refusal] = await self._call("detect", images, list(categories))
+        try:
+            outcomes: Sequence[Detection | Refusal] = await self._call("detect", images, list(categories))
+        except DetectorOverloadedError as error:
+            if isinstance(error.__cause__, ActorDiedError):
+                raise DetectorDiedError(f"a detector replica ended while it had {len(images)} images") from error
+            raise
         return outcomes
 
     async def status(self) -> dict[str, object]:
@@ -83,8 +84,9 @@ class HandleDetector:
                 f"no detector replica answered within {self._timeout_s:g} s (detector.timeout_s); it is tried again"
             ) from error
         except _NO_REPLICA as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise DetectorOverloadedError(f"no detector replica took the call ({reason}); it is tried again") from error
+            raise DetectorOverloadedError(
+                f"no detector replica took the call ({_first_line(error)}); it is tried again"
+            ) from error
 
 
 class DetectorDeployment:
@@ -125,22 +127,10 @@ class StreamWorkerDeployment:
     ) -> None:
         self._client = make_client(settings.redis)
         await require_server(self._client)
-        keys = StreamKeys(prefix=settings.redis.prefix)
-        self._consumer: str = serve.get_replica_context().replica_id.unique_id
-        self._worker = StreamWorker(
-            RedisStreamReader(
-                self._client,
-                keys,
-                self._consumer,
-                settings.redis,
-                claim_idle_ms=settings.worker.claim_idle_ms,
-            ),
-            RedisResultSink(self._client, keys, self._consumer),
-            HandleDetector(detector, settings.detector.timeout_s),
-            SystemClock(),
-            settings=settings.worker,
-            limits=settings.limits,
-            retention=RedisRetention(self._client, keys, settings.backlog.keep_results),
+        # A replica that takes the place of one that died has its rank, and so takes up at once what that one had.
+        consumer = f"{socket.gethostname()}-{serve.get_replica_context().rank.rank}"
+        self._worker = ShardedWorker(
+            self._client, consumer, HandleDetector(detector, settings.detector.timeout_s), settings
         )
         self._stop = asyncio.Event()
         self._loop_task = asyncio.create_task(self._worker.run(self._stop))
@@ -158,15 +148,15 @@ class StreamWorkerDeployment:
             raise RuntimeError(f"the worker's loop has ended: {self._loop_task}")
 
     async def drain(self) -> str:
-        """Finish the batches under way and read no more; what is not finished in time another worker claims.
+        """Finish the batches under way and read no more; what is not finished in time is handed back.
 
         Returns:
             Which replica it was.
         """
         self._stop.set()
-        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-            await asyncio.wait_for(self._loop_task, _DRAIN_S)
-        return self._consumer
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._loop_task
+        return self._worker.consumer
 
     async def __del__(self) -> None:
         """Finish the batches under way."""
@@ -174,6 +164,10 @@ class StreamWorkerDeployment:
             await self.drain()
             self._worker.close()
             await self._client.aclose()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 @serve.ingress()

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas.errors import DetectorDiedError
 from schemas.messages import DetectionResult, Verdict
 from workers.ports import Detection, Ending, Entry, Refusal
 
@@ -112,6 +113,7 @@ class FakeReader:
 
     def __init__(self, stream: FakeStream, consumer: str = "a", *, claim_idle_ms: int = 60_000) -> None:
         self.failures: list[Exception] = []
+        self.touched: list[list[str]] = []
         self.on_idle = lambda: None
         self._stream = stream
         self._consumer = consumer
@@ -119,7 +121,7 @@ class FakeReader:
         self._claimed = ""
         self._own = sorted(key for key, pending in stream.pending.items() if pending.consumer == consumer)
 
-    async def read(self, max_entries: int) -> list[Entry]:
+    async def read(self, max_entries: int, max_bytes: int) -> list[Entry]:
         await asyncio.sleep(0)
         if self.failures:
             raise self.failures.pop(0)
@@ -127,7 +129,10 @@ class FakeReader:
             pending = self._stream.pending.get(self._own.pop(0))
             if pending is not None and pending.consumer == self._consumer:
                 return [self._stream.give(pending.entry, self._consumer)]
-        taken = [self._stream.waiting.pop(0) for _ in range(min(max_entries, len(self._stream.waiting)))]
+        taken: list[Entry] = []
+        while self._stream.waiting and len(taken) < max_entries and max_bytes > 0:
+            taken.append(self._stream.waiting.pop(0))
+            max_bytes -= sum(len(name) + len(value) for name, value in taken[-1].fields.items())
         if not taken:
             self.on_idle()
         return [self._stream.give(entry, self._consumer) for entry in taken]
@@ -142,6 +147,23 @@ class FakeReader:
         claimed = [self._stream.give(pending.entry, self._consumer) for pending in idle[:max_entries]]
         self._claimed = claimed[-1].entry_id if len(claimed) == max_entries else ""
         return claimed
+
+    async def touch(self, held: Collection[str]) -> None:
+        self.touched.append(sorted(held))
+        for pending in self._ours(held):
+            pending.since = self._stream.clock.now()
+
+    async def release(self, held: Collection[str]) -> None:
+        for pending in self._ours(held):
+            pending.entry = replace(pending.entry, deliveries=pending.entry.deliveries - 1)
+            pending.since = self._stream.clock.now() - self._claim_idle
+
+    async def forget_the_dead(self) -> None:
+        """Consumers leave no trace here."""
+
+    def _ours(self, held: Collection[str]) -> list["_Pending"]:
+        found = (self._stream.pending.get(key) for key in held)
+        return [pending for pending in found if pending is not None and pending.consumer == self._consumer]
 
 
 class FakeSink:
@@ -180,13 +202,14 @@ class FakeDetector:
     """A `Detector` that calls bright images anomalous.
 
     The score is the mean grey level over 100. `failures` are raised, one a call. `poisonous` grey levels break every
-    batch that has one; `unknown` categories are refused. While `gate` is clear, a call waits; each call releases
-    `started` once.
+    batch that has one, `deadly` ones end the detector's process; `unknown` categories are refused. While `gate` is
+    clear, a call waits; each call releases `started` once.
     """
 
     def __init__(self, size_px: int = 8) -> None:
         self.failures: list[Exception] = []
         self.poisonous: set[int] = set()
+        self.deadly: set[int] = set()
         self.unknown: dict[str, Refusal] = {}
         self.batches: list[list[str]] = []
         self.under_way = 0
@@ -212,6 +235,8 @@ class FakeDetector:
             if self.failures:
                 raise self.failures.pop(0)
             levels = [int(image.mean()) for image in images]
+            if self.deadly & set(levels):
+                raise DetectorDiedError("a deadly image")
             if self.poisonous & set(levels):
                 raise ValueError("a poisonous image")
             return [

@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from schemas.errors import MessageError, Reason, ShapeError, TransientError
+from schemas.errors import DetectorDiedError, MessageError, Reason, ShapeError, TransientError
 from schemas.messages import DeadLetter, DetectionResult
-from schemas.settings import LimitSettings, WorkerSettings
+from schemas.settings import WorkerSettings
 from workers.answer import Times, build_result
 from workers.backoff import backoff_s
 from workers.dead_letters import bury
@@ -21,6 +21,9 @@ from workers.ports import Clock, Detection, Detector, Ending, Entry, Refusal, Re
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+_TOUCHES_PER_CLAIM = 3
+"""An entry in hand is touched so often before it could be claimed: one touch that fails loses none."""
 
 
 @dataclass(slots=True)
@@ -50,15 +53,15 @@ class StreamWorker:
     """Reads images, has them judged and publishes what came of it, so that each ends exactly once.
 
     An entry that was given out before is handled in a batch of its own, so that one which breaks a worker takes
-    nobody along.
+    nobody along. What is in hand is touched now and then, however long it takes, so that nobody else claims it.
 
     Args:
         reader: Gives out entries.
         sink: Ends them.
         detector: Judges images.
+        decoder: Makes pixels of entries.
         clock: Tells the time.
         settings: Sizes and limits of the loop.
-        limits: What is refused before it is decoded.
         retention: Trims the results at every sweep; absent: nobody does.
     """
 
@@ -67,46 +70,66 @@ class StreamWorker:
         reader: StreamReader,
         sink: ResultSink,
         detector: Detector,
+        decoder: Decoder,
         clock: Clock,
         *,
         settings: WorkerSettings,
-        limits: LimitSettings,
         retention: Retention | None = None,
     ) -> None:
         self.stats = WorkerStats()
         self._reader = reader
         self._sink = sink
         self._detector = detector
+        self._decoder = decoder
         self._clock = clock
         self._settings = settings
         self._retention = retention
-        self._decoder = Decoder(settings.decode_threads, limits, clock)
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._held: set[str] = set()
+        self._batches: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until told to stop, then finish the batches under way."""
+        """Work until told to stop, then finish the batches under way; what takes too long is handed back."""
         self._stop = stop
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._sweep_now_and_then())
-            failures = 0
-            while not stop.is_set():
-                await self._slots.acquire()  # before reading: what nobody has time for stays with the server
-                try:
-                    entries = [] if stop.is_set() else await self._reader.read(self._settings.batch_size)
-                    failures = 0
-                except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
-                    failures += 1
-                    entries = []
-                    self._note("reading", error)
-                    await self._pause(backoff_s(failures))
-                if not entries:
-                    self._slots.release()
-                elif _was_given_out_before(entries):
-                    await self._finish_and_release(entries)
-                else:
-                    tasks.create_task(self._finish_and_release(entries))
+        reading = asyncio.create_task(self._read_until_told_to_stop())
+        sweeping = asyncio.create_task(self._sweep_now_and_then())
+        touching = asyncio.create_task(self._touch_now_and_then())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait([reading, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([reading, sweeping, *self._batches], timeout=self._settings.drain_s)
+        finally:
+            tasks = [reading, sweeping, touching, stopping, *self._batches]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._hand_back()
+        if not reading.cancelled():
+            reading.result()  # raises what should never have been raised
+
+    async def _read_until_told_to_stop(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            await self._slots.acquire()  # before reading: what nobody has time for stays with the server
+            try:
+                entries = [] if self._stop.is_set() else await self._read()
+                failures = 0
+            except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
+                failures += 1
+                entries = []
+                self._note("reading", error)
+                await self._pause(backoff_s(failures))
+            if self._stop.is_set():
+                self._held |= {entry.entry_id for entry in entries}  # not begun, and handed back
+            elif not entries:
+                self._slots.release()
+            elif _was_given_out_before(entries):
+                await self._finish_and_release(entries)
+            else:
+                batch = asyncio.create_task(self._finish_and_release(entries))
+                self._batches.add(batch)
+                batch.add_done_callback(self._batches.discard)
 
     async def run_once(self) -> int:
         """Read one batch and work it to its end.
@@ -117,10 +140,10 @@ class StreamWorker:
         Raises:
             StreamUnavailableError: Nothing could be read.
         """
-        return await self._finish(await self._reader.read(self._settings.batch_size))
+        return await self._finish(await self._read())
 
     async def sweep(self) -> int:
-        """Take over what dead workers left behind, one entry at a time, and trim the results.
+        """Take over what dead workers left behind, one entry at a time, remove them, and trim the results.
 
         Returns:
             How many entries ended.
@@ -135,13 +158,13 @@ class StreamWorker:
                 ended += await self._finish(entries)
             if not entries:
                 break
+        await self._reader.forget_the_dead()
         if self._retention is not None:
             await self._retention.trim()
         return ended
 
-    def close(self) -> None:
-        """End the decoding threads."""
-        self._decoder.close()
+    async def _read(self) -> list[Entry]:
+        return await self._reader.read(self._settings.batch_size, self._settings.batch_bytes)
 
     async def _sweep_now_and_then(self) -> None:
         while not self._stop.is_set():
@@ -150,6 +173,23 @@ class StreamWorker:
             except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
                 self._note("sweeping", error)
             await self._pause(self._settings.sweep_s)
+
+    async def _touch_now_and_then(self) -> None:
+        """Go on until cancelled: batches that are finished after the stop are touched as well."""
+        while True:
+            await self._clock.sleep(self._settings.claim_idle_ms / 1000 / _TOUCHES_PER_CLAIM)
+            try:
+                await self._reader.touch(frozenset(self._held))
+            except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
+                self._note("touching what is in hand", error)
+
+    async def _hand_back(self) -> None:
+        """Give back what did not end; where that fails it is claimed later, and counted."""
+        held, self._held = self._held, set()
+        try:
+            await self._reader.release(held)
+        except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
+            self._note(f"handing back {len(held)} entries", error)
 
     async def _finish_and_release(self, entries: Sequence[Entry]) -> None:
         try:
@@ -171,9 +211,10 @@ class StreamWorker:
             ended = await self._persist(partial(self._sink.publish, endings))
         except Exception as error:  # noqa: BLE001 - a batch's outermost boundary
             self._note(f"working on {len(entries)} entries, which stay pending,", error)
+            if not self._stop.is_set():  # else they are still in hand, and handed back
+                self._held -= ids
             return 0
-        finally:
-            self._held -= ids
+        self._held -= ids
         for ending, ours in zip(endings, ended, strict=True):
             self._count(ending, ours=ours)
         return sum(ended)
@@ -200,26 +241,35 @@ class StreamWorker:
                 self.stats.errors += 1
         if jobs:
             started_at = self._clock.now()
-            outcomes = await self._persist(partial(self._detect, jobs))
+            outcomes = await self._detect(jobs)
             detect_ms = between_ms(started_at, self._clock.now())
-            for job, outcome in zip(jobs, outcomes, strict=True):
-                if outcome is not None:
-                    endings += await self._conclude(job, outcome, detect_ms)
+            concluded = await asyncio.gather(
+                *(
+                    self._conclude(job, outcome, detect_ms)
+                    for job, outcome in zip(jobs, outcomes, strict=True)
+                    if outcome is not None
+                )
+            )
+            endings += [ending for found in concluded for ending in found]
         return endings
 
     async def _detect(self, jobs: Sequence[Job]) -> list[Detection | Refusal | None]:
         """Have a batch judged; where that fails, image by image, and nothing for one that fails alone.
 
         Raises:
-            TransientError: The detector cannot, now.
+            TransientError: The detector cannot, and the worker was told to stop.
         """
         try:
-            return list(await self._detect_together(jobs))
+            return list(await self._persist(partial(self._detect_together, jobs)))
         except TransientError:
             raise
         except MessageError as error:
             if len(jobs) == 1:
                 return [Refusal(error.reason, str(error))]
+        except DetectorDiedError as error:
+            _log.warning("%s: %s", error.code, error)
+            if len(jobs) == 1:  # it may have died of this image: given out again, it is counted
+                return [None]
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not take the neighbours down
             names = ", ".join(job.entry.entry_id for job in jobs)
             self._note(f"detecting {names}", error)

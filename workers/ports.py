@@ -95,8 +95,12 @@ class Detector(Protocol):
 class StreamReader(Protocol):
     """Gives out entries of the images stream to one named consumer of the workers' group."""
 
-    async def read(self, max_entries: int) -> list[Entry]:
+    async def read(self, max_entries: int, max_bytes: int) -> list[Entry]:
         """Take what this consumer was given before it started, one at a time, then new entries; wait where none is.
+
+        Args:
+            max_entries: At most so many.
+            max_bytes: None past so many bytes of fields, but always one.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -109,6 +113,32 @@ class StreamReader(Protocol):
         Args:
             max_entries: At most so many.
             held: Ids that this worker has in hand; they are not given out again.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ...
+
+    async def touch(self, held: Collection[str]) -> None:
+        """Say that entries in hand are still under work, so that no other consumer claims them.
+
+        What another consumer has meanwhile stays with it.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ...
+
+    async def release(self, held: Collection[str]) -> None:
+        """Hand entries back: they may be claimed at once, and giving them out to this consumer does not count.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ...
+
+    async def forget_the_dead(self) -> None:
+        """Remove consumers that have not asked for long and have nothing pending.
 
         Raises:
             StreamUnavailableError: The server does not answer.

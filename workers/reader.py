@@ -3,15 +3,25 @@
 from collections.abc import Collection
 from typing import Any
 
-from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from schemas.keys import StreamKeys
 from schemas.settings import RedisSettings
-from workers.connection import Row, is_missing_group, load_script, read_group, stream_errors
+from workers.connection import (
+    Row,
+    Script,
+    StreamConnection,
+    create_group,
+    is_missing_group,
+    read_group,
+    rows,
+    stream_errors,
+)
 from workers.ports import Entry
 
 _OLDEST = "0-0"
+_DEAD_AFTER_MS = 600_000
+"""A consumer asks every `block_ms`, be there something to read or not."""
 
 
 class RedisStreamReader:
@@ -29,21 +39,30 @@ class RedisStreamReader:
     """
 
     def __init__(
-        self, client: Redis, keys: StreamKeys, consumer: str, settings: RedisSettings, *, claim_idle_ms: int
+        self, client: StreamConnection, keys: StreamKeys, consumer: str, settings: RedisSettings, *, claim_idle_ms: int
     ) -> None:
         self._client = client
         self._keys = keys
         self._consumer = consumer
         self._block_ms = settings.block_ms
         self._claim_idle_ms = claim_idle_ms
-        self._claim_script = client.register_script(load_script("claim.lua"))
+        self._read_script = Script(client, "read.lua")
+        self._claim_script = Script(client, "claim.lua")
+        self._touch_script = Script(client, "touch.lua")
+        self._release_script = Script(client, "release.lua")
+        self._forget_script = Script(client, "forget.lua")
         self._claim_cursor = _OLDEST
         self._own_cursor: str | None = _OLDEST  # None: nothing of before the start is left
 
-    async def read(self, max_entries: int) -> list[Entry]:
+    async def read(self, max_entries: int, max_bytes: int) -> list[Entry]:
         """Take what this consumer was given before it started, one at a time, then new entries; wait where none is.
 
         One at a time: should one of them have killed the process, the others are not counted as given out again.
+        Where nothing is there, the first entry that comes is given alone.
+
+        Args:
+            max_entries: At most so many.
+            max_bytes: None past so many bytes of fields, but always one.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -54,7 +73,7 @@ class RedisStreamReader:
                 entry = await self._next_own(self._own_cursor)
                 if entry is not None:
                     return [entry]
-            fresh = await self._read_group(">", max_entries, self._block_ms)
+            fresh = await self._read_at_once(max_entries, max_bytes) or await self._read_group(">", 1, self._block_ms)
         return [Entry(entry_id, fields) for entry_id, fields in fresh]
 
     async def claim(self, max_entries: int, held: Collection[str] = ()) -> list[Entry]:
@@ -76,6 +95,54 @@ class RedisStreamReader:
                 self._claim_cursor = cursor
                 if found or cursor == _OLDEST:
                     return found
+
+    async def touch(self, held: Collection[str]) -> None:
+        """Say that entries in hand are still under work, so that no other consumer claims them.
+
+        What another consumer has meanwhile stays with it.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+            ConfigError: The server refuses the user.
+        """
+        if held:
+            with stream_errors(self._client):
+                await self._touch_script(keys=[self._keys.images], args=(self._keys.group, self._consumer, *held))
+
+    async def release(self, held: Collection[str]) -> None:
+        """Hand entries back: they may be claimed at once, and giving them out to this consumer does not count.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+            ConfigError: The server refuses the user.
+        """
+        if held:
+            with stream_errors(self._client):
+                await self._release_script(
+                    keys=[self._keys.images], args=(self._keys.group, self._consumer, self._claim_idle_ms, *held)
+                )
+
+    async def forget_the_dead(self) -> None:
+        """Remove consumers that have not asked for ten minutes and have nothing pending.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+            ConfigError: The server refuses the user.
+        """
+        with stream_errors(self._client):
+            await self._forget_script(keys=[self._keys.images], args=(self._keys.group, self._consumer, _DEAD_AFTER_MS))
+
+    async def _read_at_once(self, max_entries: int, max_bytes: int) -> list[Row]:
+        """Take a batch of what is there, in one call that ends before the batch grows past its bytes."""
+        args = (self._keys.group, self._consumer, max_entries, max_bytes)
+        try:
+            found = await self._read_script(keys=[self._keys.images], args=args)
+        except ResponseError as error:
+            if not is_missing_group(error):
+                raise
+            await create_group(self._client, self._keys.images, self._keys.group)
+            found = await self._read_script(keys=[self._keys.images], args=args)
+        return rows((entry_id, dict(zip(flat[::2], flat[1::2], strict=True))) for entry_id, flat in found)
 
     async def _next_own(self, cursor: str) -> Entry | None:
         """Take this consumer's next pending entry; where its body was deleted, acknowledge it and give none."""
@@ -108,7 +175,7 @@ class RedisStreamReader:
         try:
             reply: list[Any] = await self._claim_script(
                 keys=[self._keys.images],
-                args=[self._keys.group, self._consumer, self._claim_idle_ms, cursor, max_entries, *held],
+                args=(self._keys.group, self._consumer, self._claim_idle_ms, cursor, max_entries, *held),
             )
         except ResponseError as error:
             if is_missing_group(error):  # `read` makes it

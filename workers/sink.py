@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from redis.asyncio import Redis
-
 from schemas.keys import StreamKeys
 from schemas.messages import DetectionResult
 from schemas.wire import dead_letter_fields, result_fields
-from workers.connection import load_script, stream_errors
+from workers.connection import Script, StreamConnection, stream_errors
 from workers.ports import Ending
 
 
@@ -23,11 +21,11 @@ class RedisResultSink:
         consumer: The name under which the entries were read.
     """
 
-    def __init__(self, client: Redis, keys: StreamKeys, consumer: str) -> None:
+    def __init__(self, client: StreamConnection, keys: StreamKeys, consumer: str) -> None:
         self._client = client
         self._keys = keys
         self._consumer = consumer
-        self._script = client.register_script(load_script("publish.lua"))
+        self._script = Script(client, "publish.lua")
 
     async def publish(self, endings: Sequence[Ending]) -> list[bool]:
         """Write each outcome and take its entry off the images stream, in one step per entry.

@@ -19,6 +19,8 @@ from workers.sink import RedisResultSink
 
 pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
 
+PLENTY_BYTES = 1 << 30
+
 
 def result_of(entry_id: str) -> Ending:
     return Ending(entry_id, make_result(entry_id))
@@ -94,7 +96,7 @@ class FakeWorld:
 
     async def give(self, consumer: str, count: int) -> list[str]:
         self._stream.add(*(image_entry(k) for k in range(count)))
-        return [entry.entry_id for entry in await FakeReader(self._stream, consumer).read(count)]
+        return [entry.entry_id for entry in await FakeReader(self._stream, consumer).read(count, PLENTY_BYTES)]
 
     async def take_over(self, consumer: str, entry_id: str) -> None:
         self._stream.give(self._stream.pending[entry_id].entry, consumer)
@@ -122,7 +124,7 @@ class RedisWorld:
         for _ in range(count):
             await self.client.xadd(self.keys.images, {"category": "bottle", "image": png()})
         reader = RedisStreamReader(self.client, self.keys, consumer, self._settings, claim_idle_ms=1000)
-        return [entry.entry_id for entry in await reader.read(count)]
+        return [entry.entry_id for entry in await reader.read(count, PLENTY_BYTES)]
 
     async def take_over(self, consumer: str, entry_id: str) -> None:
         await self.client.xclaim(self.keys.images, self.keys.group, consumer, 0, [entry_id])

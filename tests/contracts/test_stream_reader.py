@@ -1,5 +1,6 @@
 """What every `StreamReader` does, by the fake and on a real Valkey."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Protocol
@@ -10,11 +11,13 @@ from redis.asyncio import Redis
 
 from schemas.keys import StreamKeys
 from schemas.settings import RedisSettings
-from workers.connection import make_client
+from workers.connection import Script, make_client
 from workers.ports import Entry, StreamReader
 from workers.reader import RedisStreamReader
 
 pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
+
+PLENTY_BYTES = 1 << 30
 
 _ALWAYS_IDLE_MS = 0
 _NEVER_IDLE_MS = 3_600_000
@@ -25,6 +28,7 @@ class World(Protocol):
 
     async def add(self, count: int) -> list[str]: ...
     def reader(self, consumer: str, *, claim_idle_ms: int = _NEVER_IDLE_MS) -> StreamReader: ...
+    async def pass_time(self, duration_ms: int) -> None: ...
 
 
 class StreamReaderContract:
@@ -33,29 +37,29 @@ class StreamReaderContract:
     async def test_new_entries_are_given_in_order_and_no_more_than_asked_for(self, world: World) -> None:
         ids = await world.add(3)
         reader = world.reader("a")
-        assert [entry.entry_id for entry in await reader.read(2)] == ids[:2]
-        assert [entry.entry_id for entry in await reader.read(2)] == ids[2:]
+        assert [entry.entry_id for entry in await reader.read(2, PLENTY_BYTES)] == ids[:2]
+        assert [entry.entry_id for entry in await reader.read(2, PLENTY_BYTES)] == ids[2:]
 
     async def test_fields_come_as_they_were_written(self, world: World) -> None:
         await world.add(1)
-        (entry,) = await world.reader("a").read(1)
+        (entry,) = await world.reader("a").read(1, PLENTY_BYTES)
         assert entry.fields == {b"category": b"bottle", b"image": png()}
         assert entry.deliveries == 1
 
     async def test_an_entry_is_given_to_one_consumer(self, world: World) -> None:
         await world.add(1)
-        assert len(await world.reader("a").read(8)) == 1
-        assert await world.reader("b").read(8) == []
+        assert len(await world.reader("a").read(8, PLENTY_BYTES)) == 1
+        assert await world.reader("b").read(8, PLENTY_BYTES) == []
 
     async def test_nothing_to_read_is_an_empty_list(self, world: World) -> None:
-        assert await world.reader("a").read(8) == []
+        assert await world.reader("a").read(8, PLENTY_BYTES) == []
 
     async def test_a_consumer_that_starts_again_is_given_its_own_entries_one_at_a_time(self, world: World) -> None:
         ids = await world.add(2)
-        await world.reader("a").read(8)
+        await world.reader("a").read(8, PLENTY_BYTES)
         fresh = await world.add(1)
         again = world.reader("a")
-        first, second, third = [await again.read(8) for _ in range(3)]
+        first, second, third = [await again.read(8, PLENTY_BYTES) for _ in range(3)]
         assert [entry.entry_id for entry in first + second] == ids
         assert [entry.deliveries for entry in first + second] == [2, 2]
         assert [(entry.entry_id, entry.deliveries) for entry in third] == [(fresh[0], 1)]
@@ -63,12 +67,12 @@ class StreamReaderContract:
     async def test_own_entries_are_given_again_only_after_a_start(self, world: World) -> None:
         await world.add(2)
         reader = world.reader("a")
-        assert len(await reader.read(8)) == 2
-        assert await reader.read(8) == []
+        assert len(await reader.read(8, PLENTY_BYTES)) == 2
+        assert await reader.read(8, PLENTY_BYTES) == []
 
     async def test_entries_left_alone_are_claimed_and_counted(self, world: World) -> None:
         ids = await world.add(2)
-        await world.reader("a").read(8)
+        await world.reader("a").read(8, PLENTY_BYTES)
         reader = world.reader("b", claim_idle_ms=_ALWAYS_IDLE_MS)
         claimed = await reader.claim(8)
         assert [entry.entry_id for entry in claimed] == ids
@@ -77,24 +81,69 @@ class StreamReaderContract:
 
     async def test_entries_under_work_elsewhere_are_not_claimed(self, world: World) -> None:
         await world.add(1)
-        await world.reader("a").read(8)
+        await world.reader("a").read(8, PLENTY_BYTES)
         assert await world.reader("b").claim(8) == []
 
     async def test_entries_in_hand_are_neither_claimed_nor_counted(self, world: World) -> None:
         ids = await world.add(2)
         reader = world.reader("a", claim_idle_ms=_ALWAYS_IDLE_MS)
-        await reader.read(8)
+        await reader.read(8, PLENTY_BYTES)
         claimed = await reader.claim(8, {ids[0]})
         assert [entry.entry_id for entry in claimed] == ids[1:]
-        (entry,) = await world.reader("a").read(1)
+        (entry,) = await world.reader("a").read(1, PLENTY_BYTES)
         assert (entry.entry_id, entry.deliveries) == (ids[0], 2)
 
     async def test_all_that_was_left_alone_is_found_claim_by_claim(self, world: World) -> None:
         ids = await world.add(5)
-        await world.reader("a").read(8)
+        await world.reader("a").read(8, PLENTY_BYTES)
         reader = world.reader("b", claim_idle_ms=_ALWAYS_IDLE_MS)
         claimed = [entry.entry_id for _ in range(3) for entry in await reader.claim(2)]
         assert claimed == ids
+
+    async def test_a_batch_takes_nothing_more_past_its_bytes(self, world: World) -> None:
+        ids = await world.add(3)
+        reader = world.reader("a")
+        size_bytes = len(b"category" + b"bottle" + b"image" + png())
+        assert [entry.entry_id for entry in await reader.read(8, 1)] == ids[:1]
+        assert [entry.entry_id for entry in await reader.read(8, size_bytes + 1)] == ids[1:]
+
+    async def test_entries_that_are_touched_are_not_claimed(self, world: World) -> None:
+        ids = await world.add(2)
+        first = world.reader("a")
+        await first.read(8, PLENTY_BYTES)
+        await world.pass_time(50)
+        await first.touch(ids[:1])
+        claimed = await world.reader("b", claim_idle_ms=50).claim(8)
+        assert [entry.entry_id for entry in claimed] == ids[1:]
+
+    async def test_touching_counts_no_delivery_and_takes_nothing_from_its_new_owner(self, world: World) -> None:
+        ids = await world.add(1)
+        first, second = world.reader("a"), world.reader("b", claim_idle_ms=_ALWAYS_IDLE_MS)
+        await first.read(8, PLENTY_BYTES)
+        await first.touch(ids)
+        assert [entry.deliveries for entry in await second.claim(8)] == [2]
+        await world.pass_time(50)
+        await first.touch(ids)
+        (entry,) = await world.reader("c", claim_idle_ms=50).claim(8)
+        assert (entry.entry_id, entry.deliveries) == (ids[0], 3)
+
+    async def test_touching_what_is_not_pending_does_nothing(self, world: World) -> None:
+        await world.reader("a").touch(["1-1"])
+        await world.reader("a").touch([])
+
+    async def test_what_is_handed_back_is_claimed_at_once_and_the_delivery_is_not_counted(self, world: World) -> None:
+        ids = await world.add(2)
+        first, second = world.reader("a", claim_idle_ms=3_600_000), world.reader("b", claim_idle_ms=3_600_000)
+        await first.read(8, PLENTY_BYTES)
+        await first.release(ids[:1])
+        claimed = await second.claim(8)
+        assert [(entry.entry_id, entry.deliveries) for entry in claimed] == [(ids[0], 1)]
+
+    async def test_nobody_hands_back_what_another_has(self, world: World) -> None:
+        ids = await world.add(1)
+        await world.reader("a").read(8, PLENTY_BYTES)
+        await world.reader("b").release(ids)
+        assert await world.reader("c").claim(8) == []
 
     async def test_claiming_from_nothing_is_an_empty_list(self, world: World) -> None:
         assert await world.reader("a").claim(8) == []
@@ -114,6 +163,9 @@ class FakeWorld:
     def reader(self, consumer: str, *, claim_idle_ms: int = _NEVER_IDLE_MS) -> StreamReader:
         return FakeReader(self._stream, consumer, claim_idle_ms=claim_idle_ms)
 
+    async def pass_time(self, duration_ms: int) -> None:
+        self._stream.clock.advance(duration_ms / 1000)
+
 
 class RedisWorld:
     def __init__(self, client: Redis, settings: RedisSettings) -> None:
@@ -127,6 +179,24 @@ class RedisWorld:
 
     def reader(self, consumer: str, *, claim_idle_ms: int = _NEVER_IDLE_MS) -> StreamReader:
         return RedisStreamReader(self.client, self.keys, consumer, self._settings, claim_idle_ms=claim_idle_ms)
+
+    async def consumers(self) -> set[str]:
+        found = await self.client.xinfo_consumers(self.keys.images, self.keys.group)
+        return {one["name"].decode() for one in found}
+
+    async def pass_time(self, duration_ms: int) -> None:
+        """Let the pending entries look as if nobody had touched them for so long."""
+        pending = await self.client.xpending_range(self.keys.images, self.keys.group, "-", "+", 100)
+        for one in pending:
+            await self.client.xclaim(
+                self.keys.images,
+                self.keys.group,
+                one["consumer"],
+                0,
+                [one["message_id"]],
+                idle=one["time_since_delivered"] + duration_ms,
+                justid=True,
+            )
 
 
 class TestFakeReader(StreamReaderContract):
@@ -144,16 +214,16 @@ class TestRedisStreamReader(StreamReaderContract):
 
     async def test_own_entries_whose_body_was_deleted_are_acknowledged_away(self, world: RedisWorld) -> None:
         ids = await world.add(3)
-        await world.reader("a").read(8)
+        await world.reader("a").read(8, PLENTY_BYTES)
         await world.client.xdel(world.keys.images, ids[0], ids[1])
         again = world.reader("a")
-        assert [entry.entry_id for entry in await again.read(8)] == [ids[2]]
+        assert [entry.entry_id for entry in await again.read(8, PLENTY_BYTES)] == [ids[2]]
         pending = await world.client.xpending(world.keys.images, world.keys.group)
         assert pending["pending"] == 1
 
     async def test_claimed_entries_whose_body_was_deleted_are_acknowledged_away(self, world: RedisWorld) -> None:
         ids = await world.add(3)
-        await world.reader("a").read(8)
+        await world.reader("a").read(8, PLENTY_BYTES)
         await world.client.xdel(world.keys.images, ids[0], ids[1])
         claimed = await world.reader("b", claim_idle_ms=_ALWAYS_IDLE_MS).claim(1)
         assert [entry.entry_id for entry in claimed] == [ids[2]]
@@ -163,15 +233,31 @@ class TestRedisStreamReader(StreamReaderContract):
     async def test_a_stream_that_was_emptied_is_read_again(self, world: RedisWorld) -> None:
         reader = world.reader("a")
         await world.add(1)
-        await reader.read(8)
+        await reader.read(8, PLENTY_BYTES)
         await world.client.flushall()
         assert await reader.claim(8) == []
         ids = await world.add(1)
-        assert [entry.entry_id for entry in await reader.read(8)] == ids
+        assert [entry.entry_id for entry in await reader.read(8, PLENTY_BYTES)] == ids
+
+    async def test_consumers_are_forgotten_only_when_long_gone_and_empty(self, world: RedisWorld) -> None:
+        await world.add(1)
+        await world.reader("busy").read(1, PLENTY_BYTES)
+        await world.reader("gone").read(1, PLENTY_BYTES)
+        keeper = world.reader("keeper")
+        await keeper.read(1, PLENTY_BYTES)
+        await keeper.forget_the_dead()
+        assert await world.consumers() == {"busy", "gone", "keeper"}
+        forget = Script(world.client, "forget.lua")
+        await asyncio.sleep(0.002)  # the server counts whole milliseconds
+        await forget(keys=[world.keys.images], args=[world.keys.group, "keeper", 0])
+        assert await world.consumers() == {"busy", "keeper"}
+
+    async def test_forgetting_where_there_is_no_group_does_nothing(self, world: RedisWorld) -> None:
+        await world.reader("a").forget_the_dead()
 
     async def test_what_came_before_the_first_worker_is_not_lost(self, world: RedisWorld) -> None:
         ids = await world.add(2)
-        assert [entry.entry_id for entry in await world.reader("late").read(8)] == ids
+        assert [entry.entry_id for entry in await world.reader("late").read(8, PLENTY_BYTES)] == ids
 
 
 def test_the_fake_counts_deliveries_from_what_it_was_given() -> None:

@@ -18,6 +18,7 @@ from schemas.wire import parse_dead_letter, parse_result
 from workers.clock import SystemClock
 from workers.connection import make_client
 from workers.consumer import StreamWorker
+from workers.decode import Decoder
 from workers.embedded import EmbeddedServer
 from workers.ports import Ending
 from workers.producer import Producer
@@ -46,9 +47,9 @@ def make_worker(
         RedisStreamReader(client, KEYS, consumer, settings, claim_idle_ms=CLAIM_AT_ONCE_MS),
         RedisResultSink(client, KEYS, consumer),
         detector or FakeDetector(),
+        Decoder(2, LimitSettings(), SystemClock()),
         SystemClock(),
         settings=WorkerSettings(),
-        limits=LimitSettings(),
         retention=RedisRetention(client, KEYS, 1000),
     )
 
@@ -62,7 +63,6 @@ async def running(worker: StreamWorker) -> AsyncIterator[None]:
     finally:
         stop.set()
         await task
-        worker.close()
 
 
 async def push(client: Redis, count: int = 1) -> list[str]:

@@ -19,6 +19,7 @@ from schemas.errors import DetectorOverloadedError, Reason, StreamUnavailableErr
 from schemas.messages import DeadLetter, DetectionResult, Verdict
 from schemas.settings import LimitSettings, WorkerSettings
 from workers.consumer import StreamWorker
+from workers.decode import Decoder
 from workers.ports import Detection, Entry, Refusal
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -38,9 +39,9 @@ class Bench:
             self.reader,
             self.sink,
             self.detector,
+            Decoder(2, LimitSettings(), self.clock),
             self.clock,
             settings=settings or WorkerSettings(),
-            limits=LimitSettings(),
             retention=self,
         )
 
@@ -300,7 +301,7 @@ async def test_entries_in_hand_are_not_claimed_by_the_own_sweep() -> None:
 async def test_what_a_dead_worker_left_behind_is_taken_over_one_at_a_time() -> None:
     stream = FakeStream()
     stream.add(image_entry(1), image_entry(2))
-    await FakeReader(stream, "dead").read(2)
+    await FakeReader(stream, "dead").read(2, 1 << 30)
     bench = Bench(stream=stream)
     bench.clock.advance(59)
     assert await bench.worker.sweep() == 0
@@ -352,7 +353,7 @@ async def test_stopping_finishes_the_batches_under_way() -> None:
 async def test_a_restarted_worker_goes_on_with_its_own_entries() -> None:
     stream = FakeStream()
     stream.add(image_entry(1), image_entry(2))
-    await FakeReader(stream, "a").read(2)
+    await FakeReader(stream, "a").read(2, 1 << 30)
     bench = Bench(stream=stream)
     stream.add(image_entry(3), image_entry(4))
     await bench.run_until_idle()
@@ -363,7 +364,7 @@ async def test_a_restarted_worker_goes_on_with_its_own_entries() -> None:
 async def test_entries_given_out_before_are_worked_on_one_after_the_other() -> None:
     stream = FakeStream()
     stream.add(image_entry(1), image_entry(2))
-    await FakeReader(stream, "a").read(2)
+    await FakeReader(stream, "a").read(2, 1 << 30)
     bench = Bench(stream=stream)
     bench.detector.gate.clear()
     stop = asyncio.Event()
@@ -426,3 +427,70 @@ async def test_times_are_never_negative_when_the_clocks_disagree() -> None:
     assert bench.clock.now() < ARRIVED
     assert bench.results[entry_id(1)].queued_ms == 0
     assert bench.results[entry_id(1)].total_ms == 0
+
+
+async def test_what_is_in_hand_is_touched_while_the_detector_is_slow() -> None:
+    bench = Bench()
+    bench.stream.add(image_entry(1), image_entry(2))
+    bench.detector.gate.clear()
+    stop = asyncio.Event()
+    running = asyncio.create_task(bench.worker.run(stop))
+    await bench.detector.started.acquire()
+    touches = len(bench.reader.touched)
+    while len(bench.reader.touched) < touches + 3:  # noqa: ASYNC110 - the fake tells of nothing
+        await asyncio.sleep(0)
+    assert bench.reader.touched[-1] == [entry_id(1), entry_id(2)]
+    bench.detector.gate.set()
+    stop.set()
+    await running
+    assert set(bench.results) == {entry_id(1), entry_id(2)}
+
+
+async def test_stop_hands_back_what_takes_too_long_and_the_next_worker_has_it_at_once() -> None:
+    bench = Bench(WorkerSettings(drain_s=0))
+    bench.stream.add(image_entry(1), image_entry(2))
+    bench.detector.gate.clear()
+    stop = asyncio.Event()
+    running = asyncio.create_task(bench.worker.run(stop))
+    await bench.detector.started.acquire()
+    stop.set()
+    await running
+    assert not bench.stream.ended
+    claimed = await FakeReader(bench.stream, "b").claim(8)
+    assert [(entry.entry_id, entry.deliveries) for entry in claimed] == [(entry_id(1), 1), (entry_id(2), 1)]
+
+
+async def test_stop_while_the_server_is_away_hands_back_what_could_not_be_published() -> None:
+    bench = Bench()
+    bench.stream.add(image_entry(1))
+    bench.sink.failures = [StreamUnavailableError("away")] * 1000
+    stop = asyncio.Event()
+    running = asyncio.create_task(bench.worker.run(stop))
+    while not bench.sink.calls:  # noqa: ASYNC110 - the fake tells of nothing
+        await asyncio.sleep(0)
+    stop.set()
+    await running
+    claimed = await FakeReader(bench.stream, "b").claim(8)
+    assert [(entry.entry_id, entry.deliveries) for entry in claimed] == [(entry_id(1), 1)]
+
+
+async def test_an_image_whose_detector_dies_is_tried_alone_and_its_neighbours_end() -> None:
+    bench = Bench()
+    bench.detector.deadly = {66}
+    bench.stream.add(*(image_entry(level, image=png(level)) for level in (30, 66, 90)))
+    assert await bench.worker.run_once() == 2
+    assert set(bench.results) == {entry_id(30), entry_id(90)}
+    assert list(bench.stream.pending) == [entry_id(66)]
+    assert bench.worker.stats.errors == 0
+
+
+async def test_an_image_that_kills_detector_after_detector_ends_as_poison() -> None:
+    bench = Bench(WorkerSettings(max_deliveries=2))
+    bench.detector.deadly = {66}
+    bench.stream.add(image_entry(1, image=png(66)))
+    assert await bench.worker.run_once() == 0
+    bench.clock.advance(3600)
+    assert await bench.worker.sweep() == 0
+    bench.clock.advance(3600)
+    assert await bench.worker.sweep() == 1
+    assert bench.dead[entry_id(1)].reason is Reason.POISON

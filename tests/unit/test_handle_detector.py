@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from schemas.errors import DetectorOverloadedError, MessageError, Reason
+from schemas.errors import DetectorDiedError, DetectorOverloadedError, MessageError, Reason
 from serving.deployments import HandleDetector
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -85,13 +85,22 @@ async def test_replica_that_hangs_is_given_up_and_its_call_is_cancelled() -> Non
 
 @pytest.mark.parametrize(
     "error",
-    [ActorDiedError(), BackPressureError(num_queued_requests=3, max_queued_requests=2), RequestCancelledError("1")],
+    [
+        ObjectLostError("1", None, ""),
+        BackPressureError(num_queued_requests=3, max_queued_requests=2),
+        RequestCancelledError("1"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 async def test_call_that_no_replica_took_may_be_made_again(error: Exception) -> None:
     with pytest.raises(DetectorOverloadedError, match="no detector replica took the call") as caught:
         await HandleDetector(Handle(error), NEVER_S).detect(IMAGES, ["bottle"])
     assert "\n" not in str(caught.value)
+
+
+async def test_replica_that_ends_with_a_batch_is_told_from_one_that_is_busy() -> None:
+    with pytest.raises(DetectorDiedError, match="ended while it had 1 images"):
+        await HandleDetector(Handle(ActorDiedError()), NEVER_S).detect(IMAGES, ["bottle"])
 
 
 def raised_in_a_replica(error: Exception) -> Exception:

@@ -1,0 +1,69 @@
+"""One worker over all shards: a loop for each, with one decoder and one detector for all. Knows no Ray and no model."""
+
+import asyncio
+from collections import Counter
+from dataclasses import fields
+
+from schemas.keys import all_keys
+from schemas.settings import Settings
+from workers.clock import SystemClock
+from workers.connection import StreamConnection
+from workers.consumer import StreamWorker, WorkerStats
+from workers.decode import Decoder
+from workers.ports import Detector
+from workers.reader import RedisStreamReader
+from workers.retention import RedisRetention
+from workers.sink import RedisResultSink
+
+
+class ShardedWorker:
+    """The stream worker of a process. Without shards it has one loop.
+
+    Every worker reads every shard, so none is left alone whichever worker dies; the batches in flight are divided
+    among the loops, one each at least.
+
+    Args:
+        client: Of the stream server, Sentinels' primary, or cluster.
+        consumer: The worker's name in each group. A worker that starts again under its name goes on with what it had.
+            Should two bear the same name, work is done twice and each image ends once still.
+        detector: Judges images.
+        settings: Of the service.
+    """
+
+    def __init__(self, client: StreamConnection, consumer: str, detector: Detector, settings: Settings) -> None:
+        self.consumer = consumer
+        clock = SystemClock()
+        shards = all_keys(settings.redis)
+        worker = settings.worker.model_copy(update={"in_flight": max(1, settings.worker.in_flight // len(shards))})
+        self._decoder = Decoder(worker.decode_threads, settings.limits, clock)
+        self._loops = [
+            StreamWorker(
+                RedisStreamReader(client, keys, consumer, settings.redis, claim_idle_ms=worker.claim_idle_ms),
+                RedisResultSink(client, keys, consumer),
+                detector,
+                self._decoder,
+                clock,
+                settings=worker,
+                retention=RedisRetention(client, keys, settings.backlog.keep_results),
+            )
+            for keys in shards
+        ]
+
+    @property
+    def stats(self) -> WorkerStats:
+        """Sum up what the loops have done since the start."""
+        total = WorkerStats()
+        for one in fields(WorkerStats):
+            sums = [getattr(loop.stats, one.name) for loop in self._loops]
+            setattr(total, one.name, sum(sums, Counter()) if one.name == "dead" else sum(sums))
+        return total
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until told to stop, then finish what is under way; what takes too long is handed back."""
+        async with asyncio.TaskGroup() as tasks:
+            for loop in self._loops:
+                tasks.create_task(loop.run(stop))
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._decoder.close()
