@@ -1,93 +1,76 @@
-"""The connection to the stream server, and the one place where the client's exceptions become ours.
+"""What is done over a connection to the stream server, and the one place where the client's exceptions become ours.
 
-Knows Redis and nothing of what is on the streams.
+Knows Redis and nothing of what is on the streams. `workers.clients` makes the connection.
 """
 
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha1
 from importlib.resources import files
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     ClusterDownError,
+    ClusterError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
+    SlotNotCoveredError,
     TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from schemas.errors import ConfigError, StreamUnavailableError
+from schemas.errors import ConfigError, FlawstreamError, StreamUnavailableError
 from schemas.settings import RedisSettings
+from workers.clients import PasswordFileError, StreamConnection, address, make_client
+
+__all__ = [
+    "Row",
+    "Script",
+    "StreamClient",
+    "StreamConnection",
+    "address",
+    "create_group",
+    "is_missing_group",
+    "load_script",
+    "make_client",
+    "read_group",
+    "require_server",
+    "rows",
+    "stream_errors",
+]
 
 Row = tuple[str, dict[bytes, bytes]]
 """An entry's id, and its fields; an entry that was deleted has none."""
-
-StreamConnection = Redis | RedisCluster
-"""A client of one server, of the primary that Sentinels name, or of a cluster."""
 
 _CREATE_GROUP = """#!lua flags=allow-oom
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
 """
 _OLDEST_SERVER = 7
 _PASSING = (
-    RedisConnectionError,  # also: loading its data, wrong password, no free connection
+    RedisConnectionError,  # also: loading its data, no free connection, no primary known to any Sentinel
     RedisTimeoutError,
-    ReadOnlyError,
+    ReadOnlyError,  # it was the primary until just now
     ClusterDownError,
+    ClusterError,  # sent from server to server until it gave up
+    SlotNotCoveredError,
+    AskError,  # also: moved
     TryAgainError,
 )
-_PASSING_CODES = ("BUSY ", "MISCONF ", "NOREPLICAS ", "UNBLOCKED ", "UNKILLABLE ")
+_PASSING_CODES = ("BUSY ", "LOADING ", "MASTERDOWN ", "MISCONF ", "NOREPLICAS ", "UNBLOCKED ", "UNKILLABLE ")
+_NO_NODE = ("Redis Cluster cannot be connected", "All slots are not covered", "startup_nodes could not agree")
 
 
-def make_client(settings: RedisSettings) -> Redis:
-    """Make a client; it connects when it is first used.
-
-    It never repeats a command by itself: a repeated XADD writes twice. A command that waits at the server takes a
-    connection of the pool for itself, so it holds up no other.
-
-    Raises:
-        ConfigError: The URL cannot be read.
-    """
-    scheme = urlsplit(settings.url).scheme
-    if scheme not in ("redis", "rediss"):
-        raise ConfigError(f"redis.url has the scheme {scheme!r}; write redis://host:port/0, or rediss:// for TLS")
-    try:
-        return Redis.from_url(
-            settings.url,
-            username=settings.username,
-            password=settings.password.get_secret_value() if settings.password else None,
-            socket_timeout=settings.timeout_s,
-            socket_connect_timeout=settings.timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-            legacy_responses=False,
-            decode_responses=False,
-        )
-    except ValueError as error:  # its text may repeat the URL, and a URL may hold a password
-        raise ConfigError(
-            f"redis.url cannot be read ({type(error).__name__}); write redis://host:port/0, or rediss:// for TLS"
-        ) from None
-
-
-def address(client: Redis) -> str:
-    """Name the server as host:port."""
-    options = client.connection_pool.connection_kwargs
-    return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-
-
-async def require_server(client: Redis) -> None:
+async def require_server(client: StreamConnection) -> None:
     """See that the server answers and is one that runs our scripts.
 
     Raises:
@@ -157,7 +140,7 @@ def is_missing_group(error: ResponseError) -> bool:
     return str(error).startswith("NOGROUP")
 
 
-async def create_group(client: Redis, stream: str, group: str) -> None:
+async def create_group(client: StreamConnection, stream: str, group: str) -> None:
     """Create a consumer group at the stream's start: one created at its end loses what came before.
 
     By a script, as the plain command is refused by a server at its memory limit, which then nobody could drain.
@@ -170,7 +153,14 @@ async def create_group(client: Redis, stream: str, group: str) -> None:
 
 
 async def read_group(
-    client: Redis, stream: str, group: str, consumer: str, *, cursor: str, max_entries: int, block_ms: int | None
+    client: StreamConnection,
+    stream: str,
+    group: str,
+    consumer: str,
+    *,
+    cursor: str,
+    max_entries: int,
+    block_ms: int | None,
 ) -> list[Row]:
     """Read entries as a consumer of a group, which is made where it is not there.
 
@@ -235,37 +225,83 @@ class StreamClient:
 
 
 @contextmanager
-def stream_errors(client: Redis) -> Iterator[None]:
+def stream_errors(client: StreamConnection) -> Iterator[None]:
     """Turn the client's exceptions into ours.
 
     Raises:
         StreamUnavailableError: The server does not answer, or not now.
-        ConfigError: The user or the password is refused, or the user lacks a right.
+        ConfigError: The user, the password or a certificate is refused, or the user lacks a right.
     """
     try:
         yield
-    except AuthenticationError as error:
-        raise ConfigError(
-            f"the server at {address(client)} refuses the user or the password; set redis.username and redis.password"
-        ) from error
-    except NoPermissionError as error:
-        raise ConfigError(f"the server at {address(client)} refuses: {error}; grant it to the user") from error
-    except OutOfMemoryError as error:
-        raise StreamUnavailableError(
+    except (RedisError, RedisClusterException) as error:
+        ours = _as_ours(client, error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _as_ours(client: StreamConnection, error: BaseException) -> FlawstreamError | None:
+    """Say what it means to us; nothing where it is a bug of ours."""
+    if isinstance(error, RedisClusterException) and str(error).startswith(_NO_NODE):
+        return _without_cluster(client, error)
+    return _refusal(client, error) or _passing(client, error)
+
+
+def _refusal(client: StreamConnection, error: BaseException) -> ConfigError | None:
+    """Tell whom or what the server, or our own end, does not let through: a matter of configuration."""
+    where = address(client)
+    why: str | None = None
+    match error:
+        case PasswordFileError():
+            why = str(error)
+        case AuthenticationError():
+            why = f"the server at {where} refuses the user or the password; set redis.username and redis.password"
+        case NoPermissionError():
+            why = f"the server at {where} refuses: {error}; grant it to the user"
+        case RedisConnectionError() if reason := _refused_tls(error.__context__):
+            why = (
+                f"no TLS connection to the server at {where}: {reason}; see redis.tls_ca_file, redis.tls_cert_file, "
+                "and that the server's certificate has the name in redis.url"
+            )
+    return ConfigError(why) if why else None
+
+
+def _passing(client: StreamConnection, error: BaseException) -> StreamUnavailableError | None:
+    """Tell that the server may well do it later."""
+    if isinstance(error, OutOfMemoryError):
+        return StreamUnavailableError(
             f"the server at {address(client)} is out of memory and takes no writes; "
             "let the workers drain it, or raise its maxmemory"
-        ) from error
-    except _PASSING as error:
-        raise StreamUnavailableError(_unavailable(client, error)) from error
-    except ResponseError as error:
-        if str(error).startswith(_PASSING_CODES):
-            raise StreamUnavailableError(_unavailable(client, error)) from error
-        raise
+        )
+    if isinstance(error, _PASSING) or (isinstance(error, ResponseError) and str(error).startswith(_PASSING_CODES)):
+        return _unavailable(client, error)
+    return None
 
 
-def _unavailable(client: Redis, error: RedisError) -> str:
+def _refused_tls(cause: BaseException | None) -> str | None:
+    """Give the reason where two ends have met that do not trust each other, or one that speaks no TLS."""
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return cause.verify_message
+    if isinstance(cause, ssl.SSLError) and not isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return (cause.reason or str(cause)).replace("_", " ").lower()
+    return None
+
+
+def _without_cluster(client: StreamConnection, error: RedisClusterException) -> FlawstreamError:
+    """Find out why no node of a cluster tells where the slots are: the client wraps what went wrong."""
+    cause = error.__cause__
+    if isinstance(cause, RedisClusterException):  # an answer that is an error is wrapped twice
+        cause = cause.__context__
+        if "cluster support disabled" in str(cause):
+            return ConfigError(f"the server at {address(client)} is none of a cluster; leave redis.cluster out")
+    ours = _as_ours(client, cause) if cause is not None else None
+    return ours or _unavailable(client, cause or error)
+
+
+def _unavailable(client: StreamConnection, error: BaseException) -> StreamUnavailableError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return (
+    return StreamUnavailableError(
         f"the stream server at {address(client)} does not answer ({reason}); "
         "see that it runs and that redis.url names it"
     )
