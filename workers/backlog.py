@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio import Redis
-
 from schemas.keys import StreamKeys
-from workers.connection import load_script, stream_errors
+from workers.connection import Script, StreamConnection, stream_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +43,11 @@ class Backlog:
             not keep everybody waiting one after the other.
     """
 
-    def __init__(self, client: Redis, keys: Sequence[StreamKeys], *, max_age_s: float = 1.0) -> None:
+    def __init__(self, client: StreamConnection, keys: Sequence[StreamKeys], *, max_age_s: float = 1.0) -> None:
         self._client = client
         self._keys = keys
         self._max_age_s = max_age_s
-        self._script = client.register_script(load_script("backlog.lua"))
+        self._script = Script(client, "backlog.lua")
         self._reading: asyncio.Task[BacklogState] | None = None
         self._read_at_s = 0.0
 

@@ -1,0 +1,148 @@
+"""Access rules for the server's users: what each role needs, and nothing else. Knows no server and no password.
+
+A rule is `user` and selectors, which Redis 7 and Valkey have: each grants its commands on its own keys only, so that a
+producer's SET is good for the keys that remember ids and for no stream. Scripts run with their caller's rights, so
+whoever runs a script is granted what it calls.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from schemas.errors import ConfigError
+from schemas.keys import StreamKeys
+
+HASH_PLACEHOLDER = "<sha256-of-the-password-in-hex>"
+
+_SAFE = re.compile(r"[A-Za-z0-9._:@/{}*?\[\]\\^-]+")
+"""A rule is cut at blanks, and quotes mean different things to a shell, to redis-cli and to an ACL file."""
+_USER = re.compile(r"[A-Za-z0-9._@-]+")
+_SCRIPTS = "eval evalsha"
+_CONNECTION = "ping select client|setinfo"
+_CLUSTER = "asking cluster|nodes cluster|shards cluster|slots command readonly readwrite"
+
+
+class Role(StrEnum):
+    """Whose rights."""
+
+    PRODUCER = "producer"
+    WORKER = "worker"
+    READER = "reader"
+    OPERATOR = "operator"
+    SERVICE = "service"
+
+
+@dataclass(frozen=True, slots=True)
+class _Grant:
+    """Commands, and on which keys: names of `StreamKeys`, blanks between; none where the commands have no keys."""
+
+    commands: str
+    keys: str = ""
+
+
+_PRODUCER = (
+    _Grant("wait waitaof"),
+    _Grant(_SCRIPTS, "images image_bytes seen counters"),
+    _Grant("xadd xlen exists memory|usage", "images"),
+    _Grant("get set", "seen image_bytes"),
+    _Grant("hincrby", "counters"),
+)
+_WORKER = (
+    _Grant("time"),
+    _Grant(_SCRIPTS, "images results dead counters"),
+    _Grant(
+        "xreadgroup xack xdel xlen xrange xpending xclaim xautoclaim "
+        "xgroup|create xgroup|delconsumer xinfo|groups xinfo|consumers",
+        "images",
+    ),
+    _Grant("xadd xlen", "results dead"),
+    _Grant("xtrim xpending xinfo|groups", "results"),
+    _Grant("hincrby hgetall", "counters"),
+)
+_GRANTS = {
+    Role.PRODUCER: _PRODUCER,
+    Role.WORKER: _WORKER,
+    Role.READER: (
+        _Grant(
+            f"{_SCRIPTS} xread xreadgroup xack xpending xautoclaim xrange xlen xgroup|create xinfo|stream", "results"
+        ),
+    ),
+    Role.OPERATOR: (
+        _Grant(_SCRIPTS, "images image_bytes dead seen counters"),
+        _Grant("xread xrange xrevrange xlen xdel xinfo|stream", "dead"),
+        _Grant("xadd xlen memory|usage", "images"),
+        _Grant("get set", "image_bytes seen"),
+        _Grant("hincrby hgetall", "counters"),
+    ),
+    Role.SERVICE: (*_PRODUCER, *_WORKER),
+}
+
+
+def access_rules(role: Role, prefix: str, shards: int = 0, references: Sequence[str] = ()) -> str:
+    """Write what a role may do, as `ACL SETUSER` and ACL files take it.
+
+    Args:
+        role: Whose rights.
+        prefix: What every key starts with (`redis.prefix`).
+        shards: Sets of streams (`redis.shards`); of more there may be later, up to the next power of ten.
+        references: What keys start with that images are fetched from by reference; for those who fetch.
+
+    Raises:
+        ConfigError: A name has characters that no rule can hold.
+    """
+    connection = _CONNECTION if not shards else f"{_CONNECTION} {_CLUSTER}"
+    parts = ["resetkeys", "resetchannels", "-@all", _allow(connection)]
+    for grant in _GRANTS[role]:
+        patterns = " ".join(f"~{base}{suffix}" for base in _bases(prefix, shards) for suffix in _suffixes(grant.keys))
+        parts.append(f"({patterns} {_allow(grant.commands)})" if patterns else _allow(grant.commands))
+    if references and role in (Role.WORKER, Role.SERVICE):
+        patterns = " ".join(f"%R~{_literal(start)}*" for start in references)
+        parts.append(f"({patterns} {_allow('get strlen')})")
+    return " ".join(parts)
+
+
+def user_line(user: str, rules: str, password_sha256: str | None = None, *, acl_file: bool = False) -> str:
+    """Write a user with its rules as one line, for `redis-cli` or for an ACL file.
+
+    Args:
+        user: Its name.
+        rules: What `access_rules` gave.
+        password_sha256: In hex; absent: a placeholder to be replaced.
+        acl_file: Write the form that the server's `aclfile` has.
+
+    Raises:
+        ConfigError: The name has characters that no rule can hold.
+    """
+    if not _USER.fullmatch(user):
+        raise ConfigError(f"the user's name {user!r} may have letters, digits, '.', '_', '@' and '-' only")
+    secret = f"#{password_sha256 or HASH_PLACEHOLDER}"
+    return f"user {user} on {secret} {rules}" if acl_file else f"ACL SETUSER {user} reset on {secret} {rules}"
+
+
+def _allow(commands: str) -> str:
+    return " ".join(f"+{command}" for command in commands.split())
+
+
+def _suffixes(names: str) -> list[str]:
+    keys = StreamKeys(prefix="")
+    every_id = "*"
+    return [keys.seen(every_id) if name == "seen" else getattr(keys, name) for name in names.split()]
+
+
+def _bases(prefix: str, shards: int) -> list[str]:
+    """Give what keys start with; a shard is digits, so that no id which a producer makes up looks like one."""
+    literal = _literal(prefix)
+    if not shards:
+        return [literal]
+    digits = len(str(shards - 1))
+    return [f"{literal}:{{{'[0-9]' * length}}}" for length in range(1, digits + 1)]
+
+
+def _literal(text: str) -> str:
+    """Write a text so that a pattern means it and nothing else."""
+    if not _SAFE.fullmatch(text):
+        raise ConfigError(
+            f"{text!r} cannot stand in an access rule; use letters, digits and any of . _ - : @ / {{ }} in key names"
+        )
+    return re.sub(r"[*?\[\]\\]", r"\\\g<0>", text)
