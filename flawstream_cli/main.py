@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Train every category of a data set, in parallel on Ray.",
     "evaluate": "Measure the current model versions on labelled test images.",
     "serve": "Serve the trained categories until Ctrl-C.",
+    "worker": "Judge images from the stream in one process, without Ray.",
     "push": "Push images onto the stream.",
     "watch": "Show results as they come.",
     "models": "Look at model versions and promote them.",

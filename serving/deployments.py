@@ -162,7 +162,7 @@ class StreamWorkerDeployment:
         """Finish the batches under way."""
         with contextlib.suppress(AttributeError):  # the constructor failed
             await self.drain()
-            self._worker.close()
+            await self._worker.close()
             await self._client.aclose()
 
 

@@ -232,7 +232,8 @@ class StreamWorker:
             return endings
         size_px = await self._persist(self._detector.input_size)
         jobs: list[Job] = []
-        for entry, opened in zip(fit, await self._decoder.decode(fit, size_px), strict=True):
+        decoded = await self._persist(partial(self._decoder.decode, fit, size_px))
+        for entry, opened in zip(fit, decoded, strict=True):
             if isinstance(opened, Job):
                 jobs.append(opened)
             elif opened is not None:

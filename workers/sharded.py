@@ -12,6 +12,7 @@ from workers.consumer import StreamWorker, WorkerStats
 from workers.decode import Decoder
 from workers.ports import Detector
 from workers.reader import RedisStreamReader
+from workers.references import ReferenceFetcher
 from workers.retention import RedisRetention
 from workers.sink import RedisResultSink
 
@@ -28,6 +29,9 @@ class ShardedWorker:
             Should two bear the same name, work is done twice and each image ends once still.
         detector: Judges images.
         settings: Of the service.
+
+    Raises:
+        ConfigError: A package that an allowed reference needs is not installed.
     """
 
     def __init__(self, client: StreamConnection, consumer: str, detector: Detector, settings: Settings) -> None:
@@ -35,7 +39,8 @@ class ShardedWorker:
         clock = SystemClock()
         shards = all_keys(settings.redis)
         worker = settings.worker.model_copy(update={"in_flight": max(1, settings.worker.in_flight // len(shards))})
-        self._decoder = Decoder(worker.decode_threads, settings.limits, clock)
+        self._references = ReferenceFetcher(settings.references, settings.limits, client, clock)
+        self._decoder = Decoder(worker.decode_threads, settings.limits, clock, self._references)
         self._loops = [
             StreamWorker(
                 RedisStreamReader(client, keys, consumer, settings.redis, claim_idle_ms=worker.claim_idle_ms),
@@ -44,7 +49,7 @@ class ShardedWorker:
                 self._decoder,
                 clock,
                 settings=worker,
-                retention=RedisRetention(client, keys, settings.backlog.keep_results),
+                retention=RedisRetention(client, keys, settings.backlog),
             )
             for keys in shards
         ]
@@ -64,6 +69,7 @@ class ShardedWorker:
             for loop in self._loops:
                 tasks.create_task(loop.run(stop))
 
-    def close(self) -> None:
-        """End the decoding threads."""
+    async def close(self) -> None:
+        """End the decoding threads, and close what images are fetched over."""
         self._decoder.close()
+        await self._references.close()

@@ -1,0 +1,93 @@
+"""`flawstream worker`: one stream worker with the detector in its own process, for a small node; no Ray."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from flawstream_cli.terminal import (
+    ConfigOption,
+    ExitCode,
+    RedisOption,
+    RegistryOption,
+    busy,
+    print_json,
+    read_settings,
+    say,
+)
+from schemas.settings import Settings
+from serving.detector import DetectorService, make_detector
+from workers.connection import make_client, require_server
+from workers.consumer import WorkerStats
+from workers.sharded import ShardedWorker
+
+_TELL_S = 10.0
+
+
+def worker(
+    name: Annotated[
+        str | None,
+        typer.Option(help="Consumer name; the host's if absent. Several workers on one host need a name each."),
+    ] = None,
+    redis: RedisOption = None,
+    registry: RegistryOption = None,
+    engine: Annotated[str | None, typer.Option(help="auto, torch or openvino.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Judge images from the stream until Ctrl-C, with the detector in this process: a small node needs no Ray.
+
+    When it is ready, one JSON line goes to standard output, and another at the end. Ctrl-C or SIGTERM finishes what is
+    in hand (`worker.drain_s`) and hands the rest back at once. After a crash, a worker that starts under the same name
+    goes on with what it had.
+
+    Example: `flawstream worker --redis redis://plant:6379/0 --registry /models --name line7`
+    """
+    settings = read_settings(
+        config,
+        redis={"url": redis},
+        registry={"root": registry},
+        detector={"engine": engine},
+        worker={"name": name},
+    )
+    with busy("loading the models"):
+        detector = make_detector(settings.registry.root, settings.model, settings.detector)
+    if not asyncio.run(_work(settings, detector)):
+        say("the detector has ended; start the worker again", "red")
+        raise typer.Exit(ExitCode.FAILED)
+
+
+async def _work(settings: Settings, detector: DetectorService) -> bool:
+    """Work until a signal comes; tells whether the detector lived to the end."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with make_client(settings.redis) as client:
+        await require_server(client)
+        await detector.start()
+        stream_worker = ShardedWorker(client, settings.worker.name or socket.gethostname(), detector, settings)
+        working = asyncio.create_task(stream_worker.run(stop))
+        print_json({"worker": stream_worker.consumer, "redis": settings.redis.url, "detector": detector.status()})
+        told = -1
+        while not working.done() and detector.alive:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(working), _TELL_S)
+            stats = stream_worker.stats
+            if stats.read != told and not stop.is_set():
+                told = stats.read
+                say(f"{stats.results} results, {stats.dead.total()} dead letters, {stats.retries} tries made again")
+        alive = detector.alive
+        stop.set()
+        await working
+        await stream_worker.close()
+        await detector.stop()
+        print_json(_as_dict(stream_worker.stats))
+    return alive
+
+
+def _as_dict(stats: WorkerStats) -> dict[str, object]:
+    return asdict(stats) | {"dead": {str(reason): count for reason, count in stats.dead.items()}}
