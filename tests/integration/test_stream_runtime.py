@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from schemas.errors import Reason
 from schemas.keys import StreamKeys
 from schemas.messages import DetectionResult
-from schemas.settings import LimitSettings, RedisSettings, WorkerSettings
+from schemas.settings import BacklogSettings, LimitSettings, RedisSettings, WorkerSettings
 from schemas.wire import parse_dead_letter, parse_result
 from workers.clock import SystemClock
 from workers.connection import make_client
@@ -50,7 +50,7 @@ def make_worker(
         Decoder(2, LimitSettings(), SystemClock()),
         SystemClock(),
         settings=WorkerSettings(),
-        retention=RedisRetention(client, KEYS, 1000),
+        retention=RedisRetention(client, KEYS, BacklogSettings()),
     )
 
 
@@ -213,41 +213,3 @@ async def test_a_full_server_is_drained(client: Redis, redis_settings: RedisSett
         await client.config_set("maxmemory", "0")
         await producer.push(png(), "bottle")
     assert await client.xlen(KEYS.images) == 1
-
-
-async def add_results(client: Redis, count: int) -> list[str]:
-    """Write entries of which each fills a node of the stream, so that trimming is exact."""
-    return [str((await client.xadd(KEYS.results, {"map": b"x" * 8192})).decode()) for _ in range(count)]
-
-
-async def kept(client: Redis) -> list[str]:
-    return [entry_id.decode() for entry_id, _ in await client.xrange(KEYS.results)]
-
-
-async def test_results_are_trimmed_to_what_is_kept(client: Redis) -> None:
-    ids = await add_results(client, 10)
-    assert await RedisRetention(client, KEYS, 4).trim() == 6
-    assert await kept(client) == ids[6:]
-    assert await RedisRetention(client, KEYS, 4).trim() == 0
-
-
-async def test_results_that_a_group_has_still_to_read_are_never_trimmed(client: Redis) -> None:
-    ids = await add_results(client, 10)
-    await client.xgroup_create(KEYS.results, "quality", id=ids[1])
-    await client.xgroup_create(KEYS.results, "archive", id=ids[8])
-    await RedisRetention(client, KEYS, 2).trim()
-    assert set(ids[2:]) <= set(await kept(client))
-    assert ids[0] not in await kept(client)
-
-
-async def test_results_that_a_group_has_not_acknowledged_are_never_trimmed(client: Redis) -> None:
-    ids = await add_results(client, 10)
-    await client.xgroup_create(KEYS.results, "quality", id="0")
-    await client.xreadgroup("quality", "a", {KEYS.results: ">"})
-    await client.xack(KEYS.results, "quality", *ids[:3], *ids[4:])
-    await RedisRetention(client, KEYS, 2).trim()
-    assert await kept(client) == ids[3:]
-
-
-async def test_trimming_a_stream_that_is_not_there_does_nothing(client: Redis) -> None:
-    assert await RedisRetention(client, KEYS, 1).trim() == 0
