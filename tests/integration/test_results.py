@@ -1,5 +1,6 @@
 """Consumers of results and dead letters on a real Valkey."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 
@@ -8,12 +9,12 @@ from fakes import ARRIVED, make_result
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from schemas.errors import Reason, StreamUnavailableError
-from schemas.keys import StreamKeys
-from schemas.messages import DeadLetter
+from schemas.errors import ConfigError, Reason, StreamUnavailableError
+from schemas.keys import StreamKeys, all_keys
+from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
-from workers.connection import make_client
+from workers.connection import StreamConnection, make_client
 from workers.dead_letters import DeadLetterBox
 from workers.results import DeadLetterReader, ResultReader
 
@@ -25,13 +26,19 @@ KEYS = StreamKeys()
 @pytest.fixture
 async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
     client = make_client(redis_settings)
+    assert isinstance(client, Redis)
     yield client
     await client.aclose()
 
 
-async def add_result(client: Redis, name: str) -> str:
+async def add_result(client: StreamConnection, name: str, keys: StreamKeys = KEYS) -> str:
     result = make_result(name)
-    return str((await client.xadd(KEYS.results, dict(result_fields(result)))).decode())
+    return str((await client.xadd(keys.results, dict(result_fields(result)))).decode())
+
+
+@pytest.fixture
+def sharded(redis_settings: RedisSettings) -> RedisSettings:
+    return redis_settings.model_copy(update={"shards": 3})
 
 
 async def add_dead(client: Redis, name: str) -> str:
@@ -126,6 +133,94 @@ async def test_a_group_outlives_a_server_that_was_emptied(client: Redis, redis_s
         await client.flushall()
         entry_id = await add_result(client, "a")
         assert [key for key, _ in await reader.read()] == [entry_id]
+
+
+@pytest.mark.parametrize("group", [None, "quality"])
+async def test_results_of_all_shards_are_read_and_named_by_their_shard(
+    client: Redis, sharded: RedisSettings, group: str | None
+) -> None:
+    async with ResultReader(sharded, group) as reader:
+        added = {f"{keys.shard}:{await add_result(client, str(keys.shard), keys)}" for keys in all_keys(sharded)}
+        found = [pair for _ in added for pair in await reader.read(1)]
+    assert {key for key, _ in found} == added
+    assert all(key.startswith(f"{result.id}:") for key, result in found)
+
+
+async def test_results_are_acknowledged_in_their_own_shard(client: Redis, sharded: RedisSettings) -> None:
+    shards = all_keys(sharded)
+    for keys in shards:  # the same entry id in each
+        await client.xadd(keys.results, dict(result_fields(make_result("a"))), id="1-1")
+    async with ResultReader(sharded, "quality") as reader:
+        found = [key async for key, _ in first(reader, 3)]
+        assert sorted(found) == ["0:1-1", "1:1-1", "2:1-1"]
+        await reader.ack("0:1-1", "2:1-1")
+        with pytest.raises(ValueError, match="7"):
+            await reader.ack("7:1-1")
+    assert [(await client.xpending(keys.results, "quality"))["pending"] for keys in shards] == [0, 1, 0]
+    async with ResultReader(sharded, "quality") as reader:
+        assert [key for key, _ in await reader.read()] == ["1:1-1"]
+
+
+async def test_a_shard_does_not_wait_for_one_that_is_idle(client: Redis, sharded: RedisSettings) -> None:
+    patient = sharded.model_copy(update={"block_ms": 200_000, "timeout_s": 250.0})  # past the test's own end
+    async with ResultReader(patient) as reader:
+        for name in ("a", "b", "c"):
+            await add_result(client, name, all_keys(sharded)[1])
+            assert [result.id for _, result in await reader.read()] == [name]
+
+
+async def test_a_busy_shard_leaves_room_for_the_others(client: Redis, sharded: RedisSettings) -> None:
+    busy, _, quiet = all_keys(sharded)
+    for number in range(100):
+        await add_result(client, f"busy-{number}", busy)
+    await add_result(client, "quiet", quiet)
+    async with ResultReader(sharded, after="0-0") as reader:
+        names = [result.id async for _, result in first(reader, 101)]
+    assert names.index("quiet") < 50
+    assert [name for name in names if name != "quiet"] == [f"busy-{number}" for number in range(100)]
+
+
+@pytest.mark.parametrize("group", [None, "quality"])
+async def test_what_a_cancelled_read_had_taken_is_given_by_the_next(
+    client: Redis, sharded: RedisSettings, group: str | None
+) -> None:
+    async with ResultReader(sharded, group) as reader:
+        names = [str(number) for number in range(30)]
+        found: list[str] = []
+        for number, name in enumerate(names):
+            read = asyncio.create_task(reader.read())
+            await add_result(client, name, all_keys(sharded)[number % 3])  # comes in about when the read is cut off
+            read.cancel()
+            try:
+                found += [result.id for _, result in await read]
+            except asyncio.CancelledError:
+                continue
+        found += [result.id async for _, result in first(reader, len(names) - len(found))]
+    assert sorted(found, key=int) == names
+
+
+async def test_an_iteration_that_is_broken_off_loses_nothing(client: Redis, redis_settings: RedisSettings) -> None:
+    for name in "abc":
+        await add_result(client, name)
+    async with ResultReader(redis_settings, "quality") as reader:
+        assert [result.id async for _, result in first(reader, 1)] == ["a"]
+        assert [result.id for _, result in await reader.read()] == ["b", "c"]
+
+
+async def test_a_place_to_start_in_one_shard_is_refused(sharded: RedisSettings) -> None:
+    with pytest.raises(ConfigError, match="1:5-0"):
+        ResultReader(sharded, after="1:5-0")
+
+
+async def first(reader: ResultReader, count: int) -> AsyncIterator[tuple[str, DetectionResult]]:
+    """Take so many."""
+    left = count
+    if left:
+        async for pair in reader:
+            yield pair
+            left -= 1
+            if not left:
+                break
 
 
 async def test_dead_letters_are_read_as_they_come(client: Redis, redis_settings: RedisSettings) -> None:
