@@ -1,50 +1,62 @@
-"""The HTTP API as a plain ASGI application over a `Detector`. Knows no Ray and no stream."""
+"""The HTTP API as a plain ASGI application over a `Detector` and a `Pusher`. Knows no Ray and no Redis."""
 
 import base64
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import numpy as np
-from fastapi import FastAPI, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from fastapi_offline import FastAPIOffline
+from pydantic import AwareDatetime, BaseModel
+from starlette.types import ASGIApp
 
 from flawstream.images import decode_image
-from schemas.errors import FlawstreamError, MessageError, Reason, TransientError
+from schemas.errors import FlawstreamError, MessageError
 from schemas.messages import CATEGORY_PATTERN, Box, DetectionResult, ImageMessage, MapCodec, Verdict
-from schemas.settings import LimitSettings
+from schemas.settings import ApiSettings, LimitSettings
+from serving.bodies import Bodies
+from serving.problems import RETRY, Problem, answer_failures
+from serving.security import GuardedApp, Tokens
 from workers.answer import Times, build_result
 from workers.ports import Detector, Refusal
 
 log = logging.getLogger(__name__)
 
 Status = Callable[[], Awaitable[dict[str, object]]]
+CategoryParameter = Annotated[str, Query(pattern=CATEGORY_PATTERN, description="Whose model judges the image.")]
 
-_STATUS_OF_REASON = {
-    Reason.TOO_LARGE: 413,
-    Reason.UNDECODABLE: 415,
-    Reason.UNKNOWN_CATEGORY: 404,
-    Reason.MALFORMED: 422,
+_TRACEPARENT_LENGTH = 55
+_IMAGE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            kind: {"schema": {"type": "string", "format": "binary"}}
+            for kind in ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff")
+        },
+    }
 }
-_RETRY = {"Retry-After": "1"}
 
 
-class Problem(BaseModel):
-    """Why a request was refused.
+class Pusher(Protocol):
+    """Puts an image onto the stream; `workers.producer.Producer` does."""
 
-    Attributes:
-        reason: A code from a closed set.
-        detail: What was wrong, where, and what to do.
-    """
-
-    reason: str
-    detail: str
+    async def push(
+        self,
+        image: bytes,
+        category: str,
+        *,
+        id: str | None = None,  # noqa: A002 - the field's name on the wire
+        captured_at: datetime | None = None,
+        extra: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """Push one image; gives the entry's id."""
+        ...
 
 
 class MapBody(BaseModel):
@@ -82,25 +94,53 @@ class DetectionBody(BaseModel):
     map: MapBody | None
 
 
-def build_api(detector: Detector, status: Status, limits: LimitSettings) -> FastAPI:
+class PushedBody(BaseModel):
+    """An image is on the stream.
+
+    Attributes:
+        id: What its result or dead letter will have; your own, or the entry's.
+        entry_id: The entry's on the images stream; of the first push, where `id` was pushed before.
+    """
+
+    id: str
+    entry_id: str
+
+
+def build_api(
+    detector: Detector, pusher: Pusher, status: Status, settings: ApiSettings, limits: LimitSettings
+) -> ASGIApp:
     """Build the application.
 
     Args:
         detector: Judges images.
+        pusher: Puts images onto the stream.
         status: Tells how the service is; it raises what `readyz` then reports.
+        settings: Who may ask.
         limits: What is refused before anything is decoded.
+
+    Raises:
+        ConfigError: The tokens cannot be had.
     """
-    app = FastAPI(
+    tokens, bodies = Tokens(settings), Bodies(limits.max_image_bytes)
+    app = FastAPIOffline(  # its pages need no other host, which a plant may not reach
+        redoc_url=None,
         title="flawstream",
         summary="Anomaly score, verdict and anomaly map for one image.",
-        description="For production lines push images to the Redis stream instead: it is durable, and this is not.",
+        description="For production lines push images to the stream instead: it is durable, and `/v1/detect` is not.",
     )
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(tokens.check)])
+    _add_detect(v1, detector, bodies, limits)
+    _add_images(v1, pusher, bodies)
 
     @app.get("/healthz", summary="Whether the process lives")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", summary="Whether detector and stream worker are at work", responses={503: {"model": Problem}})
+    @app.get(
+        "/readyz",
+        summary="Whether detector, stream server and stream worker are at work",
+        responses={503: {"model": Problem}},
+    )
     async def readyz() -> JSONResponse:
         try:
             return JSONResponse({"status": "ready", **await status()})
@@ -109,34 +149,32 @@ def build_api(detector: Detector, status: Status, limits: LimitSettings) -> Fast
         except Exception as error:  # whatever keeps it from being ready is the answer
             log.exception("the service is not ready")
             problem = Problem(reason="not_ready", detail=f"{type(error).__name__}; the log of the API has the rest")
-        return JSONResponse(problem.model_dump(), status_code=503, headers=_RETRY)
+        return JSONResponse(problem.model_dump(), status_code=503, headers=RETRY)
 
-    @app.post(
-        "/v1/detect",
+    app.include_router(v1)
+    answer_failures(app)
+    return GuardedApp(app)
+
+
+def _add_detect(v1: APIRouter, detector: Detector, bodies: Bodies, limits: LimitSettings) -> None:
+    @v1.post(
+        "/detect",
         summary="Judge one image",
-        responses={code: {"model": Problem} for code in (404, 413, 415, 422, 500, 503)},
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {
-                    kind: {"schema": {"type": "string", "format": "binary"}}
-                    for kind in ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff")
-                },
-            }
-        },
+        responses=_problems(401, 404, 408, 413, 414, 415, 422, 500, 503),
+        openapi_extra=_IMAGE_BODY,
     )
     async def post_detect(
         request: Request,
-        category: Annotated[str, Query(pattern=CATEGORY_PATTERN, description="Whose model judges the image.")],
+        category: CategoryParameter,
         id: Annotated[str, Query(max_length=256, description="Your own key; made up if absent.")] = "",  # noqa: A002
         map: Annotated[MapCodec, Query(description="How to send the anomaly map.")] = MapCodec.NONE,  # noqa: A002
     ) -> DetectionBody:
         started = time.perf_counter()
-        data = await _read_body(request, limits.max_image_bytes)
-        message = ImageMessage(id=id or uuid.uuid4().hex, category=category, image=data)
-        size = await detector.input_size()
-        decoding = time.perf_counter()
-        image = await run_in_threadpool(decode_image, data, size, limits)
+        async with bodies.read(request) as data:
+            message = ImageMessage(id=id or uuid.uuid4().hex, category=category, image=data)
+            size = await detector.input_size()
+            decoding = time.perf_counter()
+            image = await run_in_threadpool(decode_image, data, size, limits)
         detecting = time.perf_counter()
         (outcome,) = await detector.detect(image.pixels[np.newaxis], [category])
         if isinstance(outcome, Refusal):
@@ -150,50 +188,44 @@ def build_api(detector: Detector, status: Status, limits: LimitSettings) -> Fast
         )
         return await run_in_threadpool(lambda: _body(build_result(message, image, outcome, map, times)))
 
-    _answer_failures(app)
-    return app
 
-
-def _answer_failures(app: FastAPI) -> None:
-    """Have every failure answered by a `Problem`, without a traceback."""
-
-    @app.exception_handler(FlawstreamError)
-    async def refuse(_: Request, error: FlawstreamError) -> JSONResponse:
-        if isinstance(error, MessageError):
-            code, reason = _STATUS_OF_REASON.get(error.reason, 422), str(error.reason)
-        else:
-            code, reason = (503 if isinstance(error, TransientError) else 500), error.code
-        headers = _RETRY if isinstance(error, TransientError) else None
-        return JSONResponse(Problem(reason=reason, detail=str(error)).model_dump(), status_code=code, headers=headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_parameters(_: Request, error: RequestValidationError) -> JSONResponse:
-        told = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        return JSONResponse(Problem(reason=Reason.MALFORMED, detail=told).model_dump(), status_code=422)
-
-    @app.exception_handler(Exception)
-    async def hide(_: Request, error: Exception) -> JSONResponse:
-        log.error("a request failed unexpectedly", exc_info=error)
-        problem = Problem(reason="internal", detail="a bug; the log of the API has the rest")
-        return JSONResponse(problem.model_dump(), status_code=500)
-
-
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """Read the body and stop at the limit, whatever Content-Length says."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > max_bytes:
-            raise MessageError(
-                Reason.TOO_LARGE,
-                f"the body has more than {max_bytes:,} bytes; send a smaller image or raise limits.max_image_bytes",
+def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
+    @v1.post(
+        "/images",
+        status_code=202,
+        summary="Push one image onto the stream",
+        description="Its result comes on the results stream. Where the answer was lost, or is 503, push again with "
+        "the same `id`: the image is on the stream once.",
+        responses=_problems(401, 408, 413, 414, 422, 429, 500, 503),
+        openapi_extra=_IMAGE_BODY,
+    )
+    async def post_image(
+        request: Request,
+        category: CategoryParameter,
+        *,
+        id: Annotated[str, Query(max_length=256, description="Your own key; the entry's id if absent.")] = "",  # noqa: A002
+        captured_at: Annotated[
+            AwareDatetime | None, Query(description="When the camera took it: RFC 3339, with a zone.")
+        ] = None,
+        captured_at_header: Annotated[
+            AwareDatetime | None, Header(alias="Captured-At", description="The same, where `+` need not be escaped.")
+        ] = None,
+        traceparent: Annotated[str, Header(description="W3C trace context; comes back in the result.")] = "",
+    ) -> PushedBody:
+        async with bodies.read(request) as data:
+            entry_id = await pusher.push(
+                data,
+                category,
+                id=id or None,
+                captured_at=captured_at or captured_at_header,
+                # the worker ignores one that is malformed; of another length it could be as long as a header
+                extra={"traceparent": traceparent.encode()} if len(traceparent) == _TRACEPARENT_LENGTH else None,
             )
-    if not data:
-        raise MessageError(
-            Reason.MALFORMED,
-            "the body is empty; send an image: curl --data-binary @part.png '<address>/v1/detect?category=<category>'",
-        )
-    return bytes(data)
+        return PushedBody(id=id or entry_id, entry_id=entry_id)
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Problem} for status in statuses}
 
 
 def _body(result: DetectionResult) -> DetectionBody:

@@ -19,9 +19,11 @@ from ray.serve.schema import LoggingConfig
 
 from flawstream.registry import Registry
 from schemas.errors import ConfigError
-from schemas.settings import ApiSettings, RedisSettings, Settings
+from schemas.settings import ApiSettings, DetectorSettings, RedisSettings, Settings, WorkerSettings
+from serving.autoscaling import autoscaling_config
 from serving.deployments import ApiDeployment, DetectorDeployment, StreamWorkerDeployment
 from serving.detector import newest_manifest
+from serving.security import Tokens, warn_if_open
 from workers.connection import make_client, require_server
 
 _log = logging.getLogger(__name__)
@@ -38,12 +40,16 @@ def build(settings: Settings) -> serve.Application:
 
     Args:
         settings: The whole tree; in a Serve configuration the `args` of the application.
+
+    Raises:
+        ConfigError: Bounds of autoscaling contradict each other.
     """
+    warn_if_open(settings.api)
     detector, worker = settings.detector, settings.worker
     detectors = _deployment(
         DetectorDeployment,
         name="Detector",
-        num_replicas=detector.replicas,
+        **_replicas(detector),
         max_ongoing_requests=max(8, _SLOT_IMAGES_FACTOR * detector.max_queue_images),
         num_cpus=detector.num_cpus,
         num_gpus=detector.num_gpus,
@@ -53,7 +59,7 @@ def build(settings: Settings) -> serve.Application:
         workers = _deployment(
             StreamWorkerDeployment,
             name=_WORKER,
-            num_replicas=worker.replicas,
+            **_replicas(worker),
             max_ongoing_requests=8,
             num_cpus=worker.num_cpus,
         ).bind(settings, detectors)
@@ -66,11 +72,13 @@ def require_startable(settings: Settings) -> None:
     """See before anything is started that the service can start on this machine: in a second, not after minutes.
 
     Raises:
-        ConfigError: The port is taken, the registry's root is no folder, or the stream server is too old.
+        ConfigError: The port is taken, the tokens cannot be had, the registry's root is no folder, or the stream server
+            is too old.
         StreamUnavailableError: The stream server does not answer.
         RegistryError: The registry cannot be read.
     """
     _require_free_port(settings.api)
+    Tokens(settings.api)
     root = settings.registry.root
     if Path(root).is_file():
         raise ConfigError(f"registry.root={root!r} is a file; name the folder that `flawstream train` wrote to")
@@ -92,7 +100,7 @@ def run(settings: Settings) -> str:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options=HTTPOptions(host=settings.api.host, port=settings.api.port), logging_config=quiet)
-        serve.run(build(settings), name=APPLICATION, logging_config=quiet)
+        serve.run(build(_with_absolute_paths(settings)), name=APPLICATION, logging_config=quiet)
     except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
         raise ConfigError(f"the service could not start: {_why(error)}") from error
     return f"http://{settings.api.host}:{settings.api.port}"
@@ -150,6 +158,22 @@ def _last_line(text: str) -> str:
     raised = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", text, re.MULTILINE)
     lines = raised or text.strip().splitlines() or ["no reason given"]
     return str(lines[-1]).strip()
+
+
+def _replicas(section: WorkerSettings | DetectorSettings) -> dict[str, Any]:
+    """Say how many replicas there are: so many, or after the backlog."""
+    scaling = autoscaling_config(section)
+    return {"num_replicas": section.replicas} if scaling is None else {"autoscaling_config": scaling}
+
+
+def _with_absolute_paths(settings: Settings) -> Settings:
+    """Name files from the root: replicas run in other folders."""
+    changed = {}
+    for name in ("redis", "api"):
+        section = getattr(settings, name)
+        files = {field: value.absolute() for field, value in section if isinstance(value, Path)}
+        changed[name] = section.model_copy(update=files)
+    return settings.model_copy(update=changed)
 
 
 def _deployment(target: type, *, num_cpus: float, num_gpus: float = 0.0, **options: Any) -> serve.Deployment:

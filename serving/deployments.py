@@ -5,23 +5,27 @@ import contextlib
 import logging
 import socket
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
-from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError
+from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError, StreamUnavailableError
+from schemas.keys import all_keys
 from schemas.settings import Settings
 from serving.api import build_api
+from serving.autoscaling import autoscaling_stats
 from serving.detector import make_detector
+from workers.backlog import Backlog
 from workers.connection import make_client, require_server
 from workers.ports import Detection, Refusal
+from workers.producer import Producer
 from workers.sharded import ShardedWorker
 
 log = logging.getLogger(__name__)
@@ -95,6 +99,8 @@ class DetectorDeployment:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         self._service = make_detector(settings.registry.root, settings.model, settings.detector)
         await self._service.start()
+        self._client = make_client(settings.redis)  # used where the number of replicas follows the backlog
+        self._backlog = Backlog(self._client, all_keys(settings.redis))
 
     async def input_size(self) -> int:
         """Tell the side in pixels that images must have."""
@@ -117,6 +123,11 @@ class DetectorDeployment:
         """Stop the loops before the process goes."""
         with contextlib.suppress(AttributeError):  # the constructor failed
             await self._service.stop()
+            await self._client.aclose()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Report what waits; Serve asks only where it scales."""
+        return await autoscaling_stats(self._backlog)
 
 
 class StreamWorkerDeployment:
@@ -132,6 +143,7 @@ class StreamWorkerDeployment:
         self._worker = ShardedWorker(
             self._client, consumer, HandleDetector(detector, settings.detector.timeout_s), settings
         )
+        self._backlog = Backlog(self._client, all_keys(settings.redis))
         self._stop = asyncio.Event()
         self._loop_task = asyncio.create_task(self._worker.run(self._stop))
 
@@ -141,6 +153,10 @@ class StreamWorkerDeployment:
         stats = self._worker.stats
         told: dict[str, object] = {one.name: getattr(stats, one.name) for one in fields(stats)}
         return {**told, "dead": {str(reason): count for reason, count in stats.dead.items()}}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Report what waits; Serve asks only where it scales."""
+        return await autoscaling_stats(self._backlog)
 
     async def check_health(self) -> None:
         """Have Serve replace a replica whose loop ended unasked."""
@@ -174,17 +190,34 @@ def _first_line(error: Exception) -> str:
 class ApiDeployment:
     """Hosts the HTTP API; what it answers is defined in `serving.api`."""
 
-    def __init__(self, settings: Settings, detector: DeploymentHandle, worker: DeploymentHandle | None) -> None:
-        self._limits = settings.limits
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, detector: DeploymentHandle, worker: DeploymentHandle | None
+    ) -> None:
+        self._settings = settings
         self._detector = HandleDetector(detector, settings.detector.timeout_s)
         self._worker = worker
+        self._producer = Producer(settings.redis, settings.limits, settings.backlog)
+        self._client = make_client(settings.redis)
+        self._backlog = Backlog(self._client, all_keys(settings.redis))
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """Give Serve the application, once the handles are here."""
-        return build_api(self._detector, self._status, self._limits)
+        return build_api(self._detector, self._producer, self._status, self._settings.api, self._settings.limits)
 
     async def _status(self) -> dict[str, object]:
         told: dict[str, object] = {"detector": await self._detector.status()}
+        try:
+            told["backlog"] = asdict(await self._backlog.read())
+        except StreamUnavailableError:
+            if self._worker is not None:
+                raise
+            told["backlog"] = None  # nobody here needs the streams; images are judged all the same
         if self._worker is not None:
             told["worker"] = await self._worker.status.remote()
         return told
+
+    async def __del__(self) -> None:
+        """Close the connections."""
+        with contextlib.suppress(AttributeError):  # the constructor failed
+            await self._producer.close()
+            await self._client.aclose()

@@ -1,0 +1,92 @@
+"""How the HTTP API says no: one body for every refusal, and the status that goes with each error."""
+
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from schemas.errors import BacklogFullError, FlawstreamError, MessageError, Reason, TransientError
+
+_log = logging.getLogger(__name__)
+
+RETRY = {"Retry-After": "1"}
+
+_STATUS_OF_REASON = {
+    Reason.TOO_LARGE: 413,
+    Reason.UNDECODABLE: 415,
+    Reason.UNKNOWN_CATEGORY: 404,
+    Reason.MALFORMED: 422,
+}
+
+
+class Problem(BaseModel):
+    """Why a request was refused.
+
+    Attributes:
+        reason: A code from a closed set.
+        detail: What was wrong, where, and what to do.
+    """
+
+    reason: str
+    detail: str
+
+
+class RequestRefusedError(Exception):
+    """A request is refused for what it is as a request, whatever image it carries.
+
+    Args:
+        status: Of the answer.
+        reason: A code from a closed set.
+        detail: What was wrong, and what to do.
+        headers: Further headers of the answer.
+    """
+
+    def __init__(self, status: int, reason: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.reason = reason
+        self.headers = headers
+
+
+def answer_failures(app: FastAPI) -> None:
+    """Have every failure answered by a `Problem`, without a traceback."""
+
+    @app.exception_handler(RequestRefusedError)
+    async def refuse_request(_: Request, error: RequestRefusedError) -> JSONResponse:
+        return _answer(error.status, error.reason, str(error), error.headers)
+
+    @app.exception_handler(FlawstreamError)
+    async def refuse(_: Request, error: FlawstreamError) -> JSONResponse:
+        if isinstance(error, MessageError):
+            return _answer(_STATUS_OF_REASON.get(error.reason, 422), str(error.reason), str(error))
+        if isinstance(error, TransientError):
+            return _answer(_status_of(error), error.code, str(error), RETRY)
+        _log.error("a request failed (%s): %s", error.code, error)
+        return _answer(500, error.code, "the service is set up wrongly; the log of the API has the rest")
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_parameters(_: Request, error: RequestValidationError) -> JSONResponse:
+        told = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        return _answer(422, Reason.MALFORMED, told)
+
+    @app.exception_handler(ClientDisconnect)
+    async def give_up(_: Request, __: ClientDisconnect) -> JSONResponse:
+        return _answer(400, Reason.MALFORMED, "the connection ended before the image did")  # nobody is there to read it
+
+    @app.exception_handler(Exception)
+    async def hide(_: Request, error: Exception) -> JSONResponse:
+        _log.error("a request failed unexpectedly", exc_info=error)
+        return _answer(500, "internal", "a bug; the log of the API has the rest")
+
+
+def _status_of(error: TransientError) -> int:
+    """Tell whose pace is at fault: 429 (RFC 6585) bids the sender slow down, 503 (RFC 9110) says that we cannot now."""
+    return 429 if isinstance(error, BacklogFullError) else 503
+
+
+def _answer(status: int, reason: str, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(Problem(reason=reason, detail=detail).model_dump(), status_code=status, headers=headers)

@@ -1,0 +1,135 @@
+"""The service with tokens and autoscaling on a real Ray Serve and a real Valkey."""
+
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+from raw_redis import RawRedis
+from ray import serve
+from tiny_models import write_version
+
+from flawstream.cluster import Cluster
+from flawstream.fastflow.backbone import Backbone
+from flawstream.registry import Registry
+from schemas.settings import Settings
+from serving import app as service
+from serving import autoscaling
+from workers.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.integration
+
+IMAGES, RESULTS = "flawstream:images", "flawstream:results"
+PATIENCE_S = 120.0
+TOKEN = "token-of-line-7"  # noqa: S105 - of a service that lives for this test
+MOST = 3
+PER_REPLICA = 20
+HOLD = """
+local ids = {}
+for i = 1, ARGV[2] do
+    ids[i] = redis.call('XADD', KEYS[1], '*', 'category', 'bottle', 'image', 'x')
+    redis.call('XREADGROUP', 'GROUP', ARGV[1], 'nobody', 'STREAMS', KEYS[1], '>')
+end
+return ids
+"""
+"""Add images and give them, before any worker sees them, to a consumer that does not exist."""
+
+
+@dataclass
+class Service:
+    """The service as its users see it."""
+
+    api: httpx.Client
+    redis: RawRedis
+
+    def replicas(self, deployment: str) -> dict[str, int]:
+        return {str(state): count for state, count in self._status(deployment).items()}
+
+    def await_replicas(self, deployment: str, number: int) -> None:
+        """Wait until so many replicas run, and no others are there."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while (there := self.replicas(deployment)) != {"RUNNING": number}:
+            assert time.monotonic() < deadline_s, f"{there}, not {number}"
+            time.sleep(0.1)
+
+    def _status(self, deployment: str) -> dict[object, int]:
+        states: dict[object, int] = (
+            serve.status().applications[service.APPLICATION].deployments[deployment].replica_states
+        )
+        return states
+
+
+@pytest.fixture(scope="module")
+def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    assert cluster.cpus > 0
+    folder = tmp_path_factory.mktemp("service")
+    spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
+    write_version(Registry(str(folder)), "bottle", spec=spec)
+    tokens = folder / "tokens"
+    tokens.write_text(f"{TOKEN}\n", encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with EmbeddedServer() as server, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(autoscaling, "DOWNSCALE_DELAY_S", 1.0)
+        service.run(
+            Settings.model_validate(
+                {
+                    "redis": {"url": server.url, "block_ms": 100},
+                    "registry": {"root": str(folder)},
+                    "api": {"port": port, "tokens_file": tokens},
+                    "worker": {"max_replicas": MOST, "images_per_replica": PER_REPLICA, "claim_idle_ms": 600_000},
+                    "detector": {"engine": "torch", "max_replicas": 2, "images_per_replica": 10 * PER_REPLICA},
+                }
+            )
+        )
+        with RawRedis(server.port) as redis, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as api:
+            yield Service(api, redis)
+        service.stop()
+
+
+def photograph() -> bytes:
+    pixels = np.random.default_rng(7).integers(0, 256, (48, 64, 3), np.uint8)
+    return bytes(cv2.imencode(".png", pixels)[1].tobytes())
+
+
+def test_image_pushed_over_http_with_a_token_comes_back_on_the_results_stream(running: Service) -> None:
+    push = {"url": "/v1/images", "params": {"category": "bottle", "id": "cam1-7"}, "content": photograph()}
+    refused = running.api.post(**push)  # type: ignore[arg-type]  # each has its own type
+    assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    headers = {"Authorization": f"Bearer {TOKEN}", "Captured-At": "2026-01-01T12:00:00Z", "traceparent": trace}
+    accepted = [running.api.post(**push, headers=headers) for _ in range(2)]  # type: ignore[arg-type]  # the same
+    assert [answer.status_code for answer in accepted] == [202, 202]
+    assert accepted[0].json() == accepted[1].json()
+    assert accepted[0].json()["id"] == "cam1-7"
+    assert accepted[0].headers["X-Content-Type-Options"] == "nosniff"
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not running.redis.count("XLEN", RESULTS):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    ((_, result),) = running.redis.entries(RESULTS)
+    assert (result["id"], result["traceparent"]) == (b"cam1-7", trace.encode())
+    assert result["captured_at"].startswith(b"2026-01-01T12:00:00")
+
+
+def test_workers_follow_the_backlog_up_and_down_and_detectors_by_their_own_measure(running: Service) -> None:
+    running.await_replicas("StreamWorker", 1)
+    # Held by nobody who works, the backlog stays as it is, however fast this machine.
+    ids = running.redis("EVAL", HOLD, 1, IMAGES, "workers", (MOST - 1) * PER_REPLICA + 1)
+    assert isinstance(ids, list)
+    running.await_replicas("StreamWorker", MOST)
+    told = running.api.get("/readyz").json()
+    assert told["backlog"]["images"] >= len(ids)
+    assert told["backlog"]["oldest_s"] > 0
+    assert told["backlog"]["counters"]["duplicates"] == 1
+    for entry_id in ids:
+        assert isinstance(entry_id, bytes)
+        running.redis("XACK", IMAGES, "workers", entry_id)
+        running.redis("XDEL", IMAGES, entry_id)
+    running.await_replicas("StreamWorker", 1)
+    assert running.replicas("Detector") == {"RUNNING": 1}
