@@ -1,19 +1,17 @@
 """Pushes images, for producers written in Python. Any other client needs no more than XADD."""
 
-import asyncio
 from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from itertools import cycle
 
-from schemas.errors import BacklogFullError, StreamUnavailableError
+from schemas.errors import StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
-from workers.backoff import backoff_s
 from workers.connection import StreamClient, stream_errors
 from workers.durability import DurableScript
-from workers.room import REMEMBER_S, Room
+from workers.room import REMEMBER_S, Room, when_there_is_room
 
 
 class Producer(StreamClient):
@@ -92,17 +90,7 @@ class Producer(StreamClient):
             fields[b"captured_at"] = captured_at.isoformat().encode()
         parse_image("0-0", fields, self._limits)
         keys = keys_of(self._settings, id) if id else next(self._shards)
-        deadline = asyncio.get_running_loop().time() + wait_s
-        failures = 0
-        while True:
-            try:
-                return await self._push_once(keys, id, fields)
-            except BacklogFullError:
-                failures += 1
-                left_s = deadline - asyncio.get_running_loop().time()
-                if left_s <= 0:
-                    raise
-                await asyncio.sleep(min(left_s, backoff_s(failures)))
+        return await when_there_is_room(partial(self._push_once, keys, id, fields), wait_s)
 
     async def _push_once(self, keys: StreamKeys, message_id: str | None, fields: Mapping[bytes, bytes]) -> str:
         names = Room.keys(keys)

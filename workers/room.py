@@ -3,17 +3,21 @@
 Knows no image: it is for whoever adds some, be it a producer or a replay of dead letters.
 """
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from schemas.errors import BacklogFullError
 from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings
+from workers.backoff import backoff_s
 from workers.connection import Script, StreamConnection, address
+
+_T = TypeVar("_T")
 
 REMEMBER_S = 600
 """How long an id is known after its image was added: one pushed again within writes nothing."""
@@ -75,3 +79,30 @@ class Room:
                 f"the server at {address(self._client)} is out of memory and nothing was written; "
                 "wait for the workers, or raise its maxmemory"
             ) from error
+
+
+async def when_there_is_room(attempt: Callable[[], Awaitable[_T]], wait_s: float) -> _T:
+    """Try to add an image, again and again until there is room.
+
+    Args:
+        attempt: Adds it, or raises BacklogFullError.
+        wait_s: How long to try; with 0 once.
+
+    Returns:
+        What the attempt gives.
+
+    Raises:
+        BacklogFullError: There was no room in time.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + wait_s
+    failures = 0
+    while True:
+        try:
+            return await attempt()
+        except BacklogFullError:
+            failures += 1
+            left_s = deadline - clock()
+            if left_s <= 0:
+                raise
+            await asyncio.sleep(min(left_s, backoff_s(failures)))

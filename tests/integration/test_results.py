@@ -15,7 +15,6 @@ from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
 from workers.connection import StreamConnection, make_client
-from workers.dead_letters import DeadLetterBox
 from workers.results import DeadLetterReader, ResultReader
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
@@ -230,22 +229,3 @@ async def test_dead_letters_are_read_as_they_come(client: Redis, redis_settings:
             assert key == entry_id
             assert letter.reason is Reason.UNDECODABLE
             break
-
-
-async def test_dead_letters_are_listed_newest_first_and_page_by_page(client: Redis) -> None:
-    ids = [await add_dead(client, name) for name in "abcde"]
-    await client.xadd(KEYS.dead, {"hello": "world"})
-    box = DeadLetterBox(client, KEYS)
-    page = await box.newest(3)
-    assert [entry.entry_id for entry in page] == [ids[4], ids[3]]  # the third is no dead letter
-    assert [entry.entry_id for entry in await box.newest(3, before=ids[3])] == [ids[2], ids[1], ids[0]]
-    assert await box.count() == 6
-
-
-async def test_one_dead_letter_is_shown_by_its_id(client: Redis) -> None:
-    entry_id = await add_dead(client, "a")
-    box = DeadLetterBox(client, KEYS)
-    found = await box.get(entry_id)
-    assert found is not None
-    assert found.letter.fields[b"image"] == b"\xff"
-    assert await box.get("1-1") is None
