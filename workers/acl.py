@@ -70,9 +70,10 @@ _GRANTS = {
     ),
     Role.OPERATOR: (
         _Grant(_SCRIPTS, "images image_bytes dead seen counters"),
-        _Grant("xread xrange xrevrange xlen xdel xinfo|stream", "dead"),
+        _Grant("xread xrange xrevrange xlen xdel xtrim xinfo|stream", "dead"),
         _Grant("xadd xlen memory|usage", "images"),
-        _Grant("get set", "image_bytes seen"),
+        _Grant("get set", "image_bytes"),
+        _Grant("set", "seen"),
         _Grant("hincrby hgetall", "counters"),
     ),
     Role.SERVICE: (*_PRODUCER, *_WORKER),
