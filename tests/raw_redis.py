@@ -25,10 +25,10 @@ class RawRedis:
         assert isinstance(reply, int)
         return reply
 
-    def entries(self, stream: str, start: str = "-") -> list[tuple[str, dict[str, bytes]]]:
-        """Read a stream from an id on."""
+    def entries(self, stream: str, start: str = "-", count: int = 1 << 31) -> list[tuple[str, dict[str, bytes]]]:
+        """Read a stream from an id on, at most so many entries."""
         found = []
-        reply = self("XRANGE", stream, start, "+")
+        reply = self("XRANGE", stream, start, "+", "COUNT", count)
         assert isinstance(reply, list)
         for row in reply:
             assert isinstance(row, list)
@@ -36,7 +36,7 @@ class RawRedis:
             assert isinstance(entry_id, bytes)
             assert isinstance(flat, list)
             texts = [one for one in flat if isinstance(one, bytes)]
-            names = [name.decode() for name in texts[::2]]
+            names = [name.decode("utf-8", "backslashreplace") for name in texts[::2]]
             found.append((entry_id.decode(), dict(zip(names, texts[1::2], strict=True))))
         return found
 

@@ -79,6 +79,16 @@ class Server:
             self._process.wait()
             self._process = None
 
+    def pause(self) -> None:
+        """Stop it in its tracks with SIGSTOP: connections stay open and nobody answers."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
     def __call__(self, *command: bytes | str | int) -> Reply:
         """Run a command."""
         with RawRedis(self.port) as raw:
