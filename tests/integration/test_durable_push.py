@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from fakes import png
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
+from redis_servers import Server, cluster
 
 from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError
-from schemas.keys import StreamKeys
+from schemas.keys import StreamKeys, all_keys
 from schemas.settings import BacklogSettings, RedisSettings
 from workers.connection import make_client
+from workers.dead_letter_box import DeadLetterBox
 from workers.embedded import EmbeddedServer
 from workers.producer import Producer
 
@@ -89,3 +91,49 @@ async def test_a_server_that_keeps_no_aof_is_refused_at_the_start(redis_settings
     settings = redis_settings.model_copy(update={"wait_local_fsync": True})
     with pytest.raises(ConfigError, match="appendonly yes"):
         await Producer(settings).__aenter__()
+
+
+def move_slot(client: RedisCluster, nodes: list[Server], keys: StreamKeys) -> Server:
+    """Give a shard without entries to another node, behind the back of all clients."""
+    known = client.get_node_from_key(keys.images)
+    assert known is not None
+    new_owner = next(node for node in nodes if node.port != known.port)
+    name = new_owner("CLUSTER", "MYID")
+    assert isinstance(name, bytes)
+    for node in (new_owner, *nodes):
+        node("CLUSTER", "SETSLOT", client.keyslot(keys.images), "NODE", name)
+    return new_owner
+
+
+async def test_a_push_to_a_cluster_waits_on_the_node_that_has_the_shard_also_when_that_has_moved(
+    tmp_path: Path,
+) -> None:
+    with cluster(tmp_path) as nodes:
+        settings = RedisSettings(url=nodes[0].url, cluster=True, shards=4, wait_local_fsync=True, timeout_s=PATIENT_S)
+        async with Producer(settings) as producer, make_client(settings) as client:
+            assert isinstance(client, RedisCluster)
+            ids = {name: await producer.push(png(), "bottle", id=name) for name in map(str, range(16))}
+            assert {name: await producer.push(png(), "bottle", id=name) for name in ids} == ids
+            assert sum([await client.xlen(keys.images) for keys in all_keys(settings)]) == 16
+            for keys in all_keys(settings):
+                await client.delete(keys.images, keys.counters, *map(keys.seen, ids))
+                new_owner = move_slot(client, nodes, keys)
+                pushed = [await producer.push(png(), "bottle") for _ in range(4)]  # one to each shard
+                assert any(entry_id in str(new_owner("XRANGE", keys.images, "-", "+")) for entry_id in pushed)
+
+
+async def test_dead_letters_of_a_cluster_are_replayed_in_their_shards(tmp_path: Path) -> None:
+    with cluster(tmp_path) as nodes:
+        settings = RedisSettings(url=nodes[0].url, cluster=True, shards=4)
+        async with make_client(settings) as client:
+            letter = {"id": "cam1-1", "category": "bottle", "image": "x"}
+            ours = {"reason": "poison", "detail": "", "deliveries": "1", "entry_id": "1-1"}
+            ours["failed_at"] = "2026-01-01T00:00:00+00:00"
+            for keys in all_keys(settings):
+                await client.xadd(keys.dead, {**letter, **{f"dead.{name}": value for name, value in ours.items()}})
+            box = DeadLetterBox(client, settings)
+            found = [entry.dead_id for entry in await box.newest()]
+            assert sorted(dead_id[:2] for dead_id in found) == ["0:", "1:", "2:", "3:"]
+            assert [await box.replay(dead_id) is None for dead_id in found] == [False] * 4
+            assert [await client.xlen(keys.images) for keys in all_keys(settings)] == [1] * 4
+            assert await box.count() == 0
