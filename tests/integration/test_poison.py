@@ -1,0 +1,39 @@
+"""An image that kills its worker's process: it ends as poison, and its neighbours as results."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from deadly_worker import DEADLY, MAX_DELIVERIES
+from fakes import png
+from raw_redis import RawRedis
+
+from workers.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.integration
+
+PROGRAM = Path(__file__).parent.parent / "deadly_worker.py"
+PATIENCE_S = 120.0
+
+
+def test_an_image_that_kills_its_worker_is_poison_after_max_deliveries_and_its_neighbours_end_well() -> None:
+    deaths = 0
+    with EmbeddedServer() as server, RawRedis(server.port) as redis:
+        for level in (10, 20, DEADLY, 30, 40):
+            redis("XADD", "flawstream:images", "*", "id", f"grey-{level}", "category", "bottle", "image", png(level))
+        deadline_s = time.monotonic() + PATIENCE_S
+        while redis.count("XLEN", "flawstream:images"):
+            with subprocess.Popen([sys.executable, str(PROGRAM), server.url]) as worker:  # noqa: S603 - our own program
+                while worker.poll() is None and redis.count("XLEN", "flawstream:images"):
+                    assert time.monotonic() < deadline_s
+                    time.sleep(0.05)
+                deaths += worker.returncode == -9 if worker.poll() is not None else 0
+                worker.terminate()
+        results = {fields["id"].decode() for _, fields in redis.entries("flawstream:results")}
+        ((_, letter),) = redis.entries("flawstream:dead")
+    assert results == {f"grey-{level}" for level in (10, 20, 30, 40)}
+    assert (letter["id"], letter["dead.reason"]) == (b"grey-66", b"poison")
+    assert int(letter["dead.deliveries"]) == MAX_DELIVERIES + 1
+    assert deaths == MAX_DELIVERIES
