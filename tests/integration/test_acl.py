@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 from fakes import FakeDetector, png
+from raw_redis import RawRedis
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
+from redis_servers import Server, cluster
+from redis_servers import running as running_server
 
 from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys
@@ -25,7 +29,7 @@ from workers.connection import make_client
 from workers.dead_letter_box import DeadLetterBox
 from workers.embedded import EmbeddedServer
 from workers.producer import Producer
-from workers.results import DeadLetterReader, ResultReader
+from workers.results import ResultReader
 from workers.sharded import ShardedWorker
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
@@ -376,6 +380,57 @@ async def expect_refusal(client: Redis, *command: str) -> None:
         await client.execute_command(*command)
     told = f"{type(caught.value).__name__} {caught.value}"
     assert "NoPermission" in told or "NOPERM" in told or "ACL failure" in told, f"{command}: {told}"
+
+
+async def test_users_of_a_cluster_do_their_jobs_on_all_its_servers(tmp_path: Path) -> None:
+    base = {"cluster": True, "shards": 6, "block_ms": 100, "password": PASSWORD}
+    digest = sha256(PASSWORD.encode()).hexdigest()
+    with cluster(tmp_path) as nodes:
+        for node, role in itertools.product(nodes, Role):
+            node(*user_line(role, access_rules(role, "flawstream", 6), digest).split())
+        users = {role: RedisSettings.model_validate({**base, "url": nodes[0].url, "username": role}) for role in Role}
+        durable = users[Role.PRODUCER].model_copy(update={"wait_local_fsync": True})
+        async with Producer(durable) as producer:
+            for number in range(30):
+                await producer.push(png() if number else b"no image", "bottle", id=f"part-{number}")
+        service = Settings(redis=users[Role.SERVICE])
+        async with make_client(service.redis) as client:
+            worker = ShardedWorker(client, "w", FakeDetector(), service)
+            backlog = Backlog(client, all_keys(service.redis), max_age_s=0.05)
+            stop = asyncio.Event()
+            running = asyncio.create_task(worker.run(stop))
+
+            async def all_have_ended() -> bool:
+                state = await backlog.read()
+                return (state.images, state.results, state.dead) == (0, 29, 1)
+
+            await until(all_have_ended, worker)
+            stop.set()
+            await running
+            await worker.close()
+            assert worker.stats.errors == 0
+        async with ResultReader(users[Role.READER], "line") as results:
+            found = set()
+            async for entry_id, result in results:
+                found.add(result.id)
+                await results.ack(entry_id)
+                if len(found) == 29:
+                    break
+        async with make_client(users[Role.OPERATOR]) as client:
+            box = DeadLetterBox(client, users[Role.OPERATOR])
+            (letter,) = await box.newest()
+            assert await box.replay(letter.dead_id) is not None
+
+
+def test_server_takes_the_line_as_its_acl_file(tmp_path: Path) -> None:
+    line = user_line("camera", access_rules(Role.PRODUCER, "flawstream"), sha256(b"secret").hexdigest(), acl_file=True)
+    (tmp_path / "users.acl").write_text(f"user default on nopass ~* +@all\n{line}\n", encoding="utf-8")
+    server = Server(tmp_path / "server", f"aclfile {tmp_path / 'users.acl'}")
+    with running_server(server), RawRedis(server.port) as raw:
+        raw("AUTH", "camera", "secret")
+        raw("XADD", "flawstream:images", "*", "category", "bottle", "image", "x")
+        with pytest.raises(RuntimeError, match="NOPERM"):
+            raw("XRANGE", "flawstream:images", "-", "+")
 
 
 @pytest.mark.parametrize("name", ["two words", "a)", 'a"b', "", "neue\nzeile", "~*"])
