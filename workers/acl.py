@@ -20,7 +20,8 @@ _SAFE = re.compile(r"[A-Za-z0-9._:@/{}*?\[\]\\^-]+")
 _USER = re.compile(r"[A-Za-z0-9._@-]+")
 _SCRIPTS = "eval evalsha"
 _CONNECTION = "ping select client|setinfo"
-_CLUSTER = "asking cluster|nodes cluster|shards cluster|slots command readonly readwrite"
+_CLUSTER = "asking cluster|nodes cluster|shards cluster|slots command"
+"""Clients of different languages learn a cluster's layout by one or the other of these."""
 
 
 class Role(StrEnum):

@@ -69,8 +69,10 @@ async def _push(files: list[Path], category: str, settings: Settings, timeout_s:
     pending: dict[str, Path] = {}
     async with AsyncExitStack() as stack:
         producer = await stack.enter_async_context(Producer(settings.redis, settings.limits, settings.backlog))
-        results = await stack.enter_async_context(ResultReader(settings.redis))
-        dead = await stack.enter_async_context(DeadLetterReader(settings.redis))
+        readers = None  # without --wait the rights of a producer are enough
+        if timeout_s is not None:
+            results = await stack.enter_async_context(ResultReader(settings.redis))
+            readers = results, await stack.enter_async_context(DeadLetterReader(settings.redis))
         with _bar() as progress:
             for file in progress.track(files, description="pushing"):
                 try:
@@ -87,10 +89,10 @@ async def _push(files: list[Path], category: str, settings: Settings, timeout_s:
                     pending[entry_id] = file
                     if timeout_s is None and as_json:
                         print_json({"file": str(file), "entry_id": entry_id})
-        if timeout_s is None:
+        if timeout_s is None or readers is None:
             say(f"{len(pending)} pushed. Results: flawstream watch --redis {settings.redis.url}")
             return failed
-        return failed + await _await_endings(pending, results, dead, timeout_s, as_json=as_json)
+        return failed + await _await_endings(pending, *readers, timeout_s, as_json=as_json)
 
 
 async def _await_endings(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import make_run
 from fakes import FakeDetector, png
 from raw_redis import RawRedis
 from redis.asyncio import Redis
@@ -19,11 +20,12 @@ from redis.exceptions import ResponseError
 from redis_servers import Server, cluster
 from redis_servers import running as running_server
 
+from flawstream_cli.terminal import ExitCode
 from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys
 from schemas.settings import BacklogSettings, RedisSettings, Settings, WorkerSettings
 from workers import reader as reader_module
-from workers.acl import Role, access_rules, user_line
+from workers.acl import HASH_PLACEHOLDER, Role, access_rules, user_line
 from workers.backlog import Backlog
 from workers.connection import make_client
 from workers.dead_letter_box import DeadLetterBox
@@ -380,6 +382,39 @@ async def expect_refusal(client: Redis, *command: str) -> None:
         await client.execute_command(*command)
     told = f"{type(caught.value).__name__} {caught.value}"
     assert "NoPermission" in told or "NOPERM" in told or "ACL failure" in told, f"{command}: {told}"
+
+
+def test_command_prints_users_who_can_push_and_look_at_dead_letters(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = make_run(monkeypatch, capsys)
+    (tmp_path / "password").write_text(f"{PASSWORD}\n", encoding="utf-8")
+    (tmp_path / "a.png").write_bytes(png())
+    monkeypatch.setenv("FLAWSTREAM_REDIS__PASSWORD_FILE", str(tmp_path / "password"))
+    monkeypatch.setenv("FLAWSTREAM_REDIS__URL", server.url)
+    for role in (Role.PRODUCER, Role.OPERATOR):
+        printed = run("acl", role, "--password-file", tmp_path / "password")
+        assert PASSWORD not in printed.out + printed.err
+        with RawRedis(server.port) as raw:
+            raw(*printed.out.split())
+    monkeypatch.setenv("FLAWSTREAM_REDIS__USERNAME", "flawstream-producer")
+    assert run("push", tmp_path / "a.png", "-c", "bottle").code == 0
+    assert run("dead", "list").code == ExitCode.CANNOT_START
+    monkeypatch.setenv("FLAWSTREAM_REDIS__USERNAME", "flawstream-operator")
+    assert run("dead", "list").code == 0
+
+
+def test_command_prints_one_line_however_long_and_says_what_is_to_be_filled_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(monkeypatch, capsys)
+    as_file = run("acl", "service", "--shards", 1024, "--user", "node-1", "--format", "aclfile")
+    (line,) = as_file.out.splitlines()
+    assert line.startswith(f"user node-1 on #{HASH_PLACEHOLDER} ")
+    assert HASH_PLACEHOLDER in as_file.err
+    monkeypatch.setenv("FLAWSTREAM_REFERENCES__ALLOW", '["key:frames:"]')
+    assert "(%R~frames:* +get +strlen)" in run("acl", "worker").out
+    assert "frames" not in run("acl", "producer").out
 
 
 async def test_users_of_a_cluster_do_their_jobs_on_all_its_servers(tmp_path: Path) -> None:
