@@ -1,7 +1,7 @@
 """Everything a worker is handed, in memory: no server, no model, no waiting."""
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -63,10 +63,11 @@ def detection(score: float = 0.5, *, threshold: float = 1.0) -> Detection:
 
 @dataclass(slots=True)
 class FakeClock:
-    """A `Clock` that stands still until a test moves it on; sleepers are awake at once."""
+    """A `Clock` that stands still until a test moves it on; sleepers are awake at once, after `on_sleep`."""
 
     time: datetime = ARRIVED
     slept_s: list[float] = field(default_factory=list)
+    on_sleep: Callable[[], None] = lambda: None
 
     def now(self) -> datetime:
         return self.time
@@ -76,6 +77,7 @@ class FakeClock:
 
     async def sleep(self, duration_s: float) -> None:
         self.slept_s.append(duration_s)
+        self.on_sleep()
         await asyncio.sleep(0)
 
 

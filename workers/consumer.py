@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -53,7 +54,8 @@ class StreamWorker:
     """Reads images, has them judged and publishes what came of it, so that each ends exactly once.
 
     An entry that was given out before is handled in a batch of its own, so that one which breaks a worker takes
-    nobody along. What is in hand is touched now and then, however long it takes, so that nobody else claims it.
+    nobody along. What is in hand is touched now and then, so that nobody else claims it; where the detector cannot
+    be had for as long as a claim takes, it is handed back.
 
     Args:
         reader: Gives out entries.
@@ -84,6 +86,7 @@ class StreamWorker:
         self._clock = clock
         self._settings = settings
         self._retention = retention
+        self._patience_s = settings.claim_idle_ms / 1000
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._held: set[str] = set()
         self._batches: set[asyncio.Task[None]] = set()
@@ -104,7 +107,7 @@ class StreamWorker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await self._hand_back()
+        await self._hand_back(self._held)
         if not reading.cancelled():
             reading.result()  # raises what should never have been raised
 
@@ -183,13 +186,12 @@ class StreamWorker:
             except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
                 self._note("touching what is in hand", error)
 
-    async def _hand_back(self) -> None:
+    async def _hand_back(self, ids: Collection[str]) -> None:
         """Give back what did not end; where that fails it is claimed later, and counted."""
-        held, self._held = self._held, set()
         try:
-            await self._reader.release(held)
+            await self._reader.release(ids)
         except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
-            self._note(f"handing back {len(held)} entries", error)
+            self._note(f"handing back {len(ids)} entries", error)
 
     async def _finish_and_release(self, entries: Sequence[Entry]) -> None:
         try:
@@ -211,8 +213,9 @@ class StreamWorker:
             ended = await self._persist(partial(self._sink.publish, endings))
         except Exception as error:  # noqa: BLE001 - a batch's outermost boundary
             self._note(f"working on {len(entries)} entries, which stay pending,", error)
-            if not self._stop.is_set():  # else they are still in hand, and handed back
-                self._held -= ids
+            if isinstance(error, TransientError):  # no fault of theirs; another worker may have a detector
+                await self._hand_back(ids)
+            self._held -= ids
             return 0
         self._held -= ids
         for ending, ours in zip(endings, ended, strict=True):
@@ -230,7 +233,7 @@ class StreamWorker:
                 fit.append(entry)
         if not fit:
             return endings
-        size_px = await self._persist(self._detector.input_size)
+        size_px = await self._persist(self._detector.input_size, self._patience_s)
         jobs: list[Job] = []
         decoded = await self._persist(partial(self._decoder.decode, fit, size_px))
         for entry, opened in zip(fit, decoded, strict=True):
@@ -258,10 +261,10 @@ class StreamWorker:
         """Have a batch judged; where that fails, image by image, and nothing for one that fails alone.
 
         Raises:
-            TransientError: The detector cannot, and the worker was told to stop.
+            TransientError: The detector could not for long, or cannot and the worker was told to stop.
         """
         try:
-            return list(await self._persist(partial(self._detect_together, jobs)))
+            return list(await self._persist(partial(self._detect_together, jobs), self._patience_s))
         except TransientError:
             raise
         except MessageError as error:
@@ -309,11 +312,12 @@ class StreamWorker:
             "the log of the workers says what went wrong; push it again once that is mended",
         )
 
-    async def _persist(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        """Try until it is done; once told to stop, one last time."""
+    async def _persist(self, attempt: Callable[[], Awaitable[_T]], patience_s: float = math.inf) -> _T:
+        """Try until it is done, or for so long; once told to stop, one last time."""
         failures = 0
+        started_at = self._clock.now()
         while True:
-            last = self._stop.is_set()
+            last = self._stop.is_set() or between_ms(started_at, self._clock.now()) >= patience_s * 1000
             try:
                 return await attempt()
             except TransientError as error:

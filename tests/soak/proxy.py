@@ -45,7 +45,7 @@ class CuttingProxy:
         self._links.add(link)
         try:
             await asyncio.gather(link.copy(reader, server_writer), self._answer(link, server_reader, writer))
-        except OSError:
+        except (OSError, asyncio.CancelledError):  # cancelled when the program ends: nobody waits for this task
             pass
         finally:
             link.close()

@@ -494,3 +494,14 @@ async def test_an_image_that_kills_detector_after_detector_ends_as_poison() -> N
     bench.clock.advance(3600)
     assert await bench.worker.sweep() == 1
     assert bench.dead[entry_id(1)].reason is Reason.POISON
+
+
+async def test_a_worker_whose_detector_is_away_for_long_hands_its_batch_back() -> None:
+    bench = Bench(WorkerSettings(claim_idle_ms=1000))
+    bench.stream.add(image_entry(1))
+    bench.detector.failures = [DetectorOverloadedError("away")] * 1000
+    bench.clock.on_sleep = lambda: bench.clock.advance(0.1)
+    assert await bench.worker.run_once() == 0
+    (entry,) = await FakeReader(bench.stream, "b", claim_idle_ms=1000).claim(8)
+    assert (entry.entry_id, entry.deliveries) == (entry_id(1), 1)
+    assert bench.worker.stats.errors == 0
