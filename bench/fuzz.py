@@ -58,7 +58,7 @@ class Account:
 
     def push(self, redis: Redis, entries: list[FuzzEntry]) -> None:
         """Push with plain XADD."""
-        pipe = redis.pipeline(transaction=False)
+        pipe: Any = redis.pipeline(transaction=False)  # the client leaves this call untyped
         for entry in entries:
             pipe.execute_command("XADD", _IMAGES, "*", *(part for one in entry.fields.items() for part in one))
         for entry, entry_id in zip(entries, pipe.execute(), strict=True):
