@@ -56,7 +56,7 @@ class RedisSettings(_Section):
         None, description="File that holds the password, such as a mounted secret; instead of `password`."
     )
     tls_ca_file: Path | None = Field(
-        None, description="PEM file of the authorities to trust with `rediss://`; absent: the system's."
+        None, description="PEM file of authorities to trust with `rediss://`, beside the system's."
     )
     tls_cert_file: Path | None = Field(
         None, description="PEM file of the client's certificate, where one is asked for."
