@@ -5,6 +5,7 @@ decoded. Knows no model and no transport.
 """
 
 import io
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from flawstream.png import check_chunks
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
+
+logging.getLogger("PIL").setLevel(logging.INFO)  # at DEBUG it logs what stands in an image's tags
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _CURE = "send a JPEG, PNG, WebP, BMP or TIFF"

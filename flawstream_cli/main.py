@@ -26,7 +26,7 @@ COMMANDS = {
     "watch": "Show results as they come.",
     "models": "Look at model versions and promote them.",
     "dead": "Look at dead letters: images that were refused, and why.",
-    "acl": "Print users of the stream server with the rights they need.",
+    "acl": "Print a user of the stream server, with the rights its role needs.",
     "doctor": "Check packages, hardware, weights, registry and stream server.",
 }
 """Each is a module in `commands`, imported when it is called: a push must not wait until torch and Ray are loaded."""
