@@ -3,6 +3,7 @@
 Knows how to wait on a single server, behind Sentinels and in a cluster, and nothing of what was written.
 """
 
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -66,7 +67,7 @@ class DurableScript:
         """Run the script, then wait.
 
         Args:
-            keys: The streams and other keys it touches.
+            keys: The streams and other keys it touches, a stream first.
             args: What else it is told.
             read: Makes sense of its reply; where it raises, there is nothing to wait for.
 
@@ -98,14 +99,18 @@ class DurableScript:
             pipeline = client.pipeline()
             for one in (command, *self._waits):
                 pipeline.execute_command(*one, target_nodes=node)
-            replies = await pipeline.execute(raise_on_error=False, allow_redirections=False)
+            try:
+                replies = await pipeline.execute(raise_on_error=False, allow_redirections=False)
+            except RedisError as error:
+                replies = [error]
             if not isinstance(replies[0], RedisError):
                 return replies
+            # A pipeline learns nothing from a node that is gone or has moved; a plain command's client does.
+            with contextlib.suppress(RedisError):
+                await client.xlen(key)
             redirections += 1
-            if isinstance(replies[0], MovedError) and redirections <= _REDIRECTIONS:
-                await client.exists(key)  # a plain command follows, and the client remembers where to
-                continue
-            raise replies[0]
+            if not isinstance(replies[0], MovedError) or redirections > _REDIRECTIONS:
+                raise replies[0]
 
     def _shortfall(self, waited: list[Any]) -> str:
         lacking = []

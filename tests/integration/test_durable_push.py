@@ -122,6 +122,27 @@ async def test_a_push_to_a_cluster_waits_on_the_node_that_has_the_shard_also_whe
                 assert any(entry_id in str(new_owner("XRANGE", keys.images, "-", "+")) for entry_id in pushed)
 
 
+async def test_a_producer_finds_the_node_that_took_over_from_one_that_died(tmp_path: Path) -> None:
+    with cluster(tmp_path) as nodes:
+        for node in nodes:
+            node("CONFIG", "SET", "cluster-require-full-coverage", "no")
+        settings = RedisSettings(url=nodes[0].url, cluster=True, shards=1, wait_local_fsync=True, timeout_s=PATIENT_S)
+        async with Producer(settings) as producer, make_client(settings) as client:
+            assert isinstance(client, RedisCluster)
+            (keys,) = all_keys(settings)
+            await producer.push(png(), "bottle", id="cam1-1")
+            await client.initialize()
+            known = client.get_node_from_key(keys.images)
+            assert known is not None
+            (dead,) = [node for node in nodes if node.port == known.port]
+            dead.kill()
+            new_owner = move_slot(client, [node for node in nodes if node is not dead], keys)
+            with pytest.raises(StreamUnavailableError):
+                await producer.push(png(), "bottle", id="cam1-2")
+            entry_id = await producer.push(png(), "bottle", id="cam1-2")
+            assert entry_id in str(new_owner("XRANGE", keys.images, "-", "+"))
+
+
 async def test_dead_letters_of_a_cluster_are_replayed_in_their_shards(tmp_path: Path) -> None:
     with cluster(tmp_path) as nodes:
         settings = RedisSettings(url=nodes[0].url, cluster=True, shards=4)

@@ -9,7 +9,7 @@ from fakes import png
 from redis.asyncio import Redis
 
 from schemas.errors import BacklogFullError, ConfigError, MessageError, Reason, StreamUnavailableError
-from schemas.keys import StreamKeys
+from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
 from workers.connection import make_client
@@ -18,6 +18,7 @@ from workers.producer import Producer
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 
 KEYS = StreamKeys()
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -83,12 +84,90 @@ async def test_a_producer_may_wait_for_room(client: Redis, redis_settings: Redis
     assert [entry_id.decode() for entry_id, _ in await client.xrange(KEYS.images)] == [second]
 
 
-async def test_a_server_without_memory_is_a_full_backlog(client: Redis, redis_settings: RedisSettings) -> None:
+async def test_a_server_without_memory_is_a_full_backlog_and_counts_that(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
     async with Producer(redis_settings) as producer:
         await client.config_set("maxmemory", "1mb")
-        with pytest.raises(BacklogFullError, match="out of memory"):
-            await producer.push(png(), "bottle", id="a")
+        for number in range(3):
+            with pytest.raises(BacklogFullError, match="out of memory"):
+                await producer.push(png(), "bottle", id=f"cam1-{number}")
     assert await client.xlen(KEYS.images) == 0
+    assert await client.hgetall(KEYS.counters) == {b"refused_memory": b"3"}
+
+
+async def test_refusals_and_duplicates_are_counted_at_the_server(client: Redis, redis_settings: RedisSettings) -> None:
+    async with Producer(redis_settings, backlog=BacklogSettings(max_images=1)) as producer:
+        for _ in range(3):
+            await producer.push(png(), "bottle", id="a")
+        for _ in range(4):
+            with pytest.raises(BacklogFullError):
+                await producer.push(png(), "bottle", id="b")
+    assert await client.hgetall(KEYS.counters) == {b"duplicates": b"2", b"refused_images": b"4"}
+
+
+async def test_a_backlog_full_of_bytes_refuses_also_where_others_wrote_them(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    async with Producer(redis_settings, backlog=BacklogSettings(max_bytes=2 * MIB)) as producer:
+        for _ in range(5):
+            await client.xadd(KEYS.images, {"category": "bottle", "image": b"x" * (MIB // 2)})
+        with pytest.raises(
+            BacklogFullError, match=r"take 2,\d{3},\d{3} bytes and 2,097,152 are allowed.*backlog\.max_bytes"
+        ):
+            await producer.push(png(), "bottle", id="a")
+        assert await client.xlen(KEYS.images) == 5
+        assert await client.exists(KEYS.seen("a")) == 0
+        assert await client.hgetall(KEYS.counters) == {b"refused_bytes": b"1"}
+        await client.xtrim(KEYS.images, maxlen=2, approximate=False)
+        assert await producer.push(png(), "bottle", id="a")
+
+
+async def test_few_small_images_before_many_large_ones_do_not_hide_their_bytes(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    for size_bytes, count in ((2000, 200), (100_000, 60)):
+        for _ in range(count):
+            await client.xadd(KEYS.images, {"category": "bottle", "image": b"x" * size_bytes})
+    async with Producer(redis_settings, backlog=BacklogSettings(max_bytes=6 * MIB)) as producer:
+        with pytest.raises(BacklogFullError, match="bytes"):  # as many as the server's own estimate would be far below
+            await producer.push(png(), "bottle")
+    assert await client.memory_usage(KEYS.images, samples=5) < 6 * MIB
+
+
+async def test_a_long_stream_is_measured_now_and_then_and_what_is_pushed_in_between_is_added(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    async with client.pipeline(transaction=False) as pipeline:
+        for _ in range(1001):
+            pipeline.xadd(KEYS.images, {"category": "bottle"})
+        await pipeline.execute()
+    async with Producer(redis_settings, backlog=BacklogSettings(max_bytes=4 * MIB)) as producer:
+        await client.set(KEYS.image_bytes, 3 * MIB, ex=60)  # as if it had just been measured
+        before = await client.xlen(KEYS.images)
+        await producer.push(b"x" * MIB, "bottle")
+        with pytest.raises(BacklogFullError, match="take 4,194,3"):
+            await producer.push(b"x", "bottle")
+        assert 0 < await client.ttl(KEYS.image_bytes) <= 60
+        assert await client.xlen(KEYS.images) == before + 1
+
+
+async def test_images_go_to_the_shard_of_their_id_and_without_one_to_each_in_turn(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    settings = redis_settings.model_copy(update={"shards": 4})
+    async with Producer(settings) as producer, Producer(settings) as other:
+        for number in range(20):
+            entry_id = await producer.push(png(), "bottle", id=f"part-{number}")
+            assert await other.push(png(), "bottle", id=f"part-{number}") == entry_id
+            (row,) = await client.xrange(keys_of(settings, f"part-{number}").images, min=entry_id, max=entry_id)
+            assert row[1][b"id"] == f"part-{number}".encode()
+        lengths = [await client.xlen(keys.images) for keys in all_keys(settings)]
+        assert sum(lengths) == 20
+        for _ in range(8):
+            await producer.push(png(), "bottle")
+        assert [await client.xlen(keys.images) for keys in all_keys(settings)] == [length + 2 for length in lengths]
+    assert await client.exists(KEYS.images) == 0
 
 
 @pytest.mark.parametrize(
