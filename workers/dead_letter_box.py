@@ -25,6 +25,7 @@ _PAGE_BYTES = 8 << 20
 """Most that the server looks at in one go: some ten milliseconds."""
 _TRIM = 1000
 _OURS, _ALL = "*", ""
+_REASONS = frozenset(Reason)
 _DEAD_ID = re.compile(r"(?:(\d{1,4}):)?(\d{1,20})-(\d{1,20})")
 
 
@@ -122,7 +123,7 @@ class DeadLetterBox:
         """Count the newest dead letters of each shard, so many at most, by reason; '' are entries of others."""
         with stream_errors(self._client):
             found = await asyncio.gather(*(self._newest_of(keys, limit, _ALL) for keys in self._shards))
-        return Counter(head.reason for head in itertools.chain(*found))
+        return Counter(head.reason if head.reason in _REASONS else "" for head in itertools.chain(*found))
 
     async def walk(self, reason: Reason | None = None) -> AsyncIterator[list[str]]:
         """Go through the ids of all dead letters that are there now, page by page, the oldest of each shard first.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated
+from uuid import uuid4
 
 import typer
 from rich.progress import Progress
@@ -21,7 +22,7 @@ from flawstream_cli.terminal import (
     say,
     table,
 )
-from schemas.errors import ConfigError, MessageError
+from schemas.errors import ConfigError, MessageError, TransientError
 from schemas.messages import DetectionResult
 from schemas.settings import Settings
 from training.datasets.folders import IMAGE_SUFFIXES
@@ -34,6 +35,9 @@ _WAIT_FOR_ROOM_S = 60.0
 def push(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders to take all images of.")],
     category: Annotated[str, typer.Option("--category", "-c", help="Whose model judges them.")],
+    id_: Annotated[
+        str | None, typer.Option("--id", help="Your own key of a single image; pushed again, it is there once.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the results and show them.")] = False,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="With --wait: longest time without any result.")] = 60.0,
     redis: RedisOption = None,
@@ -44,13 +48,16 @@ def push(
 
     Example: `flawstream push line7/*.png --category bottle --wait`
 
-    Exit code 1: an image was refused, or with --wait ended as a dead letter or did not end in time.
+    Exit code 1: an image was refused, or with --wait ended as a dead letter or did not end in time. 4: the stream is
+    full, or the server does not answer; what was pushed before is named, and the rest is not there.
     """
     settings = read_settings(config, redis={"url": redis})
     files = list(_files(paths))
     if not files:
         raise ConfigError(f"no images in {', '.join(map(str, paths))}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-    failed = asyncio.run(_push(files, category, settings, timeout_s if wait else None, as_json=as_json))
+    if id_ is not None and len(files) != 1:
+        raise typer.BadParameter(f"--id is for a single image, and these are {len(files)}")
+    failed = asyncio.run(_push(files, category, id_, settings, timeout_s if wait else None, as_json=as_json))
     if failed:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -63,21 +70,25 @@ def _files(paths: list[Path]) -> Iterator[Path]:
             yield path
 
 
-async def _push(files: list[Path], category: str, settings: Settings, timeout_s: float | None, *, as_json: bool) -> int:
+async def _push(
+    files: list[Path], category: str, id_: str | None, settings: Settings, timeout_s: float | None, *, as_json: bool
+) -> int:
     """Push, and wait if asked to; gives the number of images that failed."""
     failed = 0
     pending: dict[str, Path] = {}
     async with AsyncExitStack() as stack:
         producer = await stack.enter_async_context(Producer(settings.redis, settings.limits, settings.backlog))
-        readers = None  # without --wait the rights of a producer are enough
         if timeout_s is not None:
             results = await stack.enter_async_context(ResultReader(settings.redis))
-            readers = results, await stack.enter_async_context(DeadLetterReader(settings.redis))
+            dead = await stack.enter_async_context(DeadLetterReader(settings.redis))
         with _bar() as progress:
             for file in progress.track(files, description="pushing"):
+                # Entries of two shards may have the same id: there, each image is given one of its own.
+                message_id = id_ or (uuid4().hex if settings.redis.shards else None)
+                extra = {"file": file.name.encode()}
                 try:
                     entry_id = await producer.push(
-                        file.read_bytes(), category, extra={"file": file.name.encode()}, wait_s=_WAIT_FOR_ROOM_S
+                        file.read_bytes(), category, id=message_id, extra=extra, wait_s=_WAIT_FOR_ROOM_S
                     )
                 except OSError as error:
                     failed += 1
@@ -85,14 +96,19 @@ async def _push(files: list[Path], category: str, settings: Settings, timeout_s:
                 except MessageError as error:
                     failed += 1
                     _tell_failure(file, error.reason, str(error), as_json=as_json)
+                except TransientError as error:
+                    if as_json:
+                        print_json({"file": str(file), "reason": error.code, "detail": str(error)})
+                    say(f"{len(pending)} of {len(files)} pushed before; push the others again from {file} on")
+                    raise
                 else:
-                    pending[entry_id] = file
+                    pending[message_id or entry_id] = file
                     if timeout_s is None and as_json:
                         print_json({"file": str(file), "entry_id": entry_id})
-        if timeout_s is None or readers is None:
+        if timeout_s is None:
             say(f"{len(pending)} pushed. Results: flawstream watch --redis {settings.redis.url}")
             return failed
-        return failed + await _await_endings(pending, *readers, timeout_s, as_json=as_json)
+        return failed + await _await_endings(pending, results, dead, timeout_s, as_json=as_json)
 
 
 async def _await_endings(
@@ -115,9 +131,10 @@ async def _await_endings(
                         told = result.model_dump(mode="json", exclude={"map", "extra"})
                         print_json({"file": str(found[-1][0]), **told})
             for _, letter in letters:
-                if letter.entry_id in pending:
+                message_id = letter.fields.get(b"id", b"").decode("utf-8", "replace") or letter.entry_id
+                if message_id in pending:
                     failed += 1
-                    _tell_failure(pending.pop(letter.entry_id), letter.reason, letter.detail, as_json=as_json)
+                    _tell_failure(pending.pop(message_id), letter.reason, letter.detail, as_json=as_json)
             if len(pending) < ours:
                 deadline_s = loop.time() + timeout_s
                 progress.advance(task, ours - len(pending))

@@ -78,7 +78,8 @@ async def test_letters_of_one_reason_are_found_among_many(client: Redis, box: De
     poison.append(await bury(client, reason=Reason.POISON))
     assert [entry.dead_id for entry in await box.newest(5, reason=Reason.POISON)] == poison[::-1]
     assert [page async for page in box.walk(Reason.POISON)] == [poison[:1], poison[1:]]
-    assert await box.reasons(701) == {Reason.UNDECODABLE: 700, Reason.POISON: 1}
+    await client.xadd(KEYS.dead, {"dead.reason": "bad luck"})
+    assert await box.reasons(702) == {Reason.UNDECODABLE: 700, Reason.POISON: 1, "": 1}
 
 
 async def test_one_letter_is_shown_by_its_id(client: Redis, box: DeadLetterBox) -> None:
