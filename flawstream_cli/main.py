@@ -25,7 +25,7 @@ COMMANDS = {
     "push": "Push images onto the stream.",
     "watch": "Show results as they come.",
     "models": "Look at model versions and promote them.",
-    "dead": "Look at dead letters: images that were refused, and why.",
+    "dead": "Look at dead letters, images that were refused; send them again or throw them away.",
     "acl": "Print a user of the stream server, with the rights its role needs.",
     "doctor": "Check packages, hardware, weights, registry and stream server.",
 }
