@@ -3,6 +3,7 @@
 #   make demo          train and serve two categories of solar cells, end to end (KEEP=1 leaves everything up)
 #   make test          all tests            make check    lint, types, imports
 #   make unit | integration | e2e           one folder of tests
+#   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
 #   make bench-accuracy | bench-parity      beside anomalib, in an environment of its own (ARGS=--quick)
 #   make fmt           format               make constraints   pin the whole tree anew
 #   make clean         remove what was made
@@ -17,7 +18,7 @@ PEERS := .venv-anomalib
 PEERS_STAMP := $(PEERS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test unit contracts integration e2e demo peers bench-accuracy bench-parity constraints clean
+.PHONY: help setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers bench-accuracy bench-parity constraints clean
 
 help:
 	@sed -n '1,10s/^# \{0,1\}//p' Makefile
@@ -50,6 +51,9 @@ test: setup
 
 unit contracts integration e2e: setup
 	@$(BIN) -m pytest tests/$@
+
+test-chaos test-fuzz test-overload: setup
+	@PYTHONPATH=tests $(BIN) -m soak.$(@:test-%=%) $(ARGS)
 
 demo: setup
 	@$(BIN) -m flawstream_cli demo $(if $(KEEP),--keep)

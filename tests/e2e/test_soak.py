@@ -1,0 +1,36 @@
+"""The short forms of the long tests: chaos for three minutes. `make test-chaos` is the long one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+TESTS = Path(__file__).parent.parent
+
+
+def run(program: str, *options: str) -> dict[str, Any]:
+    """Run one of the long tests; gives what its last line says."""
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-m", f"soak.{program}", *options],
+        cwd=TESTS.parent,
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def test_every_image_ends_once_though_everything_is_killed_cut_off_and_paused() -> None:
+    told = run("chaos", "--minutes", "3")
+    assert (told["lost"], told["duplicates"], told["wrong_ending"], told["unread_by_group"]) == (0, 0, 0, 0)
+    assert told["images"] > 0
+    assert set(told["faults"]) >= {"redis_killed", "redis_paused", "replies_cut", "controller_killed", "worker_killed"}
