@@ -2,7 +2,7 @@
 -- Whether there is room for one more image: the part that push and replay share, put before each of them.
 -- No allow-oom flag: a server at its memory limit refuses before anything is written.
 
--- Up to so many entries are measured anew each time, in less than 0.1 ms; more of them now and then.
+-- Up to so many entries are measured anew each time, in some 0.1 ms; more of them now and then.
 local MEASURED_AT_ONCE = 1000
 
 -- How many bytes the stream takes, whoever wrote it. SAMPLES 0 looks at every node of the stream: a sample is of the
