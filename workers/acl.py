@@ -75,7 +75,7 @@ _GRANTS = {
         _Grant("xadd xlen memory|usage", "images"),
         _Grant("get set", "image_bytes"),
         _Grant("set", "seen"),
-        _Grant("hincrby hgetall", "counters"),
+        _Grant("hincrby", "counters"),
     ),
     Role.SERVICE: (*_PRODUCER, *_WORKER),
 }

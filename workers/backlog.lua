@@ -8,7 +8,11 @@ local images, group = KEYS[1], ARGV[1]
 local length = redis.call('XLEN', images)
 local pending, lag = 0, length -- without a group nothing was given out
 local groups = redis.pcall('XINFO', 'GROUPS', images)
-if not groups['err'] then -- an error: the stream is not there yet
+if groups['err'] then
+    if length > 0 then
+        return groups -- not that the stream is not there yet
+    end
+else
     for _, row in ipairs(groups) do
         local about = {}
         for i = 1, #row, 2 do

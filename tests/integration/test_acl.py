@@ -31,7 +31,7 @@ from workers.connection import make_client
 from workers.dead_letter_box import DeadLetterBox
 from workers.embedded import EmbeddedServer
 from workers.producer import Producer
-from workers.results import ResultReader
+from workers.results import DeadLetterReader, ResultReader
 from workers.sharded import ShardedWorker
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
@@ -246,6 +246,18 @@ async def test_reader_makes_its_group_reads_and_acknowledges(plant: Plant) -> No
         assert await alone.read() == []
 
 
+async def test_plain_reader_takes_over_what_another_of_its_group_left_and_looks_around(plant: Plant) -> None:
+    results = plant.keys.results
+    await plant.admin.xadd(results, {"id": "x"})
+    async with plant.client(Role.READER) as client:
+        await client.xgroup_create(results, "line", id="0")
+        await client.xreadgroup("line", "gone", {results: ">"})
+        assert (await client.xpending(results, "line"))["pending"] == 1
+        claimed = await client.xautoclaim(results, "line", "one", min_idle_time=0)
+        assert [fields for _, fields in claimed[1]] == [{b"id": b"x"}]
+        assert await client.xlen(results) == len(await client.xrange(results)) == 1
+
+
 async def test_operator_looks_through_dead_letters_sends_them_again_and_throws_them_away(plant: Plant) -> None:
     letter = {
         "id": "x",
@@ -270,6 +282,12 @@ async def test_operator_looks_through_dead_letters_sends_them_again_and_throws_t
         assert await box.purge([second]) == 1
         assert sum([gone async for gone in box.purge_until()]) == 2
     assert await plant.admin.exists(plant.keys.seen("x")) == 1
+    async with DeadLetterReader(plant.as_(Role.OPERATOR)) as letters:
+        assert await letters.read() == []
+        await plant.admin.xadd(plant.keys.dead, letter)  # type: ignore[arg-type]  # the same
+        async for _, found in letters:
+            assert found.reason == "undecodable"
+            break
 
 
 FORBIDDEN: dict[Role, tuple[str, ...]] = {
