@@ -9,8 +9,8 @@ local length = redis.call('XLEN', images)
 local pending, lag = 0, length -- without a group nothing was given out
 local groups = redis.pcall('XINFO', 'GROUPS', images)
 if groups['err'] then
-    if length > 0 then
-        return groups -- not that the stream is not there yet
+    if not string.find(groups['err'], 'no such key', 1, true) then -- which only says that nobody has pushed yet
+        return groups
     end
 else
     for _, row in ipairs(groups) do
