@@ -61,7 +61,7 @@ def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
     Raises:
         ShapeError: No grid, or batch sizes differ.
     """
-    if not grids or len({grid.shape[0] for grid in grids}) != 1:
+    if not grids or any(grid.shape[0] != grids[0].shape[0] for grid in grids):
         raise ShapeError(f"grids of one batch are needed, got shapes {[tuple(grid.shape) for grid in grids]}")
     height, width = min((grid.shape[1:] for grid in grids), key=lambda shape: shape[0] * shape[1])
     total = torch.zeros((grids[0].shape[0], height, width), dtype=torch.float32, device=grids[0].device)
