@@ -5,11 +5,11 @@ from datetime import datetime
 from functools import partial
 from itertools import cycle
 
-from schemas.errors import StreamUnavailableError
+from schemas.errors import BacklogFullError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
-from workers.connection import StreamClient, stream_errors
+from workers.connection import Script, StreamClient, stream_errors
 from workers.durability import DurableScript
 from workers.room import REMEMBER_S, Room, when_there_is_room
 
@@ -18,7 +18,8 @@ class Producer(StreamClient):
     """Pushes images, refusing when the backlog is full.
 
     A push that was cut off may or may not have happened. Push again with the same `id`: the image is on the stream
-    once. With shards, an image with an `id` goes to the shard of that `id`, others to one shard after the other.
+    once. With shards, an image with an `id` goes to the shard of that `id`, others to one shard after the other. Once
+    refused, it asks for room before it sends the next image: a refusal costs neither side an image's bytes.
 
     Args:
         settings: Where the streams are, and what to wait for after a push.
@@ -37,6 +38,8 @@ class Producer(StreamClient):
         self._limits = limits
         self._shards = cycle(all_keys(settings))
         self._room = Room(self._client, backlog)
+        self._full: set[StreamKeys] = set()
+        self._ask = Script(self._client, "room.lua", "ask.lua")
         self._script = DurableScript(self._client, settings, "room.lua", "push.lua")
 
     async def open(self) -> None:
@@ -100,8 +103,15 @@ class Producer(StreamClient):
         for name, value in fields.items():
             values += (name, value)
         with stream_errors(self._client):
-            async with self._room.memory_errors(keys):
-                entry_id, lacking = await self._script(names, values, partial(self._room.entry_id, keys))
+            try:
+                async with self._room.memory_errors(keys):
+                    if keys in self._full:
+                        self._room.refuse(keys, await self._ask(keys=names, args=self._room.bounds))
+                    entry_id, lacking = await self._script(names, values, partial(self._room.entry_id, keys))
+            except BacklogFullError:
+                self._full.add(keys)
+                raise
+            self._full.discard(keys)
         if lacking:
             raise StreamUnavailableError(
                 f"the image is written, as entry {entry_id} of {keys.images}, but is not yet as safe as "

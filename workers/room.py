@@ -50,8 +50,17 @@ class Room:
         Raises:
             BacklogFullError: There was no room, and nothing was written.
         """
+        self.refuse(keys, reply)
+        return str(reply[0].decode())
+
+    def refuse(self, keys: StreamKeys, reply: Sequence[Any]) -> None:
+        """Raise where a script's reply says that there is no room.
+
+        Raises:
+            BacklogFullError: There was no room, and nothing was written.
+        """
         if reply[0]:
-            return str(reply[0].decode())
+            return
         _, bound, value = reply
         if bound == b"images":
             raise BacklogFullError(

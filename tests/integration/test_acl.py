@@ -39,6 +39,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 PASSWORD = "correct horse battery staple"  # noqa: S105 - of a server that lives for this test
 SCRIPTS = Path(reader_module.__file__).parent
 WHO_RUNS = {
+    "ask.lua": (Role.PRODUCER, Role.SERVICE),
     "backlog.lua": (Role.WORKER, Role.SERVICE),
     "claim.lua": (Role.WORKER, Role.SERVICE),
     "count.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),

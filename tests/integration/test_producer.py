@@ -73,6 +73,30 @@ async def test_a_full_backlog_refuses_and_writes_nothing(client: Redis, redis_se
         assert await client.exists("flawstream:seen:c") == 0
 
 
+async def test_a_producer_that_was_refused_asks_before_it_sends_the_next_image(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    image = png(size=(64, 64)) + bytes(100_000)
+
+    async def received_bytes() -> int:
+        return int((await client.info("stats"))["total_net_input_bytes"])
+
+    async with Producer(redis_settings, backlog=BacklogSettings(max_images=1)) as producer:
+        await producer.push(image, "bottle", id="first")
+        with pytest.raises(BacklogFullError):
+            await producer.push(image, "bottle", id="second")
+        before = await received_bytes()
+        for number in range(10):
+            with pytest.raises(BacklogFullError, match="1 images wait"):
+                await producer.push(image, "bottle", id=f"refused-{number}")
+        assert await received_bytes() - before < len(image)
+        assert await client.hgetall(KEYS.counters) == {b"refused_images": b"11"}
+        assert await producer.push(image, "bottle", id="first")  # known already: not refused
+        await client.delete(KEYS.images)
+        await producer.push(image, "bottle", id="second")
+    assert await client.xlen(KEYS.images) == 1
+
+
 async def test_a_producer_may_wait_for_room(client: Redis, redis_settings: RedisSettings) -> None:
     async with Producer(redis_settings, backlog=BacklogSettings(max_images=1)) as producer:
         first = await producer.push(png(), "bottle")
