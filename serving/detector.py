@@ -25,7 +25,7 @@ from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.batching import DrainBatcher
 from serving.engines.choose import make_engine
-from serving.engines.engine import Engine, detect
+from serving.engines.engine import Engine
 from serving.model_store import ModelStore, ResidentModel
 from workers.ports import Detection, Refusal
 
@@ -129,8 +129,8 @@ class DetectorService:
         rows_of: dict[ResidentModel, list[int]] = {}
         for row, model in enumerate(models):
             rows_of.setdefault(model, []).append(row)
-        heads = [(model.run, np.array(rows, np.int64)) for model, rows in rows_of.items()]
-        grids = [bounded(grid) for grid in detect(self._engine, images, heads)]
+        heads = [(model.loaded, np.array(rows, np.int64)) for model, rows in rows_of.items()]
+        grids = [bounded(grid) for grid in self._engine.detect(images, heads)]
         halves = [grid.astype(np.float16) for grid in grids]
         detections: list[Detection | None] = [None] * len(images)
         for model, rows in rows_of.items():

@@ -17,7 +17,7 @@ from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import WEIGHTS_FILE, Registry
 from schemas.errors import RegistryError, UnknownCategoryError
 from schemas.manifest import BackboneSpec, ModelManifest
-from serving.engines.engine import Engine, HeadRunner
+from serving.engines.engine import Engine, Loaded
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,12 @@ class ResidentModel:
 
     Attributes:
         manifest: What it is.
-        run: Its head on the engine.
+        loaded: Its head on the engine.
         calibration_scores: (n,) float64, ascending.
     """
 
     manifest: ModelManifest
-    run: HeadRunner
+    loaded: Loaded
     calibration_scores: NDArray[np.float64]
 
 
@@ -129,10 +129,11 @@ class ModelStore:
         self._refuse_other_backbone(manifest)
         weights = self._registry.read_file(manifest, WEIGHTS_FILE)
         try:
-            run = self._engine.prepare(FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow))
+            head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
+            loaded = self._engine.load(head, manifest)
         except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # a manifest whose numbers do not fit
             raise RegistryError(f"{manifest.model} cannot be made ready: {error}; train it again") from error
-        return ResidentModel(manifest, run, np.array(manifest.calibration.scores))
+        return ResidentModel(manifest, loaded, np.array(manifest.calibration.scores))
 
     def refresh(self) -> None:
         """Look for promoted versions and load those whose category is resident. A version that fails is said once.

@@ -1,8 +1,9 @@
 """Model versions small enough for any test, and an engine that needs no network: the score is the grey level."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,30 +29,27 @@ FALSE_ALARM_RATE = 0.05
 NOT_A_NUMBER, INFINITE, TOO_LARGE = 253, 254, 255
 """Grey levels for which the engine gives a grid that is NaN, infinite, or past what float16 holds."""
 
-_FLOW = FlowSpec(steps=1, hidden_ratio=0.5, conv3x3_only=False, clamp=2.0)
+FLOW = FlowSpec(steps=1, hidden_ratio=0.5, conv3x3_only=False, clamp=2.0)
 
 
-def write_version(
-    registry: Registry,
-    category: str,
+def make_manifest(
+    category: str = "bottle",
     version: str = "v1",
     *,
     spec: BackboneSpec = SPEC,
-    weights: bytes | None = None,
-    promote: bool = True,
+    flow: FlowSpec = FLOW,
+    files: Mapping[str, bytes] = MappingProxyType({}),
     age: timedelta = timedelta(),
     scores: Sequence[float] = CALIBRATION_SCORES,
 ) -> ModelManifest:
-    """Publish a version with random weights, or with the bytes given for weights."""
-    data = FastFlowHead(spec, _FLOW).to_bytes() if weights is None else weights
-    files = {"flow.safetensors": data}
+    """Describe a version that nobody trained."""
     levels = np.array(scores)
-    manifest = ModelManifest(
+    return ModelManifest(
         category=category,
         version=version,
         created_at=datetime(2026, 1, 1, tzinfo=UTC) - age,
         backbone=spec,
-        flow=_FLOW,
+        flow=flow,
         calibration=calibrate(levels, levels, FALSE_ALARM_RATE, top_fraction=0.0),
         training=TrainingRecord(
             dataset_sha256="0" * 64,
@@ -69,6 +67,23 @@ def write_version(
         libraries={},
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     )
+
+
+def write_version(
+    registry: Registry,
+    category: str,
+    version: str = "v1",
+    *,
+    spec: BackboneSpec = SPEC,
+    weights: bytes | None = None,
+    promote: bool = True,
+    age: timedelta = timedelta(),
+    scores: Sequence[float] = CALIBRATION_SCORES,
+) -> ModelManifest:
+    """Publish a version with random weights, or with the bytes given for weights."""
+    data = FastFlowHead(spec, FLOW).to_bytes() if weights is None else weights
+    files = {"flow.safetensors": data}
+    manifest = make_manifest(category, version, spec=spec, files=files, age=age, scores=scores)
     registry.write(manifest, files)
     if promote:
         registry.promote(category, version)
@@ -86,26 +101,22 @@ class TinyEngine:
     def __init__(self, spec: BackboneSpec = SPEC) -> None:
         self.spec = spec
         self.batches: list[int] = []
-        self.prepared = 0
+        self.loads = 0
 
-    def features(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def load(self, head: FastFlowHead, manifest: ModelManifest) -> str:
+        assert not head.training
+        self.loads += 1
+        return manifest.model
+
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple[str, NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        assert sorted(np.concatenate([rows for _, rows in heads])) == list(range(len(images)))
         self.batches.append(len(images))
         levels = images.mean(axis=(1, 2, 3), dtype=np.float64) / 100
         for grey, value in ((NOT_A_NUMBER, np.nan), (INFINITE, np.inf), (TOO_LARGE, 1e6)):
             levels[levels == grey / 100] = value
         return [
-            np.broadcast_to(levels[:, None, None, None], (len(images), *shape)).astype(np.float32)
-            for shape in self.spec.feature_shapes
+            np.broadcast_to(levels[:, None, None], (len(images), side, side)).astype(np.float32)
+            for side in self.spec.grid_sizes
         ]
-
-    def prepare(self, head: FastFlowHead) -> "_Run":
-        assert not head.training
-        self.prepared += 1
-        return _run
-
-
-def _run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-    return [scale[:, 0] for scale in features]
-
-
-_Run = type(_run)

@@ -4,58 +4,75 @@ Shape legend: B images, S side of an image in pixels, C channels, H W height and
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.fastflow.head import FastFlowHead
-from schemas.manifest import BackboneSpec
+from schemas.manifest import BackboneSpec, ModelManifest
 
-
-class FeatureArray(Protocol):
-    """(B, C_s, H_s, W_s) features of one scale, wherever the engine keeps them."""
-
-    def __getitem__(self, rows: NDArray[np.int64], /) -> "FeatureArray":
-        """Take some rows of the batch."""
-        ...
-
-
-HeadRunner = Callable[[Sequence[FeatureArray]], list[NDArray[np.float32]]]
-"""A head made ready: per scale features in, one (B, H_s, W_s) float32 grid per scale out, nats per channel."""
+Loaded = Any
+"""What `Engine.load` gave: only the engine that gave it knows what is in it."""
 
 
 class Engine(Protocol):
-    """Runs the backbone once for a whole batch, and heads on their rows; in one thread, `prepare` excepted."""
+    """Judges batches of mixed categories. `detect` is called by one thread at a time, `load` by others meanwhile."""
 
     spec: BackboneSpec
 
-    def features(self, images: NDArray[np.uint8]) -> Sequence[FeatureArray]:
-        """Compute the features of (B, S, S, 3) uint8 RGB images; one array per scale."""
+    def load(self, head: FastFlowHead, manifest: ModelManifest) -> Loaded:
+        """Make a version ready and warm it up. May take seconds.
+
+        The version stays ready for as long as somebody holds what is given here.
+
+        Args:
+            head: The version's weights; left as it is.
+            manifest: What the version is; its backbone is the engine's.
+
+        Raises:
+            RegistryError: The engine cannot run the version.
+            TransientError: The engine is not here and does not answer.
+        """
         ...
 
-    def prepare(self, head: FastFlowHead) -> HeadRunner:
-        """Make a head ready and warm it up. May take seconds; called in other threads while `features` runs."""
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple[Loaded, NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        """Judge a batch: the backbone once, then each head on its own rows.
+
+        Args:
+            images: (B, S, S, 3) uint8 RGB.
+            heads: What `load` gave, with the rows that are its own; together all rows, each once.
+
+        Returns:
+            One (B, H_s, W_s) float32 grid per scale, nats per channel; the caller's own.
+
+        Raises:
+            TransientError: The engine is not here and does not answer.
+        """
         ...
 
 
-def detect(
-    engine: Engine, images: NDArray[np.uint8], heads: Sequence[tuple[HeadRunner, NDArray[np.int64]]]
+def run_heads(
+    features: Sequence[Any],
+    heads: Sequence[tuple[Callable[[Sequence[Any]], list[NDArray[np.float32]]], NDArray[np.int64]]],
+    spec: BackboneSpec,
 ) -> list[NDArray[np.float32]]:
-    """Judge a batch of mixed categories: the backbone once, then each head on its own rows.
+    """Run each head on its own rows of a batch's features: what an engine in this process does.
 
     Args:
-        engine: Where it runs.
-        images: (B, S, S, 3) uint8 RGB.
+        features: Of the batch, one array or tensor per scale, wherever the engine keeps them.
         heads: Each head with the rows that are its own; together all rows, each once.
+        spec: The backbone's.
 
     Returns:
-        One (B, H_s, W_s) float32 grid per scale, nats per channel.
+        One (B, H_s, W_s) float32 grid per scale.
     """
-    features = engine.features(images)
     if len(heads) == 1:
         return heads[0][0](features)
-    grids = [np.empty((len(images), side, side), np.float32) for side in engine.spec.grid_sizes]
+    count = sum(len(rows) for _, rows in heads)
+    grids = [np.empty((count, side, side), np.float32) for side in spec.grid_sizes]
     for run, rows in heads:
         for whole, part in zip(grids, run([scale[rows] for scale in features]), strict=True):
             whole[rows] = part

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.statistics import FeatureStatistics
-from schemas.manifest import BackboneSpec
-from serving.engines.engine import HeadRunner
+from schemas.manifest import BackboneSpec, ModelManifest
 
 
 class FakeEngine:
@@ -24,25 +23,25 @@ class FakeEngine:
     def __init__(self, spec: BackboneSpec) -> None:
         self.spec = spec
 
-    def features(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """Average each cell of (B, S, S, 3) uint8 RGB images; one (B, 1, H_s, W_s) float32 array per scale, 0 to 1."""
-        count, size = len(images), self.spec.input_size
-        return [
-            images.reshape(count, side, size // side, side, size // side, 3).mean(axis=(2, 4, 5), dtype=np.float32)[
-                :, None
-            ]
-            / np.float32(255)
-            for side in self.spec.grid_sizes
-        ]
-
-    def prepare(self, head: FastFlowHead) -> HeadRunner:
+    def load(self, head: FastFlowHead, manifest: ModelManifest) -> list[np.float32]:
         """Keep one number of a head per scale, so that categories differ."""
-        means = [
-            float(statistics.mean.mean()) if isinstance(statistics, FeatureStatistics) else 0.0
+        del manifest
+        return [
+            np.float32(statistics.mean.mean()) if isinstance(statistics, FeatureStatistics) else np.float32(0)
             for statistics in head.statistics
         ]
 
-        def run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-            return [np.abs(scale[:, 0] - np.float32(mean)) for scale, mean in zip(features, means, strict=True)]
-
-        return run  # type: ignore[return-value]  # features are this engine's own
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple[list[np.float32], NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        """Average each cell of the images and subtract what the row's head has; see `Engine`."""
+        grids = []
+        for scale, side in enumerate(self.spec.grid_sizes):
+            cell = self.spec.input_size // side
+            grid = images.reshape(-1, side, cell, side, cell, 3).mean(axis=(2, 4, 5), dtype=np.float32) / np.float32(
+                255
+            )
+            for means, rows in heads:
+                grid[rows] -= means[scale]
+            grids.append(np.abs(grid))
+        return grids

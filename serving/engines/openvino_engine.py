@@ -1,6 +1,6 @@
 """OpenVINO on a CPU. Needs the extra `openvino`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from flawstream.compiled import CompiledModule
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from serving.engines.engine import HeadRunner
+from schemas.manifest import ModelManifest
+from serving.engines.engine import run_heads
 
 
 class OpenvinoEngine:
@@ -27,16 +28,22 @@ class OpenvinoEngine:
         side = self.spec.input_size
         self._backbone = CompiledModule(backbone, [(side, side, 3)], dtype=torch.uint8)
 
-    def features(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """Compute (B, C_s, H_s, W_s) float32 features per scale of (B, S, S, 3) uint8 RGB images."""
-        return self._backbone(images)
-
-    def prepare(self, head: FastFlowHead) -> HeadRunner:
+    def load(self, head: FastFlowHead, manifest: ModelManifest) -> "_Run":
         """Fold a head, compile it and run it once."""
+        del manifest
         compiled = CompiledModule(FoldedHead(head), self.spec.feature_shapes, dtype=torch.float32, listed=True)
 
         def run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
             return compiled(*features)
 
         run([np.zeros((1, *shape), np.float32) for shape in self.spec.feature_shapes])
-        return run  # type: ignore[return-value]  # features are this engine's own
+        return run
+
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run", NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        """Run the backbone, then each head on its rows; see `Engine`."""
+        return run_heads(self._backbone(images), heads, self.spec)
+
+
+_Run = Callable[[Sequence[NDArray[np.float32]]], list[NDArray[np.float32]]]

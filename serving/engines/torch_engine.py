@@ -1,6 +1,6 @@
 """PyTorch on a GPU or a CPU: the reference that other engines agree with. The GPU path was not run on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from serving.engines.engine import HeadRunner
+from schemas.manifest import ModelManifest
+from serving.engines.engine import run_heads
 
 
 class TorchEngine:
@@ -25,14 +26,9 @@ class TorchEngine:
         self._backbone = backbone.to(self._device)
         self._backbone.to(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def features(self, images: NDArray[np.uint8]) -> list[Tensor]:
-        """Compute (B, C_s, H_s, W_s) float32 features per scale of (B, S, S, 3) uint8 RGB images, on the device."""
-        # copied: arrays from shared memory are read-only, which torch warns of
-        return self._backbone(torch.tensor(images, device=self._device))  # type: ignore[no-any-return]
-
-    def prepare(self, head: FastFlowHead) -> HeadRunner:
+    def load(self, head: FastFlowHead, manifest: ModelManifest) -> "_Run":
         """Fold a head, move it to the device and run it once."""
+        del manifest
         folded = FoldedHead(head).to(self._device)
         folded.to(memory_format=torch.channels_last)
 
@@ -41,4 +37,16 @@ class TorchEngine:
             return [grid.cpu().numpy() for grid in folded(list(features))]
 
         run([torch.zeros((1, *shape), device=self._device) for shape in self.spec.feature_shapes])
-        return run  # type: ignore[return-value]  # features are this engine's own
+        return run
+
+    @torch.inference_mode()
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run", NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        """Run the backbone, then each head on its rows; see `Engine`."""
+        # copied: arrays from shared memory are read-only, which torch warns of
+        features: list[Tensor] = self._backbone(torch.tensor(images, device=self._device))
+        return run_heads(features, heads, self.spec)
+
+
+_Run = Callable[[Sequence[Tensor]], list[NDArray[np.float32]]]

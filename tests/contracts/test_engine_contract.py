@@ -9,12 +9,13 @@ import pytest
 import timm
 import torch
 from numpy.typing import NDArray
+from tiny_models import make_manifest
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from schemas.manifest import FlowSpec
 from schemas.settings import ModelSettings
-from serving.engines.engine import Engine, HeadRunner, detect
+from serving.engines.engine import Engine, Loaded
 from serving.engines.fake_engine import FakeEngine
 from serving.engines.openvino_engine import OpenvinoEngine
 from serving.engines.torch_engine import TorchEngine
@@ -63,6 +64,15 @@ def assert_same(grids: Grids, expected: Grids) -> None:
         np.testing.assert_allclose(grid, other, rtol=1e-3, atol=1e-3 * float(np.abs(other).max()))
 
 
+def load(engine: Engine, head: FastFlowHead, category: int, version: str = "v1") -> Loaded:
+    return engine.load(head, make_manifest(f"category-{category}", version, spec=engine.spec, flow=FLOW))
+
+
+def judge(engine: Engine, version: Loaded, images: Images) -> Grids:
+    """Judge images of one category."""
+    return engine.detect(images, [(version, np.arange(len(images)))])
+
+
 class EngineContract(ABC):
     strides: tuple[int, ...] = (8, 16)
 
@@ -97,86 +107,95 @@ class EngineContract(ABC):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def runners(cls, engine: Engine, heads: list[FastFlowHead]) -> list[HeadRunner]:
-        return [engine.prepare(head) for head in heads]
+    def loaded(cls, engine: Engine, heads: list[FastFlowHead]) -> list[Loaded]:
+        return [load(engine, head, k) for k, head in enumerate(heads)]
 
     def test_spec_is_the_backbone_s(self, engine: Engine, reference: Backbone) -> None:
         assert engine.spec == reference.spec
 
     @pytest.mark.parametrize("count", [1, 2, 5])
     def test_grids_are_the_reference_s(
-        self,
-        engine: Engine,
-        reference: Backbone,
-        heads: list[FastFlowHead],
-        runners: list[HeadRunner],
-        count: int,
+        self, engine: Engine, reference: Backbone, heads: list[FastFlowHead], loaded: list[Loaded], count: int
     ) -> None:
         images = make_images(count)
-        grids = runners[0](engine.features(images))
+        grids = judge(engine, loaded[0], images)
         assert [grid.shape for grid in grids] == [(count, side, side) for side in engine.spec.grid_sizes]
         assert_same(grids, self.expected(reference, heads[0], images))
 
-    def test_mixed_categories_get_what_each_gets_alone(self, engine: Engine, runners: list[HeadRunner]) -> None:
-        images = make_images(6)
-        owners = np.array([2, 0, 1, 0, 2, 0])
-        mixed = detect(engine, images, [(run, np.flatnonzero(owners == k)) for k, run in enumerate(runners)])
+    @pytest.mark.parametrize("owners", [[2, 0, 1, 0, 2, 0], [0, 1, 2], [1, 1, 1, 1, 0], [2, 1]])
+    def test_mixed_categories_get_what_each_gets_alone(
+        self, engine: Engine, loaded: list[Loaded], owners: list[int]
+    ) -> None:
+        images = make_images(len(owners))
+        first_seen = list(dict.fromkeys(owners))
+        mixed = engine.detect(images, [(loaded[k], np.flatnonzero(np.array(owners) == k)) for k in first_seen])
         for row, owner in enumerate(owners):
-            alone = detect(engine, images[row : row + 1], [(runners[owner], np.array([0]))])
+            alone = judge(engine, loaded[owner], images[row : row + 1])
             assert_same([grid[row : row + 1] for grid in mixed], alone)
 
-    def test_categories_differ(self, engine: Engine, runners: list[HeadRunner]) -> None:
-        features = engine.features(make_images(1))
-        one, other = runners[0](features), runners[1](features)
+    def test_categories_differ(self, engine: Engine, loaded: list[Loaded]) -> None:
+        one, other = (judge(engine, version, make_images(1)) for version in loaded[:2])
         assert not np.allclose(one[0], other[0], rtol=1e-2)
 
-    def test_read_only_images_are_taken_without_a_warning(self, engine: Engine, runners: list[HeadRunner]) -> None:
+    def test_read_only_images_are_taken_without_a_warning(self, engine: Engine, loaded: list[Loaded]) -> None:
         """As arrays from shared memory are; the whole test run turns warnings into errors."""
         images = make_images(3)
-        expected = detect(engine, images, [(runners[0], np.arange(3))])
+        expected = judge(engine, loaded[0], images)
         frozen = images.copy()
         frozen.flags.writeable = False
-        assert_same(detect(engine, frozen, [(runners[0], np.arange(3))]), expected)
+        assert_same(judge(engine, loaded[0], frozen), expected)
         assert np.array_equal(frozen, images)
 
-    def test_images_with_gaps_in_memory_are_taken(self, engine: Engine, runners: list[HeadRunner]) -> None:
+    def test_images_with_gaps_in_memory_are_taken(self, engine: Engine, loaded: list[Loaded]) -> None:
         images = make_images(4)
-        run = runners[0]
-        expected = run(engine.features(np.ascontiguousarray(images[::2])))
-        assert_same(run(engine.features(images[::2])), expected)
+        expected = judge(engine, loaded[0], np.ascontiguousarray(images[::2]))
+        assert_same(judge(engine, loaded[0], images[::2]), expected)
 
-    def test_results_outlive_the_next_batch(self, engine: Engine, runners: list[HeadRunner]) -> None:
-        run = runners[0]
-        first = engine.features(make_images(2, seed=1))
-        grids = run(first)
+    def test_grids_outlive_the_next_batch(self, engine: Engine, loaded: list[Loaded]) -> None:
+        grids = judge(engine, loaded[0], make_images(2, seed=1))
         kept = [grid.copy() for grid in grids]
-        run(engine.features(make_images(2, seed=2)))
+        judge(engine, loaded[0], make_images(2, seed=2))
         for grid, copy in zip(grids, kept, strict=True):
             assert np.array_equal(grid, copy)
-        assert_same(run(first), kept)
 
-    def test_preparing_a_head_leaves_it_as_it_was(
-        self, reference: Backbone, heads: list[FastFlowHead], runners: list[HeadRunner]
+    def test_grids_are_the_caller_s_to_change(self, engine: Engine, loaded: list[Loaded]) -> None:
+        images = make_images(2)
+        expected = [grid.copy() for grid in judge(engine, loaded[0], images)]
+        for grid in judge(engine, loaded[0], images):
+            grid[:] = np.nan
+        assert_same(judge(engine, loaded[0], images), expected)
+
+    def test_loading_leaves_the_head_as_it_was(
+        self, reference: Backbone, heads: list[FastFlowHead], loaded: list[Loaded]
     ) -> None:
-        assert runners
+        assert loaded
         assert heads[0].to_bytes() == make_head(reference, 0).to_bytes()
         assert all(parameter.requires_grad for parameter in heads[0].parameters())
 
-    def test_preparing_in_another_thread_disturbs_no_batch(
-        self, engine: Engine, heads: list[FastFlowHead], runners: list[HeadRunner]
+    def test_version_that_another_replaced_is_judged_by_for_as_long_as_it_is_held(
+        self, engine: Engine, heads: list[FastFlowHead], loaded: list[Loaded]
+    ) -> None:
+        """A batch may hold the version of before."""
+        images = make_images(2)
+        before = judge(engine, loaded[0], images)
+        replaced = load(engine, heads[1], 0, "v2")
+        assert_same(judge(engine, replaced, images), judge(engine, loaded[1], images))
+        assert_same(judge(engine, loaded[0], images), before)
+
+    def test_loading_in_another_thread_disturbs_no_batch(
+        self, engine: Engine, heads: list[FastFlowHead], loaded: list[Loaded]
     ) -> None:
         images = make_images(2)
-        run = runners[0]
-        expected = run(engine.features(images))
-        prepared: list[HeadRunner] = []
-        other = threading.Thread(target=lambda: prepared.extend(engine.prepare(head) for head in heads[:1]))
+        expected = judge(engine, loaded[0], images)
+        again: list[Loaded] = []
+        other = threading.Thread(target=lambda: again.append(load(engine, heads[0], 0, "v3")))
         other.start()
         batches = 0
         while other.is_alive() or batches < 3:
-            assert_same(run(engine.features(images)), expected)
+            assert_same(judge(engine, loaded[0], images), expected)
             batches += 1
         other.join()
-        assert_same(prepared[0](engine.features(images)), expected)
+        assert_same(judge(engine, again[0], images), expected)
 
 
 class TestTorchEngine(EngineContract):

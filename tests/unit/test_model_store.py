@@ -48,7 +48,7 @@ def test_version_that_is_resident_is_not_prepared_again(bench: Bench) -> None:
     write_version(bench.registry, "bottle")
     assert bench.store.load("bottle") is bench.store.load("bottle")
     bench.store.refresh()
-    assert bench.engine.prepared == 1
+    assert bench.engine.loads == 1
 
 
 def test_category_without_a_version_is_unknown(bench: Bench) -> None:
@@ -162,14 +162,14 @@ def test_version_of_another_backbone_is_refused(bench: Bench, difference: dict[s
     write_version(bench.registry, "bottle", spec=SPEC.model_copy(update=difference))
     with pytest.raises(RegistryError, match="One service runs one backbone"):
         bench.store.load("bottle")
-    assert bench.engine.prepared == 0
+    assert bench.engine.loads == 0
 
 
 def test_version_whose_head_the_engine_cannot_run_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(_: object) -> None:
+    def load(_head: object, _manifest: object) -> None:
         raise RuntimeError("channels do not fit")
 
-    monkeypatch.setattr(bench.engine, "prepare", prepare)
+    monkeypatch.setattr(bench.engine, "load", load)
     write_version(bench.registry, "bottle")
     with pytest.raises(RegistryError, match=r"bottle@v1 cannot be made ready: channels do not fit"):
         bench.store.load("bottle")
