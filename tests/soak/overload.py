@@ -207,9 +207,8 @@ async def run(minutes: float, folder: Path) -> dict[str, object]:
         await offer(producer, 0.0, peak_until_s, "free", free)
         calm_rates = watch.rates(start_s + _FIRST_S, peak_until_s)
         peak = sum(calm_rates) / len(calm_rates)
-        err.print(
-            f"capacity {peak:.1f} img/s, best ten seconds {max(calm_rates):.1f}; now {_TIMES_CAPACITY * peak:.0f} img/s for {minutes:g} minutes"
-        )
+        err.print(f"capacity {peak:.1f} img/s, best ten seconds {max(calm_rates):.1f}")
+        err.print(f"now {_TIMES_CAPACITY * peak:.0f} img/s for {minutes:g} minutes")
         over_from_s = time.monotonic()
         over_until_s = over_from_s + minutes * 60
         refused_before = _refusals(server)
