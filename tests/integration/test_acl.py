@@ -40,6 +40,7 @@ PASSWORD = "correct horse battery staple"  # noqa: S105 - of a server that lives
 SCRIPTS = Path(reader_module.__file__).parent
 WHO_RUNS = {
     "ask.lua": (Role.PRODUCER, Role.SERVICE),
+    "ask.lua": (Role.PRODUCER, Role.SERVICE),
     "backlog.lua": (Role.WORKER, Role.SERVICE),
     "claim.lua": (Role.WORKER, Role.SERVICE),
     "count.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
