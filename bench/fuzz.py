@@ -25,7 +25,7 @@ from bench.fuzz_corpus import MAX_IMAGE_BYTES, FuzzEntry, corpus
 from bench.fuzz_line import TrapServer, WorkerProcess, write_model
 from workers.embedded import EmbeddedServer
 
-MOST_GROWTH_MB = 128.0
+MOST_GROWTH_MB = 96.0
 """How much more memory the worker may have at the end than after the first `WARM_UP` entries."""
 WARM_UP = 2_000
 _IMAGES, _RESULTS, _DEAD = "flawstream:images", "flawstream:results", "flawstream:dead"

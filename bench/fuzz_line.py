@@ -138,6 +138,9 @@ class WorkerProcess:
             "FLAWSTREAM_LIMITS__MAX_IMAGE_BYTES": str(MAX_IMAGE_BYTES),
             "FLAWSTREAM_REFERENCES__ALLOW": json.dumps([KEY_PREFIX, S3_PREFIX, f"http://{web}{WEB_PATH}"]),
             "FLAWSTREAM_REFERENCES__TRIES": "2",
+            # glibc keeps blocks that are let go, a few hundred MB of them, which would hide what is never let go
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "131072",
             # should a reference to S3 slip through, it leads nowhere
             "AWS_ENDPOINT_URL": _CLOSED_PORT,
             "AWS_ACCESS_KEY_ID": "none",
