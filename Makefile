@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.flawstream-set-up
-EXTRAS := demo,openvino,triton,dev
+EXTRAS := demo,export,openvino,triton,dev
 PEERS := .venv-anomalib
 PEERS_STAMP := $(PEERS)/.flawstream-set-up
 
@@ -52,8 +52,11 @@ test: setup
 unit contracts integration e2e: setup
 	@$(BIN) -m pytest tests/$@
 
-test-chaos test-fuzz test-overload: setup
+test-chaos test-overload: setup
 	@PYTHONPATH=tests $(BIN) -m soak.$(@:test-%=%) $(ARGS)
+
+test-fuzz: setup
+	@$(BIN) -m bench.fuzz $(ARGS)
 
 demo: setup
 	@$(BIN) -m flawstream_cli demo $(if $(KEEP),--keep)

@@ -4,6 +4,7 @@ import importlib.util
 import threading
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,33 @@ _CONVERTING = threading.Lock()
 def openvino_is_installed() -> bool:
     """Tell whether the extra `openvino` is there."""
     return importlib.util.find_spec("openvino") is not None
+
+
+def convert(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Any:
+    """Turn a module into an `openvino.Model` of any batch size.
+
+    Args:
+        module: Takes tensors and gives a tuple of tensors.
+        shapes: Of each input without the batch dimension.
+        dtype: Of all inputs.
+
+    Raises:
+        ConfigError: OpenVINO is not installed.
+    """
+    if not openvino_is_installed():
+        raise ConfigError("OpenVINO is not installed; pip install 'flawstream[openvino]' or choose engine torch")
+    import openvino  # noqa: PLC0415 - an optional extra
+
+    examples = [torch.zeros((2, *shape), dtype=dtype) for shape in shapes]
+    with _CONVERTING, warnings.catch_warnings(), torch.inference_mode():
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # how OpenVINO converts; not ours to change
+        # timm's transformers check shapes while they are traced: the sizes are fixed, only the batch varies
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return openvino.convert_model(
+            module,
+            example_input=tuple(examples),
+            input=[openvino.PartialShape([-1, *shape]) for shape in shapes],
+        )
 
 
 class CompiledModule:
@@ -44,20 +72,9 @@ class CompiledModule:
         listed: bool = False,
         threads: int = 0,
     ) -> None:
-        if not openvino_is_installed():
-            raise ConfigError("OpenVINO is not installed; pip install 'flawstream[openvino]' or choose engine torch")
-        import openvino  # noqa: PLC0415 - an optional extra
+        graph = convert(_Flat(module, listed=listed), shapes, dtype)
+        import openvino  # noqa: PLC0415 - an optional extra, there if `convert` went through
 
-        examples = [torch.zeros((2, *shape), dtype=dtype) for shape in shapes]
-        with _CONVERTING, warnings.catch_warnings(), torch.inference_mode():
-            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # how OpenVINO converts; not ours to change
-            # timm's transformers check shapes while they are traced: the sizes are fixed, only the batch varies
-            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            graph = openvino.convert_model(
-                _Flat(module, listed=listed),
-                example_input=tuple(examples),
-                input=[openvino.PartialShape([-1, *shape]) for shape in shapes],
-            )
         config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             config["INFERENCE_NUM_THREADS"] = threads

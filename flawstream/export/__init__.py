@@ -1,0 +1,1 @@
+"""Model versions written for other programs: ONNX, OpenVINO IR, and a model repository for Triton. A file each."""

@@ -1,0 +1,131 @@
+"""Detection on a Triton server elsewhere, whose repository `flawstream models export --format triton` wrote.
+
+The client is the synchronous one: `detect` runs in the batcher's own thread, which has nothing else to do while it
+waits, and gRPC's channel may be used by the threads that load versions meanwhile. Needs the extra `triton`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient import grpc
+from tritonclient.utils import InferenceServerException
+
+from flawstream.export.triton import FRONT, MODEL, SPEC_PARAMETER, WEIGHTS_PARAMETER
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.registry import WEIGHTS_FILE
+from schemas.errors import ConfigError, FlawstreamError, RegistryError, TransientError
+from schemas.manifest import BackboneSpec, ModelManifest
+
+_LATER = {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.RESOURCE_EXHAUSTED"}
+
+
+class TritonEngine:
+    """Sends batches to a server; backbone and heads are there.
+
+    Args:
+        address: `host:port` of the server's gRPC.
+        timeout_s: Longest wait for an answer.
+
+    Raises:
+        ConfigError: The server has no repository of ours.
+        TransientError: It does not answer.
+    """
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+        self._client = grpc.InferenceServerClient(address)
+        try:
+            config = self._client.get_model_config(FRONT, client_timeout=timeout_s).config
+        except InferenceServerException as error:
+            if error.status() in _LATER:
+                raise self._lost(error) from error
+            raise ConfigError(
+                f"the Triton server at {address} has no model {FRONT!r} ({error.message()}); write its repository with "
+                "`flawstream models export CATEGORY --format triton --to FOLDER`, or correct detector.triton_url"
+            ) from error
+        self.spec = BackboneSpec.model_validate_json(config.parameters[SPEC_PARAMETER].string_value)
+        self._most = config.max_batch_size
+        self._grids = [f"grid_{scale}" for scale in range(len(self.spec.strides))]
+
+    def load(self, head: FastFlowHead, manifest: ModelManifest) -> str:
+        """See that the server has the version, and have it loaded where the server leaves that to clients.
+
+        Raises:
+            RegistryError: The server has no such version, or one of other weights.
+            TransientError: The server does not answer.
+        """
+        del head
+        name = manifest.model
+        try:
+            if not self._client.is_model_ready(name, client_timeout=self._timeout_s):
+                self._client.load_model(name, client_timeout=self._timeout_s)
+            config = self._client.get_model_config(name, client_timeout=self._timeout_s).config
+        except InferenceServerException as error:
+            if error.status() in _LATER:
+                raise self._lost(error) from error
+            raise self._absent(name, str(error.message())) from error
+        theirs = config.parameters[WEIGHTS_PARAMETER].string_value
+        if theirs != manifest.files.get(WEIGHTS_FILE, ""):
+            raise RegistryError(
+                f"the Triton server at {self._address} has other weights for {name} ({theirs[:12]}) than the registry; "
+                "one of the two was changed: remove the model there and export the version anew"
+            )
+        return name
+
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple[str, NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        """Have a batch judged, in as many requests as the server's largest batch asks for; see `Engine`.
+
+        Raises:
+            RegistryError: The server no longer has one of the versions.
+            TransientError: The server does not answer.
+        """
+        names = np.empty((len(images), 1), object)
+        for name, rows in heads:
+            names[rows] = name.encode()
+        try:
+            parts = [
+                self._infer(images[start : start + self._most], names[start : start + self._most])
+                for start in range(0, len(images), self._most)
+            ]
+        except InferenceServerException as error:
+            raise self._explain(error, [name for name, _ in heads]) from error
+        return [np.concatenate(grids) for grids in zip(*parts, strict=True)]
+
+    def _infer(self, images: NDArray[np.uint8], names: NDArray[np.object_]) -> list[NDArray[np.float32]]:
+        pixels = grpc.InferInput("images", images.shape, "UINT8")
+        pixels.set_data_from_numpy(images)
+        versions = grpc.InferInput(MODEL, names.shape, "BYTES")
+        versions.set_data_from_numpy(names)
+        answer = self._client.infer(
+            FRONT,
+            [pixels, versions],
+            outputs=[grpc.InferRequestedOutput(name) for name in self._grids],
+            client_timeout=self._timeout_s,
+        )
+        return [answer.as_numpy(name) for name in self._grids]
+
+    def _explain(self, error: InferenceServerException, names: Sequence[str]) -> FlawstreamError | Exception:
+        """Tell a server that is lost, and a version that it has lost, from a failure of ours."""
+        if error.status() in _LATER:
+            return self._lost(error)
+        try:
+            absent = [name for name in names if not self._client.is_model_ready(name, client_timeout=self._timeout_s)]
+        except InferenceServerException as other:
+            return self._lost(other)
+        return self._absent(absent[0], str(error.message())) if absent else error
+
+    def _lost(self, error: InferenceServerException) -> TransientError:
+        return TransientError(
+            f"the Triton server at {self._address} does not answer within {self._timeout_s:g} s "
+            f"({error.status()}: {error.message()})"
+        )
+
+    def _absent(self, name: str, why: str) -> RegistryError:
+        return RegistryError(
+            f"the Triton server at {self._address} does not have {name} ({why}); put it into its repository with "
+            f"`flawstream models export {name} --format triton --to FOLDER`"
+        )
