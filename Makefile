@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.flawstream-set-up
-EXTRAS := demo,export,openvino,triton,dev
+EXTRAS := demo,export,openvino,s3,triton,dev
 PEERS := .venv-anomalib
 PEERS_STAMP := $(PEERS)/.flawstream-set-up
 

@@ -54,6 +54,11 @@ _SHARE_PUSHED_TWICE = 0.02
 _PRODUCERS = 4
 _PATIENCE_S = 300.0
 _TELL_S = 10.0
+_AT_WORK = 100
+"""So many results after a fault, the service is at work again."""
+_LONGEST_PAUSE_S = 60
+_MAX_DELIVERIES = 100
+"""A good image that meets the faults often is no poison; what is, another test tells."""
 
 _T = TypeVar("_T")
 
@@ -158,9 +163,18 @@ class Chaos:
                 err.print(f"{kind}: {error}")
             else:
                 self.faults.append(Fault(kind, time.time() * 1000))
-                with contextlib.suppress(OSError), RawRedis(self._server.port) as redis:
-                    _tell(f"{kind}, {redis.count('XLEN', 'flawstream:images')} left", redis)
+                await self._until_at_work(kind)
             await asyncio.sleep(self._dice.uniform(0.2, 1.8) * pause_s)
+
+    async def _until_at_work(self, kind: str) -> None:
+        """Wait until images end again: on a busy machine the next fault would else meet a service still starting."""
+        with RawRedis(self._server.port) as redis:
+            _tell(f"{kind}, {redis.count('XLEN', 'flawstream:images')} left", redis)
+            ended = redis.count("XLEN", "flawstream:results")
+            for _ in range(_LONGEST_PAUSE_S):
+                if redis.count("XLEN", "flawstream:results") > ended + _AT_WORK:
+                    return
+                await asyncio.sleep(1.0)
 
     async def _kill_actor(self, name: str) -> None:
         actors = await asyncio.to_thread(list_actors, filters=[("state", "=", "ALIVE")], limit=1000)
@@ -344,7 +358,13 @@ def _settings(port: int, folder: Path) -> Settings:
         "registry": {"root": str(folder / "models")},
         "backlog": {"keep_results": 10_000_000},
         "api": {"port": free_port()},
-        "worker": {"replicas": 2, "claim_idle_ms": 5000, "sweep_s": 1.0, "drain_s": 3.0},
+        "worker": {
+            "replicas": 2,
+            "claim_idle_ms": 5000,
+            "sweep_s": 1.0,
+            "drain_s": 3.0,
+            "max_deliveries": _MAX_DELIVERIES,
+        },
         "detector": {"replicas": 2, "timeout_s": 10.0},
     }
     (folder / "settings.yaml").write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
