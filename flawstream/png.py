@@ -5,7 +5,7 @@ One damaged bit in a chunk's length makes it take and clear up to 2 GB (measured
 
 _SIGNATURE_BYTES = 8
 _FRAME_BYTES = 12  # length, kind and checksum around a chunk's content
-_MAX_CHUNKS = 1 << 16
+_MAX_CHUNKS = 1 << 13
 
 
 def check_chunks(data: bytes) -> None:
