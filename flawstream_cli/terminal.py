@@ -134,7 +134,19 @@ def entry_id(text: str | None) -> str | None:
     return text
 
 
+def dead_id(text: str | None) -> str | None:
+    """Check a dead letter's id from the command line: with shards the shard's number and a colon stand before it.
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    if text is not None and not _DEAD_ID.fullmatch(text):
+        raise typer.BadParameter(f"{text!r} is no id of a dead letter; `flawstream dead list` shows them")
+    return text
+
+
 _ENTRY_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
+_DEAD_ID = re.compile(r"(\d{1,4}:)?\d{1,20}-\d{1,20}")
 
 
 def _finite(value: object) -> object:

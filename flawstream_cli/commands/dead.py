@@ -17,6 +17,7 @@ from flawstream_cli.terminal import (
     ExitCode,
     JsonOption,
     RedisOption,
+    dead_id,
     err,
     out,
     print_json,
@@ -50,7 +51,9 @@ _YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 @app.command("list")
 def list_(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, newest first.")] = 20,
-    before: Annotated[str | None, typer.Option(help="Only those older than the one with this id, to page on.")] = None,
+    before: Annotated[
+        str | None, typer.Option(callback=dead_id, help="Only those older than the one with this id, to page on.")
+    ] = None,
     reason: _ReasonOption = None,
     redis: RedisOption = None,
     config: ConfigOption = None,
@@ -65,7 +68,9 @@ def list_(
 
 @app.command()
 def show(
-    dead_id: Annotated[str, typer.Argument(help="The dead letter's id, as `dead list` shows it.")],
+    letter_id: Annotated[
+        str, typer.Argument(metavar="ID", callback=dead_id, help="The dead letter's id, as `dead list` shows it.")
+    ],
     image: Annotated[Path | None, typer.Option(help="Write the refused image's bytes here.")] = None,
     redis: RedisOption = None,
     config: ConfigOption = None,
@@ -74,9 +79,9 @@ def show(
 
     Example: `flawstream dead show 1763900000000-0 --image refused.bin`
     """
-    entry = asyncio.run(_get(read_settings(config, redis={"url": redis}), dead_id))
+    entry = asyncio.run(_get(read_settings(config, redis={"url": redis}), letter_id))
     if entry is None:
-        say(f"there is no dead letter {dead_id}; `flawstream dead list` shows what there is")
+        say(f"there is no dead letter {letter_id}; `flawstream dead list` shows what there is")
         raise typer.Exit(ExitCode.FAILED)
     if image is not None:
         image.write_bytes(entry.letter.fields.get(b"image", b""))
