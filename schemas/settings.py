@@ -213,9 +213,16 @@ class DetectorSettings(_Section):
     images_per_replica: int = Field(
         500, ge=1, description="Images waiting for each replica, above which there are to be more replicas."
     )
-    engine: Literal["auto", "torch", "openvino"] = Field(
-        "auto", description="`auto` takes torch on a GPU, else openvino where it is installed, else torch."
+    engine: Literal["auto", "torch", "openvino", "triton"] = Field(
+        "auto",
+        description="`auto` takes torch on a GPU, else openvino if installed, else torch; `triton` is a server.",
     )
+    triton_url: str = Field(
+        "grpc://127.0.0.1:8001",
+        pattern=r"^grpcs?://[^/@]+:\d+$",
+        description="gRPC of the Triton server, `grpc://` or with TLS `grpcs://`, for engine triton.",
+    )
+    triton_timeout_s: float = Field(10.0, gt=0, description="Longest wait for an answer of the Triton server.")
     max_batch_images: int = Field(32, ge=1, le=4096, description="Most images the engine is given at once.")
     max_queue_images: int = Field(512, ge=1, description="Images waiting past which calls are refused.")
     max_resident: int = Field(256, ge=1, description="Categories kept loaded; the least recently used goes first.")

@@ -209,11 +209,15 @@ def make_detector(registry_root: str, model: ModelSettings, settings: DetectorSe
         ConfigError: The engine is not installed, or the backbone does not exist.
         WeightsError: The backbone's weights cannot be had.
         RegistryError: The registry cannot be read, or no current version in it can.
+        TransientError: The engine is elsewhere and does not answer.
     """
     registry = Registry(registry_root)
     newest = newest_manifest(registry)
-    backbone = Backbone(model) if newest is None else open_backbone(registry, newest, model)
-    return DetectorService(registry, make_engine(settings.engine, backbone), settings)
+
+    def backbone() -> Backbone:
+        return Backbone(model) if newest is None else open_backbone(registry, newest, model)
+
+    return DetectorService(registry, make_engine(settings, backbone), settings)
 
 
 def newest_manifest(registry: Registry) -> ModelManifest | None:

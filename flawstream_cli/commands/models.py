@@ -1,8 +1,8 @@
-"""`flawstream models`: look at the registry and choose what is served."""
+"""`flawstream models`: look at the registry, choose what is served, bring versions in and out."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -98,13 +98,17 @@ def show(
     """
     settings = read_settings(config, registry={"root": registry})
     opened = Registry(settings.registry.root)
-    chosen = version or opened.current(category)
-    if chosen is None:
-        raise UnknownCategoryError(
-            f"category {category!r} has no current version in {settings.registry.root}; "
-            "`flawstream models list` shows what there is"
-        )
+    chosen = version or _current(opened, category, settings.registry.root)
     print_json(opened.manifest(category, chosen).model_dump(mode="json"))
+
+
+def _current(registry: Registry, category: str, root: str) -> str:
+    version = registry.current(category)
+    if version is None:
+        raise UnknownCategoryError(
+            f"category {category!r} has no current version in {root}; `flawstream models list` shows what there is"
+        )
+    return version
 
 
 @app.command()
@@ -137,6 +141,51 @@ def presets(as_json: JsonOption = False) -> None:
         print_json([asdict(size) for size in sizes])
         return
     out.print(table("Presets", sizes[0].columns(), (size.cells() for size in sizes)))
+
+
+@app.command()
+def export(
+    version: Annotated[
+        str, typer.Argument(metavar="CATEGORY[@VERSION]", help="What to write; without a version the current one.")
+    ],
+    kind: Annotated[Literal["onnx", "openvino", "triton"], typer.Option("--format", help="For whom.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to; for triton the model repository.")],
+    score: Annotated[bool, typer.Option(help="The image score comes out beside the grids.")] = True,
+    map_: Annotated[bool, typer.Option("--map/--no-map", help="The map comes out at the size of the image.")] = False,
+    backend: Annotated[
+        Literal["onnxruntime", "python"],
+        typer.Option(help="triton: what runs the networks; python for a server without the onnxruntime backend."),
+    ] = "onnxruntime",
+    max_batch: Annotated[int, typer.Option(min=1, help="triton: most images in a batch.")] = 32,
+    instances: Annotated[int, typer.Option(min=1, help="triton: copies of a network that run at once.")] = 1,
+    registry: RegistryOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Write a version for another program: uint8 images in, anomaly grids out, preprocessing inside.
+
+    Example: `flawstream models export bottle --format onnx --to exported`
+    """
+    from flawstream.export.triton import Server  # noqa: PLC0415 - torch takes seconds; `list` needs none
+    from flawstream.export.version import ExportFormat, ExportOptions, export_version  # noqa: PLC0415 - the same
+
+    settings = read_settings(config, registry={"root": registry})
+    opened = Registry(settings.registry.root)
+    category, _, named = version.partition("@")
+    manifest = opened.manifest(category, named or _current(opened, category, settings.registry.root))
+    with busy(f"writing {manifest.model}"):
+        target = export_version(
+            opened,
+            manifest,
+            settings.model,
+            ExportFormat(kind),
+            folder=to,
+            options=ExportOptions(
+                score=score,
+                map=map_,
+                server=Server(backend=backend, max_batch_images=max_batch, instances=instances),
+            ),
+        )
+    out.print(str(target), highlight=False, soft_wrap=True)
 
 
 @app.command("import-anomalib")

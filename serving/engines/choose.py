@@ -1,10 +1,14 @@
 """Which engine a setting names on this machine."""
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 
 from flawstream.compiled import openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
 from schemas.errors import ConfigError
+from schemas.settings import DetectorSettings
 from serving.engines.engine import Engine
 from serving.engines.openvino_engine import OpenvinoEngine
 from serving.engines.torch_engine import TorchEngine
@@ -20,19 +24,27 @@ def resolve_engine(name: str) -> str:
         return "openvino" if openvino_is_installed() and not torch.cuda.is_available() else "torch"
     if name == "openvino" and not openvino_is_installed():
         raise ConfigError("detector.engine=openvino is not installed; pip install 'flawstream[openvino]', or use auto")
+    if name == "triton" and importlib.util.find_spec("tritonclient") is None:
+        raise ConfigError("detector.engine=triton needs a client; pip install 'flawstream[triton]', or use auto")
     return name
 
 
-def make_engine(name: str, backbone: Backbone) -> Engine:
-    """Start an engine on a backbone.
+def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone]) -> Engine:
+    """Start the engine that the settings name.
 
     Args:
-        name: `auto`, `torch` or `openvino`.
-        backbone: The frozen network.
+        settings: Which engine, and where it is if it is elsewhere.
+        open_backbone: Loads the frozen network; not called where the engine is elsewhere and has its own.
 
     Raises:
-        ConfigError: The engine named is not installed.
+        ConfigError: The engine named is not installed, or its server has no models of ours.
+        WeightsError: The backbone's weights cannot be had.
+        RegistryError: The backbone's weights are damaged.
+        TransientError: The engine is elsewhere and does not answer.
     """
-    if resolve_engine(name) == "openvino":
-        return OpenvinoEngine(backbone)
-    return TorchEngine(backbone)
+    engine = resolve_engine(settings.engine)
+    if engine == "triton":
+        from serving.engines.triton_engine import TritonEngine  # noqa: PLC0415 - an optional extra
+
+        return TritonEngine(settings.triton_url, settings.triton_timeout_s)
+    return OpenvinoEngine(open_backbone()) if engine == "openvino" else TorchEngine(open_backbone())

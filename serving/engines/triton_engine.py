@@ -24,7 +24,7 @@ class TritonEngine:
     """Sends batches to a server; backbone and heads are there.
 
     Args:
-        address: `host:port` of the server's gRPC.
+        url: Of the server's gRPC, `grpc://host:port` or with TLS `grpcs://host:port`.
         timeout_s: Longest wait for an answer.
 
     Raises:
@@ -32,17 +32,18 @@ class TritonEngine:
         TransientError: It does not answer.
     """
 
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self._address = address
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._url = url
         self._timeout_s = timeout_s
-        self._client = grpc.InferenceServerClient(address)
+        scheme, _, address = url.partition("://")
+        self._client = grpc.InferenceServerClient(address, ssl=scheme == "grpcs")
         try:
             config = self._client.get_model_config(FRONT, client_timeout=timeout_s).config
         except InferenceServerException as error:
             if error.status() in _LATER:
                 raise self._lost(error) from error
             raise ConfigError(
-                f"the Triton server at {address} has no model {FRONT!r} ({error.message()}); write its repository with "
+                f"the Triton server at {url} has no model {FRONT!r} ({error.message()}); write its repository with "
                 "`flawstream models export CATEGORY --format triton --to FOLDER`, or correct detector.triton_url"
             ) from error
         self.spec = BackboneSpec.model_validate_json(config.parameters[SPEC_PARAMETER].string_value)
@@ -69,7 +70,7 @@ class TritonEngine:
         theirs = config.parameters[WEIGHTS_PARAMETER].string_value
         if theirs != manifest.files.get(WEIGHTS_FILE, ""):
             raise RegistryError(
-                f"the Triton server at {self._address} has other weights for {name} ({theirs[:12]}) than the registry; "
+                f"the Triton server at {self._url} has other weights for {name} ({theirs[:12]}) than the registry; "
                 "one of the two was changed: remove the model there and export the version anew"
             )
         return name
@@ -120,12 +121,12 @@ class TritonEngine:
 
     def _lost(self, error: InferenceServerException) -> TransientError:
         return TransientError(
-            f"the Triton server at {self._address} does not answer within {self._timeout_s:g} s "
+            f"the Triton server at {self._url} does not answer within {self._timeout_s:g} s "
             f"({error.status()}: {error.message()})"
         )
 
     def _absent(self, name: str, why: str) -> RegistryError:
         return RegistryError(
-            f"the Triton server at {self._address} does not have {name} ({why}); put it into its repository with "
+            f"the Triton server at {self._url} does not have {name} ({why}); put it into its repository with "
             f"`flawstream models export {name} --format triton --to FOLDER`"
         )
