@@ -4,6 +4,7 @@
 #   make test          all tests            make check    lint, types, imports
 #   make unit | integration | e2e           one folder of tests
 #   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
+#   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
 #   make bench-accuracy | bench-parity      beside anomalib, in an environment of its own (ARGS=--quick)
 #   make fmt           format               make constraints   pin the whole tree anew
 #   make clean         remove what was made
@@ -16,9 +17,11 @@ STAMP := $(VENV)/.flawstream-set-up
 EXTRAS := demo,export,openvino,s3,triton,dev
 PEERS := .venv-anomalib
 PEERS_STAMP := $(PEERS)/.flawstream-set-up
+TRITON := .venv-triton
+TRITON_STAMP := $(TRITON)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers bench-accuracy bench-parity constraints clean
+.PHONY: help setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity constraints clean
 
 help:
 	@sed -n '1,10s/^# \{0,1\}//p' Makefile
@@ -58,6 +61,16 @@ test-chaos test-overload: setup
 test-fuzz: setup
 	@$(BIN) -m bench.fuzz $(ARGS)
 
+# `make test` skips these where the environment is absent: a server of 400 MB that wants another NumPy than ours
+test-triton: setup $(TRITON_STAMP)
+	@$(BIN) -m pytest tests/integration/test_triton.py $(ARGS)
+
+$(TRITON_STAMP): tests/triton/constraints.txt
+	@echo "==> Setting up $(TRITON) with a real tritonserver (once; some 400 MB)"
+	@test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	@$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/triton/constraints.txt nvidia-pytriton numpy onnxruntime
+	@touch $(TRITON_STAMP)
+
 demo: setup
 	@$(BIN) -m flawstream_cli demo $(if $(KEEP),--keep)
 
@@ -80,4 +93,4 @@ constraints: setup
 	@mv constraints.new constraints.txt; echo "==> constraints.txt written"
 
 clean:
-	rm -rf $(VENV) $(PEERS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(TRITON) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

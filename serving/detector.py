@@ -19,7 +19,7 @@ from flawstream.fastflow.score import image_scores
 from flawstream.maps import bounded
 from flawstream.registry import Registry
 from flawstream.versions import open_backbone
-from schemas.errors import Reason, RegistryError, ShapeError, UnknownCategoryError
+from schemas.errors import Reason, RegistryError, ShapeError, TransientError, UnknownCategoryError
 from schemas.manifest import ModelManifest
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
@@ -178,8 +178,8 @@ class DetectorService:
             try:
                 async with self._loading:
                     await self._refresh()
-            except RegistryError:
-                log.exception("the registry cannot be read; the versions loaded go on")
+            except (RegistryError, TransientError):  # the second of an engine that is elsewhere
+                log.exception("new versions cannot be looked for or loaded; those loaded go on")
 
     def _preload(self) -> None:
         self._store.refresh()

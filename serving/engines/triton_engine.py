@@ -4,7 +4,8 @@ The client is the synchronous one: `detect` runs in the batcher's own thread, wh
 waits, and gRPC's channel may be used by the threads that load versions meanwhile. Needs the extra `triton`.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 from flawstream.export.triton import FRONT, MODEL, SPEC_PARAMETER, WEIGHTS_PARAMETER
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import WEIGHTS_FILE
-from schemas.errors import ConfigError, FlawstreamError, RegistryError, TransientError
+from schemas.errors import ConfigError, RegistryError, TransientError
 from schemas.manifest import BackboneSpec, ModelManifest
 
 _LATER = {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.RESOURCE_EXHAUSTED"}
@@ -38,10 +39,9 @@ class TritonEngine:
         scheme, _, address = url.partition("://")
         self._client = grpc.InferenceServerClient(address, ssl=scheme == "grpcs")
         try:
-            config = self._client.get_model_config(FRONT, client_timeout=timeout_s).config
+            with self._answering():
+                config = self._client.get_model_config(FRONT, client_timeout=timeout_s).config
         except InferenceServerException as error:
-            if error.status() in _LATER:
-                raise self._lost(error) from error
             raise ConfigError(
                 f"the Triton server at {url} has no model {FRONT!r} ({error.message()}); write its repository with "
                 "`flawstream models export CATEGORY --format triton --to FOLDER`, or correct detector.triton_url"
@@ -59,14 +59,9 @@ class TritonEngine:
         """
         del head
         name = manifest.model
-        try:
-            if not self._client.is_model_ready(name, client_timeout=self._timeout_s):
-                self._client.load_model(name, client_timeout=self._timeout_s)
+        self._require(name)
+        with self._answering():
             config = self._client.get_model_config(name, client_timeout=self._timeout_s).config
-        except InferenceServerException as error:
-            if error.status() in _LATER:
-                raise self._lost(error) from error
-            raise self._absent(name, str(error.message())) from error
         theirs = config.parameters[WEIGHTS_PARAMETER].string_value
         if theirs != manifest.files.get(WEIGHTS_FILE, ""):
             raise RegistryError(
@@ -87,13 +82,21 @@ class TritonEngine:
         names = np.empty((len(images), 1), object)
         for name, rows in heads:
             names[rows] = name.encode()
-        try:
-            parts = [
-                self._infer(images[start : start + self._most], names[start : start + self._most])
-                for start in range(0, len(images), self._most)
-            ]
-        except InferenceServerException as error:
-            raise self._explain(error, [name for name, _ in heads]) from error
+        with self._answering():
+            try:
+                return self._judge(images, names)
+            except InferenceServerException:
+                absent = [name for name, _ in heads if not self._is_ready(name)]
+                if not absent:
+                    raise
+        for name in absent:  # a server that was started anew has lost what clients had it load
+            self._require(name)
+        with self._answering():
+            return self._judge(images, names)
+
+    def _judge(self, images: NDArray[np.uint8], names: NDArray[np.object_]) -> list[NDArray[np.float32]]:
+        starts = range(0, len(images), self._most)
+        parts = [self._infer(images[start : start + self._most], names[start : start + self._most]) for start in starts]
         return [np.concatenate(grids) for grids in zip(*parts, strict=True)]
 
     def _infer(self, images: NDArray[np.uint8], names: NDArray[np.object_]) -> list[NDArray[np.float32]]:
@@ -109,24 +112,32 @@ class TritonEngine:
         )
         return [answer.as_numpy(name) for name in self._grids]
 
-    def _explain(self, error: InferenceServerException, names: Sequence[str]) -> FlawstreamError | Exception:
-        """Tell a server that is lost, and a version that it has lost, from a failure of ours."""
-        if error.status() in _LATER:
-            return self._lost(error)
+    def _is_ready(self, name: str) -> bool:
+        return bool(self._client.is_model_ready(name, client_timeout=self._timeout_s))
+
+    def _require(self, name: str) -> None:
+        with self._answering():
+            if self._is_ready(name):
+                return
+            try:
+                self._client.load_model(name, client_timeout=self._timeout_s)
+            except InferenceServerException as error:
+                if error.status() in _LATER:
+                    raise
+                raise RegistryError(
+                    f"the Triton server at {self._url} does not have {name} ({error.message()}); put it into its "
+                    f"repository with `flawstream models export {name} --format triton --to FOLDER`"
+                ) from error
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Tell a server that is lost from one that says what is wrong."""
         try:
-            absent = [name for name in names if not self._client.is_model_ready(name, client_timeout=self._timeout_s)]
-        except InferenceServerException as other:
-            return self._lost(other)
-        return self._absent(absent[0], str(error.message())) if absent else error
-
-    def _lost(self, error: InferenceServerException) -> TransientError:
-        return TransientError(
-            f"the Triton server at {self._url} does not answer within {self._timeout_s:g} s "
-            f"({error.status()}: {error.message()})"
-        )
-
-    def _absent(self, name: str, why: str) -> RegistryError:
-        return RegistryError(
-            f"the Triton server at {self._url} does not have {name} ({why}); put it into its repository with "
-            f"`flawstream models export {name} --format triton --to FOLDER`"
-        )
+            yield
+        except InferenceServerException as error:
+            if error.status() not in _LATER:
+                raise
+            raise TransientError(
+                f"the Triton server at {self._url} does not answer within {self._timeout_s:g} s "
+                f"({error.status()}: {error.message()})"
+            ) from error

@@ -28,7 +28,7 @@ class TritonPythonModel:
         pixels = pb_utils.Tensor("images", np.concatenate(images))
         features, why = await _call(self._backbone, [pixels], self._features)
         if why is not None:
-            return [pb_utils.InferenceResponse(error=why) for _ in requests]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(why)) for _ in requests]
         owners = np.concatenate(named)
         models = sorted(set(owners))
         rows = [np.flatnonzero(owners == model) for model in models]
@@ -50,7 +50,7 @@ class TritonPythonModel:
             reasons = [failed[model] for model in own_models if model in failed]
             wanted = [name for name in self._outputs if name in request.requested_output_names()]
             responses.append(
-                pb_utils.InferenceResponse(error=reasons[0])
+                pb_utils.InferenceResponse(error=pb_utils.TritonError(reasons[0]))
                 if reasons
                 else pb_utils.InferenceResponse([pb_utils.Tensor(name, outputs[name][start:end]) for name in wanted])
             )
@@ -69,7 +69,7 @@ class TritonPythonModel:
         return outputs
 
 
-async def _call(model: str, inputs: list[Any], outputs: list[str]) -> tuple[dict[str, np.ndarray], Any]:
+async def _call(model: str, inputs: list[Any], outputs: list[str]) -> tuple[dict[str, np.ndarray], str | None]:
     """Run a model of this server; what it gave by name, or nothing and why."""
     response = await pb_utils.InferenceRequest(
         model_name=model,
@@ -79,5 +79,5 @@ async def _call(model: str, inputs: list[Any], outputs: list[str]) -> tuple[dict
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
     ).async_exec()
     if response.has_error():
-        return {}, response.error()
+        return {}, response.error().message()  # a copy: the error's own text goes with the response
     return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}, None
