@@ -5,7 +5,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -150,9 +150,7 @@ class StreamWorkerDeployment:
     async def status(self) -> dict[str, object]:
         """Tell what the loop has done so far."""
         await self.check_health()
-        stats = self._worker.stats
-        told: dict[str, object] = {one.name: getattr(stats, one.name) for one in fields(stats)}
-        return {**told, "dead": {str(reason): count for reason, count in stats.dead.items()}}
+        return self._worker.stats.as_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Report what waits; Serve asks only where it scales."""

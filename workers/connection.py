@@ -4,12 +4,12 @@ Knows Redis and nothing of what is on the streams. `workers.clients` makes the c
 """
 
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha1
 from importlib.resources import files
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from redis.exceptions import (
     AskError,
@@ -40,14 +40,16 @@ __all__ = [
     "StreamConnection",
     "address",
     "create_group",
+    "in_group",
     "is_missing_group",
-    "load_script",
     "make_client",
     "read_group",
     "require_server",
     "rows",
     "stream_errors",
 ]
+
+_T = TypeVar("_T")
 
 Row = tuple[str, dict[bytes, bytes]]
 """An entry's id, and its fields; an entry that was deleted has none."""
@@ -92,11 +94,6 @@ async def require_server(client: StreamConnection) -> None:
         )
 
 
-def load_script(name: str) -> str:
-    """Read one of the scripts that run at the server."""
-    return (files("workers") / name).read_text(encoding="utf-8")
-
-
 class Script:
     """One of the scripts that run at the server, for every kind of client: `await script(keys=[...], args=[...])`.
 
@@ -106,12 +103,15 @@ class Script:
     Args:
         client: Of the server that runs it.
         names: The file's name in this package; of several, put together in this order.
+
+    Attributes:
+        text: The script itself.
     """
 
     def __init__(self, client: StreamConnection, *names: str) -> None:
         self._client = client
-        self._text = "".join(map(load_script, names))
-        self._digest = sha1(self._text.encode()).hexdigest()  # noqa: S324 - the server's name for it, no secret
+        self.text = "".join((files("workers") / name).read_text(encoding="utf-8") for name in names)
+        self._digest = sha1(self.text.encode()).hexdigest()  # noqa: S324 - the server's name for it, no secret
 
     async def __call__(self, *, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Any:
         """Run it.
@@ -127,7 +127,7 @@ class Script:
         try:
             return await self._client.evalsha(self._digest, *values)  # type: ignore[arg-type]  # bytes are sent as they are
         except NoScriptError:
-            return await self._client.eval(self._text, *values)  # type: ignore[arg-type]  # the same
+            return await self._client.eval(self.text, *values)  # type: ignore[arg-type]  # the same
 
 
 def rows(reply: Any) -> list[Row]:
@@ -150,6 +150,17 @@ async def create_group(client: StreamConnection, stream: str, group: str) -> Non
     except ResponseError as error:
         if not str(error).startswith("BUSYGROUP"):  # another was first
             raise
+
+
+async def in_group(client: StreamConnection, stream: str, group: str, read: Callable[[], Awaitable[_T]]) -> _T:
+    """Do what reads as a consumer of a group; where the group is not there, make it and do it again."""
+    try:
+        return await read()
+    except ResponseError as error:
+        if not is_missing_group(error):
+            raise
+    await create_group(client, stream, group)
+    return await read()
 
 
 async def read_group(
@@ -178,13 +189,7 @@ async def read_group(
         reply: Any = await client.xreadgroup(group, consumer, {stream: cursor}, count=max_entries, block=block_ms)
         return rows(reply.get(stream.encode(), ()))
 
-    try:
-        return await read()
-    except ResponseError as error:
-        if not is_missing_group(error):
-            raise
-    await create_group(client, stream, group)
-    return await read()
+    return await in_group(client, stream, group, read)
 
 
 class StreamClient:

@@ -5,7 +5,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -48,6 +48,10 @@ class WorkerStats:
     not_ours: int = 0
     retries: int = 0
     errors: int = 0
+
+    def as_dict(self) -> dict[str, object]:
+        """Give it as JSON takes it."""
+        return asdict(self) | {"dead": {str(reason): count for reason, count in self.dead.items()}}
 
 
 class StreamWorker:
@@ -180,7 +184,7 @@ class StreamWorker:
     async def _touch_now_and_then(self) -> None:
         """Go on until cancelled: batches that are finished after the stop are touched as well."""
         while True:
-            await self._clock.sleep(self._settings.claim_idle_ms / 1000 / _TOUCHES_PER_CLAIM)
+            await self._clock.sleep(self._patience_s / _TOUCHES_PER_CLAIM)
             try:
                 await self._reader.touch(frozenset(self._held))
             except Exception as error:  # noqa: BLE001 - the loop's outermost boundary

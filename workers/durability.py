@@ -12,7 +12,7 @@ from redis.exceptions import MovedError, NoPermissionError, RedisError, Response
 
 from schemas.errors import ConfigError
 from schemas.settings import RedisSettings
-from workers.connection import Script, StreamConnection, address, load_script, stream_errors
+from workers.connection import Script, StreamConnection, address, stream_errors
 
 _T = TypeVar("_T")
 _SHARE = 0.75
@@ -35,7 +35,6 @@ class DurableScript:
     def __init__(self, client: StreamConnection, settings: RedisSettings, *names: str) -> None:
         self._client = client
         self._script = Script(client, *names)
-        self._text = "".join(map(load_script, names))
         self._replicas = settings.wait_replicas
         self._fsync = settings.wait_local_fsync
         waits = (self._replicas > 0) + self._fsync
@@ -79,7 +78,7 @@ class DurableScript:
         """
         if not self._waits:
             return read(await self._script(keys=keys, args=args)), ""
-        command = ("EVAL", self._text, len(keys), *keys, *args)
+        command = ("EVAL", self._script.text, len(keys), *keys, *args)
         if isinstance(self._client, RedisCluster):
             reply, *waited = await self._run_in_cluster(self._client, keys[0], command)
             return read(reply), self._shortfall(waited)

@@ -1,9 +1,7 @@
-#!lua flags=allow-oom
--- End entries, each exactly once: write what came of it and take it off the images stream.
+-- End entries, each exactly once: write what came of it and take it off the images stream. Behind owned.lua.
 -- KEYS: images, results or dead, one per entry ...
 -- ARGV: group, consumer, then per entry: id, number of values, field, value, field, value ...
 -- Returns a list of 1 (ended) and 0 (not this consumer's, nothing written), in order.
--- The flag lets a server at its memory limit be drained: what is written is smaller than what is deleted.
 
 local images, group, consumer = KEYS[1], ARGV[1], ARGV[2]
 
@@ -13,12 +11,7 @@ for k = 2, #KEYS do
     local id, count = ARGV[at], tonumber(ARGV[at + 1])
     local first = at + 2
     at = first + count
-    -- A server that was emptied has no group: the entry is nobody's any more.
-    local pending = redis.pcall('XPENDING', images, group, id, id, 1)
-    if pending['err'] and string.sub(pending['err'], 1, 7) ~= 'NOGROUP' then
-        return pending
-    end
-    if pending[1] and pending[1][2] == consumer then
+    if deliveries_to(images, group, consumer, id) then
         redis.call('XADD', KEYS[k], '*', unpack(ARGV, first, at - 1))
         redis.call('XACK', images, group, id)
         redis.call('XDEL', images, id)

@@ -1,6 +1,7 @@
 """Gives out the entries of the images stream to one named consumer. Knows Redis, and not what is in an entry."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -11,7 +12,7 @@ from workers.connection import (
     Row,
     Script,
     StreamConnection,
-    create_group,
+    in_group,
     is_missing_group,
     read_group,
     rows,
@@ -48,8 +49,8 @@ class RedisStreamReader:
         self._claim_idle_ms = claim_idle_ms
         self._read_script = Script(client, "read.lua")
         self._claim_script = Script(client, "claim.lua")
-        self._touch_script = Script(client, "touch.lua")
-        self._release_script = Script(client, "release.lua")
+        self._touch_script = Script(client, "owned.lua", "touch.lua")
+        self._release_script = Script(client, "owned.lua", "release.lua")
         self._forget_script = Script(client, "forget.lua")
         self._claim_cursor = _OLDEST
         self._own_cursor: str | None = _OLDEST  # None: nothing of before the start is left
@@ -135,14 +136,9 @@ class RedisStreamReader:
     async def _read_at_once(self, max_entries: int, max_bytes: int) -> list[Row]:
         """Take a batch of what is there, in one call that ends before the batch grows past its bytes."""
         args = (self._keys.group, self._consumer, max_entries, max_bytes)
-        try:
-            found = await self._read_script(keys=[self._keys.images], args=args)
-        except ResponseError as error:
-            if not is_missing_group(error):
-                raise
-            await create_group(self._client, self._keys.images, self._keys.group)
-            found = await self._read_script(keys=[self._keys.images], args=args)
-        return rows((entry_id, dict(zip(flat[::2], flat[1::2], strict=True))) for entry_id, flat in found)
+        read = partial(self._read_script, keys=[self._keys.images], args=args)
+        found = await in_group(self._client, self._keys.images, self._keys.group, read)
+        return rows((entry_id, _fields(flat)) for entry_id, flat in found)
 
     async def _next_own(self, cursor: str) -> Entry | None:
         """Take this consumer's next pending entry; where its body was deleted, acknowledge it and give none."""
@@ -181,8 +177,10 @@ class RedisStreamReader:
             if is_missing_group(error):  # `read` makes it
                 return _OLDEST, []
             raise
-        found = [
-            Entry(entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), deliveries)
-            for entry_id, fields, deliveries in reply[1]
-        ]
+        found = [Entry(entry_id.decode(), _fields(flat), deliveries) for entry_id, flat, deliveries in reply[1]]
         return reply[0].decode(), found
+
+
+def _fields(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Put together what a script gives as field, value, field, value ..."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))

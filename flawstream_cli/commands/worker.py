@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -22,7 +21,6 @@ from flawstream_cli.terminal import (
 from schemas.settings import Settings
 from serving.detector import DetectorService, make_detector
 from workers.connection import make_client, require_server
-from workers.consumer import WorkerStats
 from workers.sharded import ShardedWorker
 
 _TELL_S = 10.0
@@ -85,9 +83,5 @@ async def _work(settings: Settings, detector: DetectorService) -> bool:
         await working
         await stream_worker.close()
         await detector.stop()
-        print_json(_as_dict(stream_worker.stats))
+        print_json(stream_worker.stats.as_dict())
     return alive
-
-
-def _as_dict(stats: WorkerStats) -> dict[str, object]:
-    return asdict(stats) | {"dead": {str(reason): count for reason, count in stats.dead.items()}}

@@ -45,6 +45,7 @@ WHO_RUNS = {
     "count.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
     "forget.lua": (Role.WORKER, Role.SERVICE),
     "letters.lua": (Role.OPERATOR,),
+    "owned.lua": (Role.WORKER, Role.SERVICE),
     "publish.lua": (Role.WORKER, Role.SERVICE),
     "push.lua": (Role.PRODUCER, Role.SERVICE),
     "read.lua": (Role.WORKER, Role.SERVICE),
