@@ -55,11 +55,8 @@ test: setup
 unit contracts integration e2e: setup
 	@$(BIN) -m pytest tests/$@
 
-test-chaos test-overload: setup
+test-chaos test-fuzz test-overload: setup
 	@PYTHONPATH=tests $(BIN) -m soak.$(@:test-%=%) $(ARGS)
-
-test-fuzz: setup
-	@$(BIN) -m bench.fuzz $(ARGS)
 
 # `make test` skips these where the environment is absent: a server of 400 MB that wants another NumPy than ours
 test-triton: setup $(TRITON_STAMP)

@@ -14,10 +14,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 TESTS = Path(__file__).parent.parent
 
 
-def run(module: str, *options: str) -> dict[str, Any]:
+def run(program: str, *options: str) -> dict[str, Any]:
     """Run one of the long tests; gives what its last line says."""
     done = subprocess.run(  # noqa: S603 - our own program
-        [sys.executable, "-m", module, *options],
+        [sys.executable, "-m", f"soak.{program}", *options],
         cwd=TESTS.parent,
         env=os.environ | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
@@ -30,13 +30,13 @@ def run(module: str, *options: str) -> dict[str, Any]:
 
 
 def test_every_image_ends_once_though_everything_is_killed_cut_off_and_paused() -> None:
-    told = run("soak.chaos", "--minutes", "2.5")
+    told = run("chaos", "--minutes", "2.5")
     assert (told["lost"], told["duplicates"], told["wrong_ending"], told["unread_by_group"]) == (0, 0, 0, 0)
     assert told["images"] > 0
     assert set(told["faults"]) >= {"redis_killed", "redis_paused", "replies_cut", "controller_killed", "worker_killed"}
 
 
 def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobody() -> None:
-    told = run("bench.fuzz", "--entries", "600")
+    told = run("fuzz", "--entries", "600")
     assert (told["lost"], told["duplicates"], told["wrong_reason"], told["worker_restarts"]) == (0, 0, 0, 0)
     assert told["dead"] >= 600

@@ -3,8 +3,8 @@
 from collections import Counter
 
 import pytest
+from soak.fuzz_corpus import corpus
 
-from bench.fuzz_corpus import corpus
 from flawstream.images import decode_image
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings

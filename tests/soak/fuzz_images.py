@@ -57,7 +57,7 @@ def photograph(chance: random.Random, kind: str) -> bytes:
     light = np.add.outer(np.linspace(40, 120, height), np.linspace(0, 90, width))
     pixels = np.clip(light[..., None] + noise.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
     pixels = cv2.GaussianBlur(pixels, (3, 3), 0)
-    image = Image.fromarray(pixels if chance.random() < 0.8 else pixels[..., 0])  # noqa: PLR2004 - one in five is grey
+    image = Image.fromarray(pixels if chance.random() < 0.8 else pixels[..., 0])
     file = io.BytesIO()
     image.save(file, kind.upper(), **chance.choice(_VARIANTS[kind]))
     return file.getvalue()

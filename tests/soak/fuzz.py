@@ -1,6 +1,6 @@
 """Whether anything that can be pushed breaks a worker, is lost, ends twice, or is refused for a wrong reason.
 
-    python -m bench.fuzz [--entries 10000] [--seed 0]
+    PYTHONPATH=tests python -m soak.fuzz [--entries 10000] [--seed 0]
 
 Malformed entries, good ones between them, are pushed by plain XADD onto a real Valkey, where a real `flawstream worker`
 reads. Claims: each entry ends exactly once; for a reason that is right for its kind; what is good, and nothing that
@@ -21,8 +21,8 @@ from typing import Any
 
 from redis import Redis
 
-from bench.fuzz_corpus import MAX_IMAGE_BYTES, FuzzEntry, corpus
-from bench.fuzz_line import TrapServer, WorkerProcess, write_model
+from soak.fuzz_corpus import MAX_IMAGE_BYTES, FuzzEntry, corpus
+from soak.fuzz_line import TrapServer, WorkerProcess, write_model
 from workers.embedded import EmbeddedServer
 
 MOST_GROWTH_MB = 96.0

@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench.fuzz_images import FORMATS, bomb, foreign, oblong, photograph, spoil
 from schemas.errors import Reason
+from soak.fuzz_images import FORMATS, bomb, foreign, oblong, photograph, spoil
 
 CATEGORY = "bottle"
 MAX_IMAGE_BYTES = 1 << 20
@@ -63,7 +63,7 @@ def corpus(seed: int, count: int, web: str) -> Iterator[FuzzEntry]:
 
 def _good(chance: random.Random) -> FuzzEntry:
     fields = {b"category": CATEGORY.encode(), b"image": photograph(chance, chance.choice(FORMATS))}
-    if chance.random() < 0.2:  # noqa: PLR2004 - a malformed trace context is ignored, so the rest must be good
+    if chance.random() < 0.2:
         fields[b"traceparent"] = chance.randbytes(chance.randint(0, 80))
         return FuzzEntry("good, traceparent garbage", fields, frozenset(), may_pass=True)
     return FuzzEntry("good", fields, frozenset(), may_pass=True)
@@ -73,7 +73,7 @@ def _image(chance: random.Random) -> FuzzEntry:
     make = chance.choices((spoil, bomb, oblong, foreign), (80, 12, 4, 4))[0]
     image = make(chance)
     fields = {b"category": CATEGORY.encode(), b"image": image.data}
-    if chance.random() < 0.1:  # noqa: PLR2004
+    if chance.random() < 0.1:
         fields[b"traceparent"] = chance.randbytes(chance.randint(0, 80))
     return FuzzEntry(image.kind, fields, image.reasons, image.readable)
 

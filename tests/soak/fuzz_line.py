@@ -1,27 +1,22 @@
 """What the fuzz runs against: a real `flawstream worker`, a model for it, and a web server with traps."""
 
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
-import numpy as np
+from tiny_models import write_version
 
-from bench.fuzz_corpus import CATEGORY, KEY_PREFIX, MAX_IMAGE_BYTES, S3_PREFIX, WEB_PATH
-from flawstream.calibration import calibrate
 from flawstream.fastflow.backbone import Backbone
-from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import WEIGHTS_FILE, Registry
-from schemas.manifest import FlowSpec, ModelManifest, TrainingRecord
+from flawstream.registry import Registry
 from schemas.settings import ModelSettings
+from soak.fuzz_corpus import CATEGORY, KEY_PREFIX, MAX_IMAGE_BYTES, S3_PREFIX, WEB_PATH
 
 _CLOSED_PORT = "http://127.0.0.1:9"
 _STOP_S = 60
@@ -30,36 +25,7 @@ _SIDE_PX = 64
 
 def write_model(root: str) -> None:
     """Publish a version of the one category: the default backbone, and a flow that was never trained."""
-    spec = Backbone(ModelSettings(input_size=_SIDE_PX)).spec
-    flow = FlowSpec(steps=1, hidden_ratio=0.25, conv3x3_only=False, clamp=2.0)
-    weights = FastFlowHead(spec, flow).to_bytes()
-    scores = (np.arange(19) + 1) / 10
-    registry = Registry(root)
-    manifest = ModelManifest(
-        category=CATEGORY,
-        version="v1",
-        created_at=datetime.now(UTC),
-        backbone=spec,
-        flow=flow,
-        calibration=calibrate(scores, scores, 0.05, top_fraction=0.03),
-        training=TrainingRecord(
-            dataset_sha256="0" * 64,
-            train_images=1,
-            calibration_images=len(scores),
-            epochs=1,
-            batch_size=1,
-            learning_rate=1.0,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            seed=0,
-            final_loss=0.0,
-            duration_s=0.0,
-        ),
-        libraries={},
-        files={WEIGHTS_FILE: hashlib.sha256(weights).hexdigest()},
-    )
-    registry.write(manifest, {WEIGHTS_FILE: weights})
-    registry.promote(CATEGORY, "v1")
+    write_version(Registry(root), CATEGORY, spec=Backbone(ModelSettings(input_size=_SIDE_PX)).spec)
 
 
 class _Answers(BaseHTTPRequestHandler):
