@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client  # nothing public tells where Serve listens
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
@@ -90,6 +91,8 @@ def require_startable(settings: Settings) -> None:
 def run(settings: Settings) -> str:
     """Deploy on the cluster that `flawstream.cluster.connect` joined, and wait until every replica is ready.
 
+    Where Serve runs on the cluster already, its HTTP address stands, whatever the settings say.
+
     Returns:
         The address of the HTTP API.
 
@@ -103,11 +106,19 @@ def run(settings: Settings) -> str:
         serve.run(build(_with_absolute_paths(settings)), name=APPLICATION, logging_config=quiet)
     except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
         raise ConfigError(f"the service could not start: {_why(error)}") from error
-    return f"http://{settings.api.host}:{settings.api.port}"
+    http: HTTPOptions = _get_global_client().http_config
+    if (http.host, http.port) != (settings.api.host, settings.api.port):
+        _log.warning(
+            "Serve already runs on this cluster at %s:%s; api.host and api.port do not hold", http.host, http.port
+        )
+    return f"http://{http.host}:{http.port}"
 
 
 def stop() -> None:
-    """Take the service down. First the workers finish the batches under way, while the detectors are still there."""
+    """Take the service down. First the workers finish the batches under way, while the detectors are still there.
+
+    Serve itself stays, with its port: others may have applications on it.
+    """
     try:
         _drain_workers()
         serve.delete(APPLICATION)

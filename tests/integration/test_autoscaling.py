@@ -90,6 +90,7 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
         with RawRedis(server.port) as redis, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as api:
             yield Service(api, redis)
         service.stop()
+        serve.shutdown()  # whoever comes next has a port of its own
 
 
 def photograph() -> bytes:

@@ -229,6 +229,13 @@ def test_service_that_stops_finishes_what_it_has_in_hand_and_one_that_starts_goe
     line.await_ends([*ids, while_away])
 
 
+def test_service_on_a_serve_that_already_listens_tells_where(line: Line) -> None:
+    elsewhere = line.settings.api.model_copy(update={"port": line.settings.api.port + 1})
+    address = service.run(line.settings.model_copy(update={"api": elsewhere}))
+    assert address == f"http://127.0.0.1:{line.settings.api.port}"
+    assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
+
+
 def test_service_that_cannot_start_says_why_in_one_line(line: Line) -> None:
     service.stop()
     nowhere = line.settings.redis.model_copy(update={"url": "redis://127.0.0.1:1/0"})
