@@ -16,6 +16,9 @@ from schemas.errors import ConfigError
 _CONVERTING = threading.Lock()
 """Tracing patches torch while it lasts, and warnings are filtered for the whole process: one at a time."""
 
+_OUT_OF_MEMORY = ("Failed to allocate", "bad_alloc")
+"""What OpenVINO's errors say where memory runs out; there is no class for it."""
+
 
 def openvino_is_installed() -> bool:
     """Tell whether the extra `openvino` is there."""
@@ -72,19 +75,34 @@ class CompiledModule:
         listed: bool = False,
         threads: int = 0,
     ) -> None:
-        graph = convert(_Flat(module, listed=listed), shapes, dtype)
+        self._graph = convert(_Flat(module, listed=listed), shapes, dtype)
+        self._threads = threads
+        self._compiled = self._compile()
+        self._outputs = len(self._graph.outputs)
+
+    def __call__(self, *inputs: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+        """Run the graph; every input and output has the batch dimension first.
+
+        Raises:
+            MemoryError: There is no memory for so large a batch; the graph can be run again with a smaller one.
+        """
+        try:
+            results = self._compiled(inputs)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _OUT_OF_MEMORY):
+                raise
+            del self._compiled  # it goes on to ask for the large batch's memory, with small batches too
+            self._compiled = self._compile()
+            raise MemoryError(str(error).strip().splitlines()[-1]) from error
+        return [results[index] for index in range(self._outputs)]
+
+    def _compile(self) -> Any:
         import openvino  # noqa: PLC0415 - an optional extra, there if `convert` went through
 
         config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        if threads:
-            config["INFERENCE_NUM_THREADS"] = threads
-        self._compiled = openvino.compile_model(graph, "CPU", config)
-        self._outputs = len(graph.outputs)
-
-    def __call__(self, *inputs: NDArray[np.generic]) -> list[NDArray[np.float32]]:
-        """Run the graph; every input and output has the batch dimension first."""
-        results = self._compiled(inputs)
-        return [results[index] for index in range(self._outputs)]
+        if self._threads:
+            config["INFERENCE_NUM_THREADS"] = self._threads
+        return openvino.compile_model(self._graph, "CPU", config)
 
 
 class _Flat(nn.Module):

@@ -225,7 +225,14 @@ class DetectorSettings(_Section):
     triton_timeout_s: float = Field(10.0, gt=0, description="Longest wait for an answer of the Triton server.")
     max_batch_images: int = Field(32, ge=1, le=4096, description="Most images the engine is given at once.")
     max_queue_images: int = Field(512, ge=1, description="Images waiting past which calls are refused.")
-    max_resident: int = Field(256, ge=1, description="Categories kept loaded; the least recently used goes first.")
+    target_batch_ms: float | None = Field(
+        None,
+        gt=0,
+        description="How long a batch may take; larger ones are not made. Without it only their size counts.",
+    )
+    max_resident_mb: int = Field(
+        8192, ge=1, description="Memory for loaded categories, 10^6 bytes; the least recently used goes first."
+    )
     refresh_s: float = Field(2.0, gt=0, description="Time between two looks for newly promoted versions.")
     timeout_s: float = Field(
         60.0, gt=0, description="Longest wait for a replica's answer to one call; then the call is made again."

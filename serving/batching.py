@@ -1,10 +1,13 @@
 """Drain-when-free batching: an idle model starts at once; while it computes, the next batch fills.
 
 No timer: waiting for a batch to fill costs latency when traffic is low and nothing is gained when it is high. Knows
-nothing of models; it hands slices of what was submitted to one function, which runs in one thread.
+nothing of models; it hands slices of what was submitted to one function, which runs in one thread. A batch that
+does not fit in memory is halved until it does.
 """
 
 import asyncio
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import DetectorOverloadedError, ShapeError
+
+log = logging.getLogger(__name__)
+
+_BATCHES_BEFORE_GROWTH = 256
+"""So many batches must fit after one that did not before a larger one is tried: memory may be short for a while."""
+_NEWEST_WEIGHT = 0.2
+"""Of the newest batch in the moving average of the time an image takes."""
 
 Tag = TypeVar("Tag")
 Out = TypeVar("Out")
@@ -29,17 +39,58 @@ class _Request(Generic[Tag, Out]):
     outputs: list[Out] = field(default_factory=list)
 
 
+class BatchBound:
+    """How many images a batch may have now: what is allowed, what fits in memory, what is done in the target time.
+
+    Args:
+        most: Never more than these.
+        target_s: How long a batch may take; None sets no target.
+    """
+
+    def __init__(self, most: int, target_s: float | None = None) -> None:
+        self._most = most
+        self._target_s = target_s
+        self._fits = most
+        self._since_failure = 0
+        self._image_s: float | None = None
+
+    @property
+    def images(self) -> int:
+        """Tell the bound; at least 1."""
+        if self._target_s is None or self._image_s is None:
+            return self._fits
+        return max(1, min(self._fits, int(self._target_s / self._image_s)))
+
+    def ran(self, images: int, took_s: float) -> None:
+        """Learn from a batch that went through."""
+        image_s = took_s / images
+        before = image_s if self._image_s is None else self._image_s
+        self._image_s = before + _NEWEST_WEIGHT * (image_s - before)
+        self._since_failure += 1
+        if self._fits < self._most and self._since_failure >= _BATCHES_BEFORE_GROWTH:
+            self._fits = min(self._most, 2 * self._fits)
+            self._since_failure = 0
+
+    def did_not_fit(self, images: int) -> None:
+        """Learn from a batch for which there was no memory."""
+        self._fits = min(self._fits, max(1, images // 2))
+        self._since_failure = 0
+
+
 class DrainBatcher(Generic[Tag, Out]):
     """Collects images of many calls into batches.
 
     Args:
-        run: Takes (B, S, S, 3) uint8 images and B tags, gives B outputs. Runs in the batcher's one thread.
+        run: Takes (B, S, S, 3) uint8 images and B tags, gives B outputs. Runs in the batcher's one thread. Where it
+            raises `MemoryError` it is called again with halves.
         max_batch_images: Largest B.
         max_queue_images: Images waiting past which a call is refused.
+        target_batch_s: How long a batch may take; batches are made smaller as images take longer. None sets no target.
 
     Attributes:
         batches: Batches run.
         images: Images in them.
+        halvings: How often a batch did not fit in memory.
     """
 
     def __init__(
@@ -48,9 +99,10 @@ class DrainBatcher(Generic[Tag, Out]):
         *,
         max_batch_images: int,
         max_queue_images: int,
+        target_batch_s: float | None = None,
     ) -> None:
         self._run = run
-        self._max_batch = max_batch_images
+        self._bound = BatchBound(max_batch_images, target_batch_s)
         self._max_queue = max_queue_images
         self._waiting: deque[_Request[Tag, Out]] = deque()
         self._queued_images = 0
@@ -60,6 +112,7 @@ class DrainBatcher(Generic[Tag, Out]):
         self._stopping = False
         self.batches = 0
         self.images = 0
+        self.halvings = 0
 
     def start(self) -> None:
         """Begin to work; in a running event loop."""
@@ -127,7 +180,7 @@ class DrainBatcher(Generic[Tag, Out]):
             tags = [tag for _, _, part_tags in parts for tag in part_tags]
             try:
                 images = parts[0][1] if len(parts) == 1 else np.concatenate([images for _, images, _ in parts])
-                outputs = await loop.run_in_executor(self._thread, self._run, images, tags)
+                outputs = await loop.run_in_executor(self._thread, self._run_what_fits, images, tags)
                 if len(outputs) != len(images):
                     raise ShapeError(f"{len(images)} images were judged and {len(outputs)} outputs came back")  # noqa: TRY301 - it belongs to the callers, as any other failure does
             except Exception as error:  # noqa: BLE001 - whatever it was, it belongs to those who wait for it
@@ -143,10 +196,31 @@ class DrainBatcher(Generic[Tag, Out]):
                 if len(request.outputs) == len(request.images) and not request.done.done():
                     request.done.set_result(request.outputs)
 
+    def _run_what_fits(self, images: NDArray[np.uint8], tags: Sequence[Tag]) -> list[Out]:
+        """Run a batch, in halves where it does not fit in memory."""
+        began_s = time.perf_counter()
+        try:
+            outputs = self._run(images, tags)
+        except MemoryError as error:
+            if len(images) == 1:
+                raise DetectorOverloadedError(
+                    f"there is no memory for even one image ({error}); lower detector.max_resident_mb, or give the "
+                    "detector more memory"
+                ) from error
+            # halves are tried after this block: with the exception goes what the failed run held
+            self.halvings += 1
+            self._bound.did_not_fit(len(images))
+            log.warning("a batch of %d images does not fit in memory (%s): halved", len(images), error)
+        else:
+            self._bound.ran(len(images), time.perf_counter() - began_s)
+            return outputs
+        half = len(images) // 2
+        return self._run_what_fits(images[:half], tags[:half]) + self._run_what_fits(images[half:], tags[half:])
+
     def _drain(self) -> list[tuple[_Request[Tag, Out], NDArray[np.uint8], Sequence[Tag]]]:
         """Take up to a batch's worth from the front of the queue; calls larger than the rest of it are split."""
         parts: list[tuple[_Request[Tag, Out], NDArray[np.uint8], Sequence[Tag]]] = []
-        room = self._max_batch
+        room = self._bound.images
         while room and self._waiting:
             request = self._waiting[0]
             if request.done.done():  # failed with an earlier part, or its caller has gone

@@ -44,9 +44,12 @@ class DetectorService:
     def __init__(self, registry: Registry, engine: Engine, settings: DetectorSettings) -> None:
         self._engine = engine
         self._settings = settings
-        self._store = ModelStore(registry, engine, settings.max_resident)
+        self._store = ModelStore(registry, engine, settings.max_resident_mb * 1_000_000)
         self._batcher = DrainBatcher(
-            self._judge, max_batch_images=settings.max_batch_images, max_queue_images=settings.max_queue_images
+            self._judge,
+            max_batch_images=settings.max_batch_images,
+            max_queue_images=settings.max_queue_images,
+            target_batch_s=None if settings.target_batch_ms is None else settings.target_batch_ms / 1000,
         )
         self._loading = asyncio.Lock()
         self._refreshed_at_s = -np.inf
@@ -79,8 +82,10 @@ class DetectorService:
             "input_size": self._engine.spec.input_size,
             "categories": self._store.known,
             "resident": self._store.resident,
+            "resident_mb": round(self._store.resident_bytes / 1e6, 1),
             "batches": self._batcher.batches,
             "images": self._batcher.images,
+            "halvings": self._batcher.halvings,
             "queued_images": self._batcher.queued_images,
         }
 
@@ -183,7 +188,13 @@ class DetectorService:
 
     def _preload(self) -> None:
         self._store.refresh()
-        for category in list(self._store.known)[: self._settings.max_resident]:
+        for category in self._store.known:
+            if not self._store.has_room:
+                log.warning(
+                    "%d categories do not all fit in detector.max_resident_mb; the rest load when asked for",
+                    len(self._store.known),
+                )
+                break
             with contextlib.suppress(RegistryError):  # the store has logged it
                 self._store.load(category)
 

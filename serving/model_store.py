@@ -33,11 +33,13 @@ class ResidentModel:
         manifest: What it is.
         loaded: Its head on the engine.
         calibration_scores: (n,) float64, ascending.
+        size_bytes: Memory that it takes in this process, by its weights and the engine.
     """
 
     manifest: ModelManifest
     loaded: Loaded
     calibration_scores: NDArray[np.float64]
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +50,18 @@ class _Failure:
 
 
 class ModelStore:
-    """Resident models by category; past `max_resident` the least recently used goes.
+    """Resident models by category; past a memory budget the least recently used goes.
 
     Args:
         registry: Where versions are.
         engine: Where they run; a version trained on another backbone is refused.
-        max_resident: Categories kept.
+        max_resident_bytes: The budget. The model used last stays, whatever its size.
     """
 
-    def __init__(self, registry: Registry, engine: Engine, max_resident: int) -> None:
+    def __init__(self, registry: Registry, engine: Engine, max_resident_bytes: int) -> None:
         self._registry = registry
         self._engine = engine
-        self._max_resident = max_resident
+        self._max_resident_bytes = max_resident_bytes
         self._models: OrderedDict[str, ResidentModel] = OrderedDict()
         self._lock = Lock()
         self._known: dict[str, str] = {}
@@ -75,6 +77,19 @@ class ModelStore:
         """Tell which versions are ready, as `category@version`."""
         with self._lock:
             return [model.manifest.model for model in self._models.values()]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Tell how much memory the resident models take."""
+        with self._lock:
+            return self._size()
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether one more model, as large as the largest resident, can stay beside the others."""
+        with self._lock:
+            largest = max((model.size_bytes for model in self._models.values()), default=0)
+            return self._size() + largest <= self._max_resident_bytes
 
     def get(self, category: str) -> ResidentModel | None:
         """Give a category's model if it is resident."""
@@ -119,8 +134,9 @@ class ModelStore:
         with self._lock:
             self._models[category] = model
             self._models.move_to_end(category)
-            while len(self._models) > self._max_resident:
-                self._models.popitem(last=False)
+            while len(self._models) > 1 and self._size() > self._max_resident_bytes:
+                _, gone = self._models.popitem(last=False)
+                log.info("let go: %s, for others to stay within detector.max_resident_mb", gone.manifest.model)
         log.info("ready: %s", model.manifest.model)
         return model
 
@@ -133,7 +149,11 @@ class ModelStore:
             loaded = self._engine.load(head, manifest)
         except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # a manifest whose numbers do not fit
             raise RegistryError(f"{manifest.model} cannot be made ready: {error}; train it again") from error
-        return ResidentModel(manifest, loaded, np.array(manifest.calibration.scores))
+        size_bytes = self._engine.copies * sum(tensor.nbytes for tensor in head.state_dict().values())
+        return ResidentModel(manifest, loaded, np.array(manifest.calibration.scores), size_bytes)
+
+    def _size(self) -> int:
+        return sum(model.size_bytes for model in self._models.values())
 
     def refresh(self) -> None:
         """Look for promoted versions and load those whose category is resident. A version that fails is said once.

@@ -98,6 +98,8 @@ def image(level: int, side: int = SPEC.input_size) -> NDArray[np.uint8]:
 class TinyEngine:
     """An `Engine` whose grids are the image's grey level over 100, and something worse for three levels."""
 
+    copies = 1
+
     def __init__(self, spec: BackboneSpec = SPEC) -> None:
         self.spec = spec
         self.batches: list[int] = []

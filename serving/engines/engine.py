@@ -20,6 +20,8 @@ class Engine(Protocol):
     """Judges batches of mixed categories. `detect` is called by one thread at a time, `load` by others meanwhile."""
 
     spec: BackboneSpec
+    copies: int
+    """How often a version's float32 weights are in this process while it is ready."""
 
     def load(self, head: FastFlowHead, manifest: ModelManifest) -> Loaded:
         """Make a version ready and warm it up. May take seconds.
@@ -49,6 +51,7 @@ class Engine(Protocol):
             One (B, H_s, W_s) float32 grid per scale, nats per channel; the caller's own.
 
         Raises:
+            MemoryError: There is no memory for so many images; for fewer there may be.
             TransientError: The engine is not here and does not answer.
         """
         ...

@@ -20,6 +20,8 @@ class FakeEngine:
         spec: What the engine says that its backbone is.
     """
 
+    copies = 0
+
     def __init__(self, spec: BackboneSpec) -> None:
         self.spec = spec
 

@@ -1,6 +1,7 @@
 """PyTorch on a GPU or a CPU: the reference that other engines agree with. The GPU path was not run on a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ class TorchEngine:
     Args:
         backbone: The frozen network; moved to the GPU where there is one.
     """
+
+    copies = 1
 
     def __init__(self, backbone: Backbone) -> None:
         self.spec = backbone.spec
@@ -44,9 +47,21 @@ class TorchEngine:
         self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run", NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
         """Run the backbone, then each head on its rows; see `Engine`."""
-        # copied: arrays from shared memory are read-only, which torch warns of
-        features: list[Tensor] = self._backbone(torch.tensor(images, device=self._device))
-        return run_heads(features, heads, self.spec)
+        with _memory_errors():
+            # copied: arrays from shared memory are read-only, which torch warns of
+            features: list[Tensor] = self._backbone(torch.tensor(images, device=self._device))
+            return run_heads(features, heads, self.spec)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Call it `MemoryError` where memory runs out: torch has a class for it on a GPU and only words for it on a CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise
 
 
 _Run = Callable[[Sequence[Tensor]], list[NDArray[np.float32]]]

@@ -33,6 +33,8 @@ class TritonEngine:
         TransientError: It does not answer.
     """
 
+    copies = 0  # they are at the server
+
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url = url
         self._timeout_s = timeout_s

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from schemas.errors import DetectorOverloadedError, ShapeError
-from serving.batching import DrainBatcher
+from serving.batching import BatchBound, DrainBatcher
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
@@ -29,12 +29,15 @@ class Run:
         self.gate = threading.Event()
         self.gate.set()
         self.missing = 0
+        self.fits = 1000
 
     def __call__(self, images: NDArray[np.uint8], tags: Sequence[str]) -> Outputs:
         numbers = [int(image[0, 0, 0]) for image in images]
         self.batches.append(numbers)
         self.started.release()
         self.gate.wait()
+        if len(numbers) > self.fits:
+            raise MemoryError(f"{len(numbers)} images")
         if self.failures:
             raise self.failures.pop(0)
         return list(zip(numbers, tags, strict=True))[self.missing :]
@@ -256,3 +259,49 @@ async def test_call_before_the_start_is_refused() -> None:
     with pytest.raises(DetectorOverloadedError, match="does not run"):
         await submit(batcher, 1)
     await batcher.stop()
+
+
+@given(fits=st.integers(1, 9), count=st.integers(1, 40))
+async def test_batch_that_does_not_fit_in_memory_is_halved_until_it_does(fits: int, count: int) -> None:
+    run = Run()
+    run.fits = fits
+    async with batching(run, max_batch_images=40) as batcher:
+        assert await submit(batcher, *range(count)) == expected(*range(count))
+        assert await submit(batcher, *range(count)) == expected(*range(count))
+        assert (batcher.halvings > 0) == (count > fits)
+    ran = [batch for batch in run.batches if len(batch) <= fits]
+    assert [number for batch in ran for number in batch] == [*range(count), *range(count)]
+    assert sum(len(batch) == count for batch in run.batches) <= 1 or count <= fits  # the second call knew better
+
+
+async def test_where_not_even_one_image_fits_the_caller_may_come_back() -> None:
+    run = Run()
+    run.fits = 0
+    async with batching(run) as batcher:
+        with pytest.raises(DetectorOverloadedError, match=r"no memory for even one image .*max_resident_mb"):
+            await submit(batcher, 1, 2, 3)
+        run.fits = 1
+        assert await submit(batcher, 4) == expected(4)
+
+
+def test_larger_batches_are_tried_again_once_many_have_fitted() -> None:
+    bound = BatchBound(32)
+    bound.did_not_fit(32)
+    assert bound.images == 16
+    for _ in range(255):
+        bound.ran(16, 0.1)
+    assert bound.images == 16
+    bound.ran(16, 0.1)
+    assert bound.images == 32
+
+
+def test_batches_are_as_large_as_the_target_time_allows() -> None:
+    bound = BatchBound(32, target_s=0.1)
+    assert bound.images == 32
+    bound.ran(10, 0.1)
+    assert bound.images == 10
+    for _ in range(50):
+        bound.ran(10, 0.2)
+    assert bound.images == 5
+    bound.ran(1, 100.0)
+    assert bound.images == 1

@@ -50,9 +50,9 @@ def registry(tmp_path: Path) -> CountingRegistry:
 
 @asynccontextmanager
 async def running(
-    registry: Registry, *, refresh_s: float = NEVER_S, max_resident: int = 10, max_batch_images: int = 32
+    registry: Registry, *, refresh_s: float = NEVER_S, max_resident_mb: int = 100, max_batch_images: int = 32
 ) -> AsyncIterator[DetectorService]:
-    chosen = DetectorSettings(refresh_s=refresh_s, max_resident=max_resident, max_batch_images=max_batch_images)
+    chosen = DetectorSettings(refresh_s=refresh_s, max_resident_mb=max_resident_mb, max_batch_images=max_batch_images)
     service = DetectorService(registry, TinyEngine(), chosen)
     await service.start()
     try:
@@ -182,10 +182,14 @@ async def test_promoted_version_is_swapped_in_while_images_come(registry: Counti
     assert set(models) == {"bottle@v1", "bottle@v2"}
 
 
-async def test_category_that_was_let_go_is_loaded_again(registry: CountingRegistry) -> None:
+async def test_category_that_was_let_go_is_loaded_again(
+    registry: CountingRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TinyEngine, "copies", 1_000_000)  # none is small enough to have another beside it
     for category in ("bottle", "cable"):
         write_version(registry, category)
-    async with running(registry, max_resident=1) as service:
+    async with running(registry, max_resident_mb=1) as service:
+        assert service.status()["resident"] == ["bottle@v1"]
         outcomes = await judge(service, [10, 20], ["bottle", "cable"])
         assert [outcome.model for outcome in outcomes if isinstance(outcome, Detection)] == ["bottle@v1", "cable@v1"]
         assert service.status()["resident"] == ["cable@v1"]

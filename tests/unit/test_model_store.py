@@ -5,24 +5,27 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from tiny_models import SPEC, TinyEngine, write_version
+from tiny_models import FLOW, SPEC, TinyEngine, write_version
 
 import serving.model_store
+from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import Registry
 from schemas.errors import RegistryError, UnknownCategoryError
 from serving.model_store import ModelStore
 
 pytestmark = pytest.mark.unit
 
+MODEL_BYTES = sum(tensor.nbytes for tensor in FastFlowHead(SPEC, FLOW).state_dict().values())
+
 
 class Bench:
     """A store on a registry in a folder."""
 
-    def __init__(self, folder: Path, max_resident: int = 10) -> None:
+    def __init__(self, folder: Path, models: int = 10) -> None:
         self.registry = Registry(str(folder))
         self.folder = folder
         self.engine = TinyEngine()
-        self.store = ModelStore(self.registry, self.engine, max_resident)
+        self.store = ModelStore(self.registry, self.engine, models * MODEL_BYTES)
 
     def serving(self, category: str) -> str:
         """Tell which version would judge an image now."""
@@ -57,7 +60,7 @@ def test_category_without_a_version_is_unknown(bench: Bench) -> None:
 
 
 def test_least_recently_used_category_goes_first(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, max_resident=2)
+    bench = Bench(tmp_path, models=2)
     for category in ("bottle", "cable", "screw"):
         write_version(bench.registry, category)
     bench.store.load("bottle")
@@ -65,8 +68,18 @@ def test_least_recently_used_category_goes_first(tmp_path: Path) -> None:
     bench.store.get("bottle")
     bench.store.load("screw")
     assert bench.store.resident == ["bottle@v1", "screw@v1"]
+    assert bench.store.resident_bytes == 2 * MODEL_BYTES
+    assert not bench.store.has_room
     assert bench.store.get("cable") is None
     assert bench.store.load("cable").manifest.model == "cable@v1"
+
+
+def test_model_larger_than_the_budget_serves_alone(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, models=0)
+    for category in ("bottle", "cable"):
+        write_version(bench.registry, category)
+        bench.store.load(category)
+        assert bench.store.resident == [f"{category}@v1"]
 
 
 def test_promoted_version_takes_over_at_the_next_refresh(bench: Bench) -> None:
