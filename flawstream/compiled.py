@@ -87,12 +87,13 @@ class CompiledModule:
             MemoryError: There is no memory for so large a batch; the graph can be run again with a smaller one.
         """
         try:
+            if self._compiled is None:
+                self._compiled = self._compile()
             results = self._compiled(inputs)
         except RuntimeError as error:
             if not any(words in str(error) for words in _OUT_OF_MEMORY):
                 raise
-            del self._compiled  # it goes on to ask for the large batch's memory, with small batches too
-            self._compiled = self._compile()
+            self._compiled = None  # it would go on to ask for the large batch's memory, with small batches too
             raise MemoryError(str(error).strip().splitlines()[-1]) from error
         return [results[index] for index in range(self._outputs)]
 

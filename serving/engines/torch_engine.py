@@ -13,6 +13,9 @@ from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from schemas.manifest import ModelManifest
 from serving.engines.engine import run_heads
 
+_OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive")
+"""What is said on a CPU where memory runs out, by torch's allocator and by oneDNN."""
+
 
 class TorchEngine:
     """Runs in float32, channels last.
@@ -59,7 +62,7 @@ def _memory_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
             raise MemoryError(str(error).splitlines()[0]) from error
         raise
 

@@ -14,8 +14,8 @@ from schemas.settings import Settings
 
 pytestmark = pytest.mark.integration
 
-IMAGES = 256
-ROOM_BYTES = 200_000_000
+IMAGES = 512
+ROOM_BYTES = 700_000_000  # threads and compiled kernels want some, whatever the batch
 JUDGE = """
 import asyncio, json, resource, sys
 from pathlib import Path
