@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha1
 from importlib.resources import files
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -244,6 +245,10 @@ def stream_errors(client: StreamConnection) -> Iterator[None]:
         if ours is None:
             raise
         raise ours from error
+    except (AttributeError, TypeError) as error:
+        if not _closed_in_writing(error):
+            raise
+        raise _unavailable(client, RedisConnectionError("the connection was closed while it was written to")) from error
 
 
 def _as_ours(client: StreamConnection, error: BaseException) -> FlawstreamError | None:
@@ -282,6 +287,14 @@ def _passing(client: StreamConnection, error: BaseException) -> StreamUnavailabl
     if isinstance(error, _PASSING) or (isinstance(error, ResponseError) and str(error).startswith(_PASSING_CODES)):
         return _unavailable(client, error)
     return None
+
+
+def _closed_in_writing(error: BaseException) -> bool:
+    """Tell whether the client stumbled over a connection that another task, or the server, had just closed.
+
+    It then touches what is no longer there and raises none of its own errors (github.com/redis/redis-py/issues/4287).
+    """
+    return any(frame.f_code.co_name == "_send_packed_command" for frame, _ in walk_tb(error.__traceback__))
 
 
 def _refused_tls(cause: BaseException | None) -> str | None:
