@@ -45,10 +45,10 @@ asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds an address space this way")
-@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("engine", ["torch", "openvino", "ncnn"])
 def test_batch_for_which_there_is_no_memory_is_judged_in_parts(engine: str, tmp_path: Path) -> None:
-    if engine == "openvino":
-        pytest.importorskip("openvino")
+    if engine != "torch":
+        pytest.importorskip(engine)
     write_version(Registry(str(tmp_path)), "bottle", spec=Backbone(Settings().model).spec)
     ran = subprocess.run(  # noqa: S603 - our own interpreter
         [sys.executable, "-c", JUDGE, engine, str(tmp_path), str(IMAGES), str(ROOM_BYTES)],
