@@ -101,17 +101,16 @@ class _BackboneGraphs:
 class _Head:
     """A folded head: for each scale what normalises, and a graph on one thread.
 
-    The scales of a lone image run side by side. Where that leaves one over, the finest, which is the slowest and has
-    the fewest weights, goes first and on all threads.
+    The scales of a lone image run side by side. Where that leaves one over, they run in turn on all threads,
+    which takes graphs of their own.
     """
 
     def __init__(self, head: FoldedHead, threads: int) -> None:
         self._normalise = [_normaliser(statistics) for statistics in head.statistics]
-        finest, *others = head.flows
         one_is_left_over = threads > 1 and len(head.flows) % threads == 1
-        first, *alone = flow_graphs(finest, [1, threads] if one_is_left_over else [1])  # type: ignore[arg-type]
-        self._graphs = [first, *(flow_graphs(flow, [1])[0] for flow in others)]  # type: ignore[arg-type]
-        self._finest_alone = alone
+        graphs = [flow_graphs(flow, [1, threads] if one_is_left_over else [1]) for flow in head.flows]  # type: ignore[arg-type]
+        self._graphs = [beside for beside, *_ in graphs]
+        self._alone = [alone for _, *rest in graphs for alone in rest]
 
     def judge(self, scale: int, features: Grid) -> Grid:
         """Map one scale's (B, C, H, W) features to (B, H, W), on this thread."""
@@ -119,9 +118,9 @@ class _Head:
 
     def judge_alone(self, features: Sequence[Grid], pool: Executor) -> list[Grid]:
         """Map one image's (1, C_s, H_s, W_s) features per scale to (1, H_s, W_s)."""
-        first = [self._run(graph, 0, features[0]) for graph in self._finest_alone]
-        scales = range(len(first), len(features))
-        return [*first, *pool.map(self.judge, scales, features[len(first) :])]
+        if self._alone:
+            return list(map(self._run, self._alone, range(len(features)), features))
+        return list(pool.map(self.judge, range(len(features)), features))
 
     def _run(self, graph: NcnnGraph, scale: int, features: Grid) -> Grid:
         return np.stack([graph(image)[0] for image in self._normalise[scale](features)])
