@@ -17,6 +17,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from flawstream.telemetry import metrics as m
+from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import DetectorOverloadedError, ShapeError
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class _Request(Generic[Tag, Out]):
     done: "asyncio.Future[list[Out]]"
     taken: int = 0
     outputs: list[Out] = field(default_factory=list)
+    since_s: float = field(default_factory=time.perf_counter)
 
 
 class BatchBound:
@@ -86,6 +89,7 @@ class DrainBatcher(Generic[Tag, Out]):
         max_batch_images: Largest B.
         max_queue_images: Images waiting past which a call is refused.
         target_batch_s: How long a batch may take; batches are made smaller as images take longer. None sets no target.
+        metrics: Where numbers go.
 
     Attributes:
         batches: Batches run.
@@ -100,8 +104,10 @@ class DrainBatcher(Generic[Tag, Out]):
         max_batch_images: int,
         max_queue_images: int,
         target_batch_s: float | None = None,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self._run = run
+        self._metrics = metrics
         self._bound = BatchBound(max_batch_images, target_batch_s)
         self._max_queue = max_queue_images
         self._waiting: deque[_Request[Tag, Out]] = deque()
@@ -159,6 +165,7 @@ class DrainBatcher(Generic[Tag, Out]):
             raise DetectorOverloadedError("the detector does not run; call another replica")
         # an empty queue takes any call, so that one larger than the bound is served and not refused for ever
         if self._queued_images and self._queued_images + len(images) > self._max_queue:
+            self._metrics.add(m.DETECTOR_REFUSALS)
             raise DetectorOverloadedError(
                 f"{self._queued_images} images wait and {self._max_queue} may; come back later, "
                 "add replicas or raise detector.max_queue_images"
@@ -166,6 +173,7 @@ class DrainBatcher(Generic[Tag, Out]):
         request: _Request[Tag, Out] = _Request(images, tags, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         self._queued_images += len(images)
+        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, self._queued_images)
         self._arrival.set()
         return await request.done
 
@@ -178,6 +186,7 @@ class DrainBatcher(Generic[Tag, Out]):
                 await self._arrival.wait()
                 continue
             tags = [tag for _, _, part_tags in parts for tag in part_tags]
+            began_s = time.perf_counter()
             try:
                 images = parts[0][1] if len(parts) == 1 else np.concatenate([images for _, images, _ in parts])
                 outputs = await loop.run_in_executor(self._thread, self._run_what_fits, images, tags)
@@ -187,14 +196,22 @@ class DrainBatcher(Generic[Tag, Out]):
                 for request, _, _ in parts:
                     _fail(request, error)
                 continue
-            self.batches += 1
-            self.images += len(images)
+            self._count(len(images), began_s - parts[0][0].since_s, time.perf_counter() - began_s)
             start = 0
             for request, part, _ in parts:
                 request.outputs.extend(outputs[start : start + len(part)])
                 start += len(part)
                 if len(request.outputs) == len(request.images) and not request.done.done():
                     request.done.set_result(request.outputs)
+
+    def _count(self, images: int, waited_s: float, took_s: float) -> None:
+        """Note a batch, and how long the first of its calls had waited for it."""
+        self.batches += 1
+        self.images += images
+        self._metrics.observe(m.BATCH_IMAGES, images, stage="detect")
+        self._metrics.observe(m.STAGE_SECONDS, waited_s, stage="wait")
+        self._metrics.observe(m.STAGE_SECONDS, took_s, stage="detect")
+        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, self._queued_images)
 
     def _run_what_fits(self, images: NDArray[np.uint8], tags: Sequence[Tag]) -> list[Out]:
         """Run a batch, in halves where it does not fit in memory."""
@@ -209,6 +226,7 @@ class DrainBatcher(Generic[Tag, Out]):
                 ) from error
             # halves are tried after this block: with the exception goes what the failed run held
             self.halvings += 1
+            self._metrics.add(m.HALVINGS)
             self._bound.did_not_fit(len(images))
             log.warning("a batch of %d images does not fit in memory (%s): halved", len(images), error)
         else:

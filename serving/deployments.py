@@ -16,6 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from flawstream.telemetry.ray_metrics import RayMetrics
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError, StreamUnavailableError
 from schemas.keys import all_keys
 from schemas.settings import Settings
@@ -27,6 +28,7 @@ from workers.connection import make_client, require_server
 from workers.ports import Detection, Refusal
 from workers.producer import Producer
 from workers.sharded import ShardedWorker
+from workers.stream_gauges import StreamGauges, report_for_ever
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ class DetectorDeployment:
     """Hosts a `DetectorService`: the backbone and the heads of all categories."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._service = make_detector(settings.registry.root, settings.model, settings.detector)
+        metrics = RayMetrics(settings.metrics.max_categories)
+        self._service = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
         await self._service.start()
         self._client = make_client(settings.redis)  # used where the number of replicas follows the backlog
         self._backlog = Backlog(self._client, all_keys(settings.redis))
@@ -141,7 +144,11 @@ class StreamWorkerDeployment:
         # A replica that takes the place of one that died has its rank, and so takes up at once what that one had.
         consumer = f"{socket.gethostname()}-{serve.get_replica_context().rank.rank}"
         self._worker = ShardedWorker(
-            self._client, consumer, HandleDetector(detector, settings.detector.timeout_s), settings
+            self._client,
+            consumer,
+            HandleDetector(detector, settings.detector.timeout_s),
+            settings,
+            RayMetrics(settings.metrics.max_categories),
         )
         self._backlog = Backlog(self._client, all_keys(settings.redis))
         self._stop = asyncio.Event()
@@ -194,9 +201,12 @@ class ApiDeployment:
         self._settings = settings
         self._detector = HandleDetector(detector, settings.detector.timeout_s)
         self._worker = worker
-        self._producer = Producer(settings.redis, settings.limits, settings.backlog)
+        metrics = RayMetrics(settings.metrics.max_categories)
+        self._producer = Producer(settings.redis, settings.limits, settings.backlog, metrics)
         self._client = make_client(settings.redis)
         self._backlog = Backlog(self._client, all_keys(settings.redis))
+        gauges = StreamGauges(self._backlog, metrics)  # they must be told while no worker lives
+        self._reporting = asyncio.create_task(report_for_ever(settings.metrics.report_s, [gauges.report]))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Give Serve the application, once the handles are here."""
@@ -217,5 +227,6 @@ class ApiDeployment:
     async def __del__(self) -> None:
         """Close the connections."""
         with contextlib.suppress(AttributeError):  # the constructor failed
+            self._reporting.cancel()
             await self._producer.close()
             await self._client.aclose()

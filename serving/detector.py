@@ -18,6 +18,7 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.score import image_scores
 from flawstream.maps import bounded
 from flawstream.registry import Registry
+from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from flawstream.versions import open_backbone
 from schemas.errors import Reason, RegistryError, ShapeError, TransientError, UnknownCategoryError
 from schemas.manifest import ModelManifest
@@ -39,17 +40,21 @@ class DetectorService:
         registry: Where model versions are.
         engine: Where they run.
         settings: Batching and residency.
+        metrics: Where numbers go.
     """
 
-    def __init__(self, registry: Registry, engine: Engine, settings: DetectorSettings) -> None:
+    def __init__(
+        self, registry: Registry, engine: Engine, settings: DetectorSettings, metrics: Metrics = NO_METRICS
+    ) -> None:
         self._engine = engine
         self._settings = settings
-        self._store = ModelStore(registry, engine, settings.max_resident_mb * 1_000_000)
+        self._store = ModelStore(registry, engine, settings.max_resident_mb * 1_000_000, metrics)
         self._batcher = DrainBatcher(
             self._judge,
             max_batch_images=settings.max_batch_images,
             max_queue_images=settings.max_queue_images,
             target_batch_s=None if settings.target_batch_ms is None else settings.target_batch_ms / 1000,
+            metrics=metrics,
         )
         self._loading = asyncio.Lock()
         self._refreshed_at_s = -np.inf
@@ -208,13 +213,16 @@ def _refuse(category: str, known: dict[str, str]) -> Refusal:
     )
 
 
-def make_detector(registry_root: str, model: ModelSettings, settings: DetectorSettings) -> DetectorService:
+def make_detector(
+    registry_root: str, model: ModelSettings, settings: DetectorSettings, metrics: Metrics = NO_METRICS
+) -> DetectorService:
     """Put a detector together: backbone and input size are those of the newest version in the registry.
 
     Args:
         registry_root: A folder or an fsspec URL.
         model: Used where the registry is empty, and for the weights where a version's came from a file.
         settings: Engine, batching and residency.
+        metrics: Where numbers go.
 
     Raises:
         ConfigError: The engine is not installed, or the backbone does not exist.
@@ -228,7 +236,7 @@ def make_detector(registry_root: str, model: ModelSettings, settings: DetectorSe
     def backbone() -> Backbone:
         return Backbone(model) if newest is None else open_backbone(registry, newest, model)
 
-    return DetectorService(registry, make_engine(settings, backbone), settings)
+    return DetectorService(registry, make_engine(settings, backbone), settings, metrics)
 
 
 def newest_manifest(registry: Registry) -> ModelManifest | None:

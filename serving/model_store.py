@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import WEIGHTS_FILE, Registry
+from flawstream.telemetry import metrics as m
+from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import RegistryError, UnknownCategoryError
 from schemas.manifest import BackboneSpec, ModelManifest
 from serving.engines.engine import Engine, Loaded
@@ -56,9 +58,12 @@ class ModelStore:
         registry: Where versions are.
         engine: Where they run; a version trained on another backbone is refused.
         max_resident_bytes: The budget. The model used last stays, whatever its size.
+        metrics: Where numbers go.
     """
 
-    def __init__(self, registry: Registry, engine: Engine, max_resident_bytes: int) -> None:
+    def __init__(
+        self, registry: Registry, engine: Engine, max_resident_bytes: int, metrics: Metrics = NO_METRICS
+    ) -> None:
         self._registry = registry
         self._engine = engine
         self._max_resident_bytes = max_resident_bytes
@@ -66,6 +71,7 @@ class ModelStore:
         self._lock = Lock()
         self._known: dict[str, str] = {}
         self._failures: dict[str, _Failure] = {}
+        self._metrics = metrics
 
     @property
     def known(self) -> dict[str, str]:
@@ -129,16 +135,30 @@ class ModelStore:
             if recent is None or recent.version != version:
                 log.exception("%s@%s cannot be used; a version of before goes on where there is one", category, version)
             self._failures[category] = _Failure(version, str(error), time.monotonic())
+            self._metrics.add(m.MODEL_LOADS, outcome="failed")
             raise
         self._failures.pop(category, None)
+        let_go: list[ResidentModel] = []
         with self._lock:
             self._models[category] = model
             self._models.move_to_end(category)
             while len(self._models) > 1 and self._size() > self._max_resident_bytes:
                 _, gone = self._models.popitem(last=False)
+                let_go.append(gone)
                 log.info("let go: %s, for others to stay within detector.max_resident_mb", gone.manifest.model)
         log.info("ready: %s", model.manifest.model)
+        self._count(model, present, let_go)
         return model
+
+    def _count(self, ready: ResidentModel, swapped: ResidentModel | None, let_go: list[ResidentModel]) -> None:
+        """Note what is resident now."""
+        self._metrics.add(m.MODEL_LOADS, outcome="swap" if swapped else "first")
+        for gone in (swapped, *let_go):
+            if gone is not None:
+                self._metrics.forget(m.MODEL_INFO, category=gone.manifest.category, version=gone.manifest.version)
+        self._metrics.set(m.MODEL_INFO, 1, category=ready.manifest.category, version=ready.manifest.version)
+        self._metrics.set(m.RESIDENT_CATEGORIES, len(self.resident))
+        self._metrics.set(m.RESIDENT_BYTES, self.resident_bytes)
 
     def _prepare(self, category: str, version: str) -> ResidentModel:
         manifest = self._registry.manifest(category, version)

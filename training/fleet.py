@@ -1,10 +1,11 @@
 """Every category over the cluster: a pool of Ray actors, each with the backbone loaded once, working off the jobs."""
 
+import contextlib
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,10 +14,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
+from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import FlawstreamError
 from schemas.settings import LimitSettings, ModelSettings
 from training.features import FeatureExtractor
 from training.job import Job, Progress, Stage, run_job
+from training.recorded import recorded
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +60,13 @@ class Trainer:
 
 
 def train_fleet(
-    jobs: Sequence[Job], model: ModelSettings, limits: LimitSettings, cluster: Cluster, num_gpus: float
+    jobs: Sequence[Job],
+    model: ModelSettings,
+    limits: LimitSettings,
+    cluster: Cluster,
+    num_gpus: float,
+    *,
+    metrics: Metrics = NO_METRICS,
 ) -> Iterator[Progress]:
     """Train all jobs in parallel, as many at a time as the cluster has room for.
 
@@ -70,10 +79,18 @@ def train_fleet(
         limits: What is too large to be decoded.
         cluster: Where to train; `flawstream.cluster.connect` gives it.
         num_gpus: GPUs, or a share of one, for each job; 0 takes a whole one where the cluster has any.
+        metrics: Where numbers go.
 
     Yields:
         The progress of all jobs as it comes, each job ending in `DONE` or `FAILED`.
     """
+    with contextlib.closing(_train(jobs, model, limits, cluster, num_gpus)) as training:
+        yield from recorded(training, metrics)
+
+
+def _train(
+    jobs: Sequence[Job], model: ModelSettings, limits: LimitSettings, cluster: Cluster, num_gpus: float
+) -> Generator[Progress, None, None]:
     gpus = num_gpus or (1.0 if cluster.gpus else 0.0)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     actors, threads = share_cluster(nodes, len(jobs), gpus)

@@ -55,6 +55,8 @@ class Progress:
         total: Images to do in this stage.
         note: Something worth showing beside the bar.
         manifest: The published version, at the end.
+        epoch: The epoch under way in `Stage.TRAINING`, from 1.
+        loss: Its mean loss so far, nats per value summed over the scales.
     """
 
     job: str
@@ -63,6 +65,8 @@ class Progress:
     total: int
     note: str = ""
     manifest: ModelManifest | None = None
+    epoch: int = 0
+    loss: float = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,8 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
     last = Step(0, 0, float("nan"))
     for last in fit_head(head, features, rows, recipe):
         note = f"epoch {last.epoch}/{recipe.epochs}  loss {last.loss:.3f}"
-        yield Progress(job.name, Stage.TRAINING, last.images, recipe.epochs * len(rows), note)
+        total = recipe.epochs * len(rows)
+        yield Progress(job.name, Stage.TRAINING, last.images, total, note, epoch=last.epoch, loss=last.loss)
     del features  # and its room on the disk
     calibration_paths = [data.train[row] for row in held_out]
     top_fraction = job.model.top_fraction

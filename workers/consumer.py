@@ -3,55 +3,27 @@
 import asyncio
 import logging
 import math
-from collections import Counter
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from schemas.errors import DetectorDiedError, MessageError, Reason, ShapeError, TransientError
-from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import WorkerSettings
 from workers.answer import Times, build_result
 from workers.backoff import backoff_s
 from workers.dead_letters import bury
 from workers.decode import Decoder, Job, between_ms, since_arrival_ms
 from workers.ports import Clock, Detection, Detector, Ending, Entry, Refusal, ResultSink, Retention, StreamReader
+from workers.tally import Tally, WorkerStats
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _TOUCHES_PER_CLAIM = 3
 """An entry in hand is touched so often before it could be claimed: one touch that fails loses none."""
-
-
-@dataclass(slots=True)
-class WorkerStats:
-    """What a worker has done since it started.
-
-    Attributes:
-        read: Entries given to it, those given again included.
-        batches: Batches taken up.
-        results: Images that ended as results.
-        dead: Images that ended as dead letters, by reason.
-        not_ours: Outcomes not written because another worker had the entry, or an earlier try had ended it.
-        retries: Tries that the detector or the server could not serve and that were made again.
-        errors: Bugs: unexpected exceptions. Their entries stay pending.
-    """
-
-    read: int = 0
-    batches: int = 0
-    results: int = 0
-    dead: Counter[Reason] = field(default_factory=Counter)
-    not_ours: int = 0
-    retries: int = 0
-    errors: int = 0
-
-    def as_dict(self) -> dict[str, object]:
-        """Give it as JSON takes it."""
-        return asdict(self) | {"dead": {str(reason): count for reason, count in self.dead.items()}}
 
 
 class StreamWorker:
@@ -69,6 +41,7 @@ class StreamWorker:
         clock: Tells the time.
         settings: Sizes and limits of the loop.
         retention: Trims the results at every sweep; absent: nobody does.
+        tally: Takes note of what is done; absent: for `stats` alone.
     """
 
     def __init__(
@@ -81,8 +54,9 @@ class StreamWorker:
         *,
         settings: WorkerSettings,
         retention: Retention | None = None,
+        tally: Tally | None = None,
     ) -> None:
-        self.stats = WorkerStats()
+        self._tally = tally or Tally()
         self._reader = reader
         self._sink = sink
         self._detector = detector
@@ -95,6 +69,11 @@ class StreamWorker:
         self._held: set[str] = set()
         self._batches: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
+
+    @property
+    def stats(self) -> WorkerStats:
+        """Tell what was done since the start."""
+        return self._tally.stats
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until told to stop, then finish the batches under way; what takes too long is handed back."""
@@ -171,7 +150,11 @@ class StreamWorker:
         return ended
 
     async def _read(self) -> list[Entry]:
-        return await self._reader.read(self._settings.batch_size, self._settings.batch_bytes)
+        began_s = time.perf_counter()
+        entries = await self._reader.read(self._settings.batch_size, self._settings.batch_bytes)
+        if entries:
+            self._tally.spent("read", time.perf_counter() - began_s)
+        return entries
 
     async def _sweep_now_and_then(self) -> None:
         while not self._stop.is_set():
@@ -208,13 +191,14 @@ class StreamWorker:
         entries = [entry for entry in entries if entry.entry_id not in self._held]
         if not entries:
             return 0
-        self.stats.batches += 1
-        self.stats.read += len(entries)
+        seen_at = self._clock.now()
+        self._tally.took_up(len(entries), max(since_arrival_ms(entry.entry_id, seen_at) for entry in entries) / 1000)
         ids = {entry.entry_id for entry in entries}
         self._held |= ids
         try:
             endings = await self._judge(entries)
-            ended = await self._persist(partial(self._sink.publish, endings))
+            with self._tally.stage("publish"):
+                ended = await self._persist(partial(self._sink.publish, endings))
         except Exception as error:  # noqa: BLE001 - a batch's outermost boundary
             self._note(f"working on {len(entries)} entries, which stay pending,", error)
             if isinstance(error, TransientError):  # no fault of theirs; another worker may have a detector
@@ -222,8 +206,7 @@ class StreamWorker:
             self._held -= ids
             return 0
         self._held -= ids
-        for ending, ours in zip(endings, ended, strict=True):
-            self._count(ending, ours=ours)
+        self._tally.ended(endings, ended)
         return sum(ended)
 
     async def _judge(self, entries: Sequence[Entry]) -> list[Ending]:
@@ -239,25 +222,28 @@ class StreamWorker:
             return endings
         size_px = await self._persist(self._detector.input_size, self._patience_s)
         jobs: list[Job] = []
-        decoded = await self._persist(partial(self._decoder.decode, fit, size_px))
+        with self._tally.stage("decode"):
+            decoded = await self._persist(partial(self._decoder.decode, fit, size_px))
         for entry, opened in zip(fit, decoded, strict=True):
             if isinstance(opened, Job):
                 jobs.append(opened)
             elif opened is not None:
                 endings.append(self._bury(entry, opened))
             else:
-                self.stats.errors += 1
+                self._tally.failed()
         if jobs:
             started_at = self._clock.now()
-            outcomes = await self._detect(jobs)
+            with self._tally.stage("call"):
+                outcomes = await self._detect(jobs)
             detect_ms = between_ms(started_at, self._clock.now())
-            concluded = await asyncio.gather(
-                *(
-                    self._conclude(job, outcome, detect_ms)
-                    for job, outcome in zip(jobs, outcomes, strict=True)
-                    if outcome is not None
+            with self._tally.stage("encode"):
+                concluded = await asyncio.gather(
+                    *(
+                        self._conclude(job, outcome, detect_ms)
+                        for job, outcome in zip(jobs, outcomes, strict=True)
+                        if outcome is not None
+                    )
                 )
-            )
             endings += [ending for found in concluded for ending in found]
         return endings
 
@@ -328,7 +314,7 @@ class StreamWorker:
                 if last:
                     raise
                 failures += 1
-                self.stats.retries += 1
+                self._tally.tried_again(error.code)
                 delay_s = backoff_s(failures)
                 _log.warning("%s: %s; trying again in %.1f s", error.code, error, delay_s)
             await self._pause(delay_s)
@@ -347,17 +333,8 @@ class StreamWorker:
         if isinstance(error, TransientError):
             _log.warning("%s: %s: %s", doing, error.code, error)
         else:
-            self.stats.errors += 1
+            self._tally.failed()
             _log.error("%s failed unexpectedly", doing, exc_info=error)
-
-    def _count(self, ending: Ending, *, ours: bool) -> None:
-        match ending.outcome:
-            case _ if not ours:
-                self.stats.not_ours += 1
-            case DetectionResult():
-                self.stats.results += 1
-            case DeadLetter(reason=reason):
-                self.stats.dead[reason] += 1
 
 
 def _was_given_out_before(entries: Sequence[Entry]) -> bool:

@@ -1,11 +1,15 @@
 """Pushes images, for producers written in Python. Any other client needs no more than XADD."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from itertools import cycle
 
-from schemas.errors import BacklogFullError, StreamUnavailableError
+from flawstream.telemetry import metrics as m
+from flawstream.telemetry.metrics import NO_METRICS, Metrics
+from schemas.errors import BacklogFullError, FlawstreamError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
@@ -25,6 +29,7 @@ class Producer(StreamClient):
         settings: Where the streams are, and what to wait for after a push.
         limits: What a worker would refuse is refused here, before it is sent.
         backlog: When the backlog is full.
+        metrics: Where numbers go; `flawstream.telemetry.prometheus.serve_metrics` gives one that Prometheus can ask.
     """
 
     def __init__(
@@ -32,8 +37,10 @@ class Producer(StreamClient):
         settings: RedisSettings,
         limits: LimitSettings = LimitSettings(),  # noqa: B008 - frozen
         backlog: BacklogSettings = BacklogSettings(),  # noqa: B008 - frozen
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         super().__init__(settings)
+        self._metrics = metrics
         self._settings = settings
         self._limits = limits
         self._shards = cycle(all_keys(settings))
@@ -91,9 +98,27 @@ class Producer(StreamClient):
             fields[b"id"] = id.encode()
         if captured_at is not None:
             fields[b"captured_at"] = captured_at.isoformat().encode()
-        parse_image("0-0", fields, self._limits)
-        keys = keys_of(self._settings, id) if id else next(self._shards)
-        return await when_there_is_room(partial(self._push_once, keys, id, fields), wait_s)
+        with self._counted():
+            parse_image("0-0", fields, self._limits)
+            keys = keys_of(self._settings, id) if id else next(self._shards)
+            return await when_there_is_room(partial(self._push_once, keys, id, fields), wait_s)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a push by its outcome, and time it."""
+        began_s = time.perf_counter()
+        outcome = "written"
+        try:
+            yield
+        except FlawstreamError as error:
+            outcome = error.code
+            raise
+        except BaseException:
+            outcome = "error"
+            raise
+        finally:
+            self._metrics.add(m.PUSHES, outcome=outcome)
+            self._metrics.observe(m.PUSH_SECONDS, time.perf_counter() - began_s)
 
     async def _push_once(self, keys: StreamKeys, message_id: str | None, fields: Mapping[bytes, bytes]) -> str:
         names = Room.keys(keys)

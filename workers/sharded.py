@@ -4,17 +4,22 @@ import asyncio
 from collections import Counter
 from dataclasses import fields
 
+from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.keys import all_keys
 from schemas.settings import Settings
+from workers.backlog import Backlog
 from workers.clock import SystemClock
 from workers.connection import StreamConnection
-from workers.consumer import StreamWorker, WorkerStats
+from workers.consumer import StreamWorker
 from workers.decode import Decoder
 from workers.ports import Detector
+from workers.quality import Quality
 from workers.reader import RedisStreamReader
 from workers.references import ReferenceFetcher
 from workers.retention import RedisRetention
 from workers.sink import RedisResultSink
+from workers.stream_gauges import StreamGauges, report_for_ever
+from workers.tally import Tally, WorkerStats
 
 
 class ShardedWorker:
@@ -29,18 +34,29 @@ class ShardedWorker:
             Should two bear the same name, work is done twice and each image ends once still.
         detector: Judges images.
         settings: Of the service.
+        metrics: Where numbers go.
 
     Raises:
         ConfigError: A package that an allowed reference needs is not installed.
     """
 
-    def __init__(self, client: StreamConnection, consumer: str, detector: Detector, settings: Settings) -> None:
+    def __init__(
+        self,
+        client: StreamConnection,
+        consumer: str,
+        detector: Detector,
+        settings: Settings,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
         self.consumer = consumer
         clock = SystemClock()
         shards = all_keys(settings.redis)
         worker = settings.worker.model_copy(update={"in_flight": max(1, settings.worker.in_flight // len(shards))})
         self._references = ReferenceFetcher(settings.references, settings.limits, client, clock)
         self._decoder = Decoder(worker.decode_threads, settings.limits, clock, self._references)
+        self._quality = Quality(metrics, settings.metrics.window_images, settings.metrics.max_categories)
+        self._gauges = StreamGauges(Backlog(client, shards), metrics)
+        self._report_s = settings.metrics.report_s
         self._loops = [
             StreamWorker(
                 RedisStreamReader(client, keys, consumer, settings.redis, claim_idle_ms=worker.claim_idle_ms),
@@ -50,6 +66,7 @@ class ShardedWorker:
                 clock,
                 settings=worker,
                 retention=RedisRetention(client, keys, settings.backlog),
+                tally=Tally(metrics, self._quality),
             )
             for keys in shards
         ]
@@ -65,9 +82,17 @@ class ShardedWorker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until told to stop, then finish what is under way; what takes too long is handed back."""
-        async with asyncio.TaskGroup() as tasks:
-            for loop in self._loops:
-                tasks.create_task(loop.run(stop))
+        reporting = asyncio.create_task(report_for_ever(self._report_s, [self._gauges.report, self._report_quality]))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for loop in self._loops:
+                    tasks.create_task(loop.run(stop))
+        finally:
+            reporting.cancel()
+            await asyncio.gather(reporting, return_exceptions=True)
+
+    async def _report_quality(self) -> None:
+        self._quality.report()
 
     async def close(self) -> None:
         """End the decoding threads, and close what images are fetched over."""

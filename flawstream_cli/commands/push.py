@@ -10,6 +10,7 @@ from uuid import uuid4
 import typer
 from rich.progress import Progress
 
+from flawstream.telemetry.prometheus import serve_metrics
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,
@@ -77,7 +78,8 @@ async def _push(
     failed = 0
     pending: dict[str, Path] = {}
     async with AsyncExitStack() as stack:
-        producer = await stack.enter_async_context(Producer(settings.redis, settings.limits, settings.backlog))
+        metrics, _ = stack.enter_context(serve_metrics(settings.metrics))
+        producer = await stack.enter_async_context(Producer(settings.redis, settings.limits, settings.backlog, metrics))
         if timeout_s is not None:
             results = await stack.enter_async_context(ResultReader(settings.redis))
             dead = await stack.enter_async_context(DeadLetterReader(settings.redis))

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from flawstream.calibration import shortage_of
 from flawstream.cluster import Cluster
+from flawstream.telemetry.ray_metrics import RayMetrics
 from flawstream_cli.data_sets import CategoryOption, LayoutOption, refuse_faulty
 from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import (
@@ -112,7 +113,10 @@ def train_all(
     manifests: list[ModelManifest] = []
     failures: dict[str, str] = {}
     with TrainingDisplay([job.name for job in jobs]) as display:
-        for progress in train_fleet(jobs, settings.model, settings.limits, joined, settings.training.num_gpus):
+        metrics = RayMetrics(settings.metrics.max_categories)
+        for progress in train_fleet(
+            jobs, settings.model, settings.limits, joined, settings.training.num_gpus, metrics=metrics
+        ):
             display.show(progress)
             if progress.manifest is not None:
                 manifests.append(progress.manifest)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from flawstream.telemetry.metrics import Metrics
+from flawstream.telemetry.prometheus import serve_metrics
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,
@@ -51,14 +53,16 @@ def worker(
         detector={"engine": engine},
         worker={"name": name},
     )
-    with busy("loading the models"):
-        detector = make_detector(settings.registry.root, settings.model, settings.detector)
-    if not asyncio.run(_work(settings, detector)):
+    with serve_metrics(settings.metrics) as (metrics, metrics_url):
+        with busy("loading the models"):
+            detector = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
+        lived = asyncio.run(_work(settings, detector, metrics, metrics_url))
+    if not lived:
         say("the detector has ended; start the worker again", "red")
         raise typer.Exit(ExitCode.FAILED)
 
 
-async def _work(settings: Settings, detector: DetectorService) -> bool:
+async def _work(settings: Settings, detector: DetectorService, metrics: Metrics, metrics_url: str | None) -> bool:
     """Work until a signal comes; tells whether the detector lived to the end."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -67,9 +71,17 @@ async def _work(settings: Settings, detector: DetectorService) -> bool:
     async with make_client(settings.redis) as client:
         await require_server(client)
         await detector.start()
-        stream_worker = ShardedWorker(client, settings.worker.name or socket.gethostname(), detector, settings)
+        name = settings.worker.name or socket.gethostname()
+        stream_worker = ShardedWorker(client, name, detector, settings, metrics)
         working = asyncio.create_task(stream_worker.run(stop))
-        print_json({"worker": stream_worker.consumer, "redis": settings.redis.url, "detector": detector.status()})
+        print_json(
+            {
+                "worker": stream_worker.consumer,
+                "redis": settings.redis.url,
+                "metrics": metrics_url,
+                "detector": detector.status(),
+            }
+        )
         told = -1
         while not working.done() and detector.alive:
             with contextlib.suppress(TimeoutError):
