@@ -6,6 +6,7 @@
 #   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
 #   make bench-accuracy | bench-parity | bench-engine   beside anomalib, in an environment of its own (ARGS=--help)
+#   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
 #   make fmt           format               make constraints   pin the whole tree anew
 #   make clean         remove what was made
 
@@ -21,10 +22,10 @@ TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine constraints clean
+.PHONY: help setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream constraints clean
 
 help:
-	@sed -n '1,10s/^# \{0,1\}//p' Makefile
+	@sed -n '1,11s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -87,6 +88,9 @@ bench-parity: setup peers
 
 bench-engine: setup peers
 	@$(BIN) -m bench.engine --peer-python $(PEERS)/bin/python $(ARGS)
+
+bench-stream: setup
+	@PYTHONPATH=tests $(BIN) -m bench.stream $(ARGS)
 
 constraints: setup
 	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; $(BIN) -m pip freeze --exclude-editable --all; } > constraints.new

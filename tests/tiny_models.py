@@ -75,15 +75,16 @@ def write_version(
     version: str = "v1",
     *,
     spec: BackboneSpec = SPEC,
+    flow: FlowSpec = FLOW,
     weights: bytes | None = None,
     promote: bool = True,
     age: timedelta = timedelta(),
     scores: Sequence[float] = CALIBRATION_SCORES,
 ) -> ModelManifest:
     """Publish a version with random weights, or with the bytes given for weights."""
-    data = FastFlowHead(spec, FLOW).to_bytes() if weights is None else weights
+    data = FastFlowHead(spec, flow).to_bytes() if weights is None else weights
     files = {"flow.safetensors": data}
-    manifest = make_manifest(category, version, spec=spec, files=files, age=age, scores=scores)
+    manifest = make_manifest(category, version, spec=spec, flow=flow, files=files, age=age, scores=scores)
     registry.write(manifest, files)
     if promote:
         registry.promote(category, version)
