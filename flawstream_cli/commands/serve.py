@@ -36,7 +36,7 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address of the HTTP API.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the HTTP API.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, torch or openvino.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, ncnn, openvino, torch or triton.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Stream workers.")] = None,
     detectors: Annotated[int | None, typer.Option(min=1, help="Detector replicas.")] = None,
     ray_address: Annotated[

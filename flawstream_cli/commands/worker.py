@@ -35,7 +35,7 @@ def worker(
     ] = None,
     redis: RedisOption = None,
     registry: RegistryOption = None,
-    engine: Annotated[str | None, typer.Option(help="auto, torch or openvino.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, ncnn, openvino, torch or triton.")] = None,
     config: ConfigOption = None,
 ) -> None:
     """Judge images from the stream until Ctrl-C, with the detector in this process: a small node needs no Ray.
