@@ -168,7 +168,7 @@ def test_training_over_seeds_promotes_the_first_alone_and_keeps_the_jobs_apart(
 ) -> None:
     seen: list[Job] = []
 
-    def fleet(jobs: Sequence[Job], *_: object) -> Iterator[Progress]:
+    def fleet(jobs: Sequence[Job], *_: object, **__: object) -> Iterator[Progress]:
         seen.extend(jobs)
         made = write_version(registry, "bottle", scores=(1.0,))
         for job in reversed(jobs[:-1]):
