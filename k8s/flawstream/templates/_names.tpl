@@ -1,0 +1,63 @@
+{{/* Names and labels. */}}
+
+{{- define "flawstream.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 38 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* KubeRay puts `-serve-svc` and `-head-svc` behind a RayService's name. */}}
+{{- define "flawstream.apiService" -}}{{ include "flawstream.fullname" . }}-serve-svc{{- end -}}
+{{- define "flawstream.dashboardService" -}}{{ include "flawstream.fullname" . }}-head-svc{{- end -}}
+
+{{- define "flawstream.serviceAccount" -}}
+{{- default (include "flawstream.fullname" .) .Values.serviceAccount.name -}}
+{{- end -}}
+
+{{/* What selectors ask for. KubeRay writes app.kubernetes.io/name and created-by on its pods itself: not in here.
+     Takes (dict "root" $ "component" "..."). */}}
+{{- define "flawstream.selector" -}}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
+app.kubernetes.io/part-of: flawstream
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{- define "flawstream.labels" -}}
+app.kubernetes.io/name: flawstream
+{{ include "flawstream.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* Labels of pods: no versions, as a change of them would start a new Ray cluster. */}}
+{{- define "flawstream.podLabels" -}}
+{{ include "flawstream.selector" . }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "flawstream.image" -}}
+{{- $image := .Values.image -}}
+{{- if $image.digest -}}
+{{- printf "%s@%s" $image.repository $image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $image.repository (default .Chart.AppVersion $image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "flawstream.cudaImage" -}}
+{{- $image := .Values.image -}}
+{{- if $image.cudaDigest -}}
+{{- printf "%s@%s" $image.repository $image.cudaDigest -}}
+{{- else -}}
+{{- printf "%s:%s" $image.repository (default (printf "%s-cuda" (default .Chart.AppVersion $image.tag)) $image.cudaTag) -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,79 @@
+{{/* Pods of Ray, for the RayService and for training alike. */}}
+
+{{/* A pod template. Takes (dict "root" $ "component" ... "head" bool "serving" bool "place" ... "resources" ... "gpus" n
+     "gpuName" ... "data" bool). */}}
+{{- define "flawstream.rayPod" -}}
+{{- $head := not (not .head) -}}
+{{- $scaled := not (not (and .head .serving .root.Values.ray.autoscaling.enabled)) -}}
+metadata:
+  labels: {{- include "flawstream.podLabels" . | nindent 4 }}
+  {{- with .root.Values.podAnnotations }}
+  annotations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  {{- include "flawstream.podStart" . | nindent 2 }}
+  serviceAccountName: {{ ternary (printf "%s-head" (include "flawstream.fullname" .root)) (include "flawstream.serviceAccount" .root) $scaled }}
+  automountServiceAccountToken: {{ $scaled }}{{ if $scaled }}  # Ray's autoscaler asks the API server for pods{{ end }}
+  terminationGracePeriodSeconds: 60
+  containers:
+    - name: {{ ternary "ray-head" "ray-worker" $head }}
+      image: {{ ternary (include "flawstream.cudaImage" .root) (include "flawstream.image" .root) (gt (int .gpus) 0) }}
+      imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+      securityContext: {{- include "flawstream.containerSecurity" .root | nindent 8 }}
+      env:
+        {{- include "flawstream.env" .root | nindent 8 }}
+        {{- if .head }}
+        {{- with .root.Values.monitoring }}
+        {{- if .prometheusUrl }}
+        - {name: RAY_PROMETHEUS_HOST, value: {{ .prometheusUrl | quote }}}
+        - {name: RAY_PROMETHEUS_NAME, value: {{ .prometheusName | quote }}}
+        {{- end }}
+        {{- if .grafanaUrl }}
+        - {name: RAY_GRAFANA_HOST, value: {{ .grafanaUrl | quote }}}
+        {{- end }}
+        {{- if or .grafanaBrowserUrl .grafanaUrl }}
+        - {name: RAY_GRAFANA_IFRAME_HOST, value: {{ default .grafanaUrl .grafanaBrowserUrl | quote }}}
+        {{- end }}
+        {{- end }}
+        {{- end }}
+      ports:
+        {{- if .head }}
+        - {name: gcs-server, containerPort: 6379}
+        - {name: dashboard, containerPort: 8265}
+        - {name: client, containerPort: 10001}
+        {{- end }}
+        - {name: agent, containerPort: 52365}
+        - {name: metrics, containerPort: 8080}
+        {{- if .serving }}
+        - {name: serve, containerPort: 8000}
+        {{- end }}
+      # Ray takes half a minute to start, and as long again where the image was just pulled to a slow disk.
+      startupProbe: {httpGet: {path: /api/healthz, port: agent}, periodSeconds: 5, failureThreshold: 60, timeoutSeconds: 5}
+      livenessProbe: {httpGet: {path: /api/healthz, port: agent}, periodSeconds: 10, failureThreshold: 12, timeoutSeconds: 5}
+      {{- if and .serving (not .head) }}
+      # Serve's proxy, which runs where a replica is: pods without one get no requests.
+      readinessProbe: {httpGet: {path: /-/healthz, port: serve}, periodSeconds: 5, failureThreshold: 3, timeoutSeconds: 5}
+      {{- else }}
+      readinessProbe: {httpGet: {path: /api/healthz, port: agent}, periodSeconds: 5, failureThreshold: 10, timeoutSeconds: 5}
+      {{- end }}
+      resources: {{- include "flawstream.resources" . | nindent 8 }}
+      volumeMounts:
+        {{- include "flawstream.mounts" (dict "root" .root "writes" .data) | nindent 8 }}
+        {{- if .data }}
+        {{- include "flawstream.dataMount" .root | nindent 8 }}
+        {{- end }}
+  volumes:
+    {{- include "flawstream.volumes" .root | nindent 4 }}
+    {{- if .data }}
+    {{- include "flawstream.dataVolume" .root | nindent 4 }}
+    {{- end }}
+{{- end -}}
+
+{{- define "flawstream.dataMount" -}}
+- {name: data, mountPath: /data, readOnly: true{{ with .Values.training.data.subPath }}, subPath: {{ . | quote }}{{ end }}}
+{{- end -}}
+
+{{- define "flawstream.dataVolume" -}}
+- name: data
+  persistentVolumeClaim: {claimName: {{ .Values.training.data.existingClaim }}, readOnly: true}
+{{- end -}}

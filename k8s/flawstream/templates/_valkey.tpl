@@ -1,0 +1,123 @@
+{{/* One Valkey server with a file on a volume. Takes (dict "root" $ "component" ... "name" ... "secret" ... "key" ...
+     "image" ... "memoryMi" ... "cpu" ... "persistent" bool "size" ... "storageClass" ... "fsync" ... "bulkMb" ...
+     "extra" ... "place" ...). */}}
+{{- define "flawstream.valkey" -}}
+{{- $image := default (include "flawstream.image" .root) .image -}}
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: {{ .name }}
+  labels: {{- include "flawstream.labels" . | nindent 4 }}
+data:
+  valkey.conf: |
+    bind * -::*
+    port 6379
+    protected-mode yes
+    dir /data
+    # what docs/guarantees.md rests on: every write is in the file, and nothing is ever thrown away for want of memory
+    appendonly yes
+    appendfsync {{ .fsync }}
+    save ""
+    maxmemory {{ div (mul (int64 .memoryMi) 7) 10 }}mb
+    maxmemory-policy noeviction
+    maxmemory-clients 10%
+    proto-max-bulk-len {{ .bulkMb }}mb
+    {{- with .extra }}
+    {{- . | nindent 4 }}
+    {{- end }}
+  # The password reaches the server in a file in memory: not in arguments, which `ps` shows.
+  start.sh: |
+    set -eu
+    umask 077
+    cat /etc/valkey/valkey.conf > /run/valkey/valkey.conf
+    printf 'requirepass "%s"\n' "$(sed 's/["\\]/\\&/g' /run/secrets/valkey/password)" >> /run/valkey/valkey.conf
+    exec valkey-server /run/valkey/valkey.conf
+  # Asks as a client would; no more is needed than bash. A server that still loads its file says LOADING, and is not ready.
+  ready.sh: |
+    exec 3<>/dev/tcp/127.0.0.1/6379
+    password=$(</run/secrets/valkey/password)
+    LC_ALL=C
+    printf '*2\r\n$4\r\nAUTH\r\n$%d\r\n%s\r\n*1\r\n$4\r\nPING\r\n' "${#password}" "$password" >&3
+    IFS= read -r -t 3 answer <&3 && [ "${answer%$'\r'}" = +OK ]
+    IFS= read -r -t 3 answer <&3 && [ "${answer%$'\r'}" = +PONG ]
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: {{ .name }}
+  labels: {{- include "flawstream.labels" . | nindent 4 }}
+spec:
+  selector: {{- include "flawstream.selector" . | nindent 4 }}
+  ports:
+    - {name: redis, port: 6379, targetPort: redis}
+---
+apiVersion: apps/v1
+kind: StatefulSet
+metadata:
+  name: {{ .name }}
+  labels: {{- include "flawstream.labels" . | nindent 4 }}
+spec:
+  serviceName: {{ .name }}
+  replicas: 1
+  selector:
+    matchLabels: {{- include "flawstream.selector" . | nindent 6 }}
+  {{- if .persistent }}
+  volumeClaimTemplates:
+    - metadata:
+        name: data
+        labels: {{- include "flawstream.selector" . | nindent 10 }}
+      spec:
+        accessModes: [ReadWriteOnce]
+        {{- with .storageClass }}
+        storageClassName: {{ . }}
+        {{- end }}
+        resources: {requests: {storage: {{ .size }}}}
+  {{- end }}
+  template:
+    metadata:
+      labels: {{- include "flawstream.podLabels" . | nindent 8 }}
+      annotations:
+        checksum/config: {{ printf "%v%v%v%v" .fsync .memoryMi .bulkMb .extra | sha256sum }}
+        {{- with .root.Values.podAnnotations }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+    spec:
+      {{- include "flawstream.podStart" . | nindent 6 }}
+      serviceAccountName: {{ include "flawstream.serviceAccount" .root }}
+      automountServiceAccountToken: false
+      terminationGracePeriodSeconds: 120
+      containers:
+        - name: valkey
+          image: {{ $image }}
+          imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+          command: [bash, /etc/valkey/start.sh]
+          securityContext: {{- include "flawstream.containerSecurity" .root | nindent 12 }}
+          ports:
+            - {name: redis, containerPort: 6379}
+          # Alive is whoever listens: a server that loads a large file must not be killed for it.
+          livenessProbe: {tcpSocket: {port: redis}, periodSeconds: 10, failureThreshold: 6, timeoutSeconds: 5}
+          readinessProbe:
+            exec: {command: [bash, -e, /etc/valkey/ready.sh]}
+            periodSeconds: 5
+            timeoutSeconds: 5
+            failureThreshold: 3
+          resources:
+            requests: {cpu: {{ .cpu | quote }}, memory: {{ int64 .memoryMi }}Mi}
+            limits: {memory: {{ int64 .memoryMi }}Mi}
+          volumeMounts:
+            - {name: data, mountPath: /data}
+            - {name: config, mountPath: /etc/valkey, readOnly: true}
+            - {name: password, mountPath: /run/secrets/valkey, readOnly: true}
+            - {name: run, mountPath: /run/valkey}
+      volumes:
+        - name: config
+          configMap: {name: {{ .name }}}
+        - name: password
+          secret: {secretName: {{ .secret }}, defaultMode: 0440, items: [{key: {{ .key }}, path: password}]}
+        - name: run
+          emptyDir: {medium: Memory, sizeLimit: 1Mi}
+        {{- if not .persistent }}
+        - name: data
+          emptyDir: {}
+        {{- end }}
+{{- end -}}
