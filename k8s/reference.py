@@ -1,6 +1,6 @@
 """Makes `values.schema.json` and `docs/reference/values.md` from the comments of `values.yaml` and the settings' model.
 
-Run it when either has changed: `python k8s/reference.py`. Knows no template; a test compares what it makes with what is
+Run it when either has changed: `python -m k8s.reference`. Knows no template; a test compares what it makes with what is
 there.
 """
 
@@ -56,8 +56,8 @@ KINDS: dict[str, dict[str, Any]] = {
 _TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
-def _when(path: str, value: object, *, then: dict[str, Any]) -> dict[str, Any]:
-    return {"if": {**_at(path, {"const": value}, required=True)}, "then": then}
+def _when(path: str, *, equals: object, then: dict[str, Any]) -> dict[str, Any]:
+    return {"if": {**_at(path, {"const": equals}, required=True)}, "then": then}
 
 
 def _at(path: str, schema: dict[str, Any], *, required: bool = False) -> dict[str, Any]:
@@ -69,18 +69,14 @@ def _at(path: str, schema: dict[str, Any], *, required: bool = False) -> dict[st
 
 _GIVEN: dict[str, Any] = {"minLength": 1}
 RULES = [
-    _when("redis.mode", "external", then=_at("redis.external.url", _GIVEN)),
-    _when("registry.type", "s3", then=_at("registry.s3.url", _GIVEN)),
-    _when("training.enabled", True, then=_at("training.data.existingClaim", _GIVEN)),
-    _when("ingress.enabled", True, then=_at("ingress.host", _GIVEN)),
-    _when("dashboardIngress.enabled", True, then=_at("dashboardIngress.host", _GIVEN)),
-    _when("httpRoute.enabled", True, then=_at("httpRoute.parentRefs", {"minItems": 1})),
-    _when("serviceAccount.create", False, then=_at("serviceAccount.name", _GIVEN)),
-    _when(
-        "redis.external.cluster",
-        True,
-        then=_at("redis.external.sentinels", {"maxItems": 0}),
-    ),
+    _when("redis.mode", equals="external", then=_at("redis.external.url", _GIVEN)),
+    _when("registry.type", equals="s3", then=_at("registry.s3.url", _GIVEN)),
+    _when("training.enabled", equals=True, then=_at("training.data.existingClaim", _GIVEN)),
+    _when("ingress.enabled", equals=True, then=_at("ingress.host", _GIVEN)),
+    _when("dashboardIngress.enabled", equals=True, then=_at("dashboardIngress.host", _GIVEN)),
+    _when("httpRoute.enabled", equals=True, then=_at("httpRoute.parentRefs", {"minItems": 1})),
+    _when("serviceAccount.create", equals=False, then=_at("serviceAccount.name", _GIVEN)),
+    _when("redis.external.cluster", equals=True, then=_at("redis.external.sentinels", {"maxItems": 0})),
     {
         "if": {
             **_at("ray.gcsFaultTolerance.enabled", {"const": True}),
@@ -111,7 +107,7 @@ def settings_schema() -> dict[str, Any]:
         return {
             name: plain(value)
             for name, value in node.items()
-            if not (name in dropped and not isinstance(value, dict)) and not (name == "default")
+            if name != "default" and not (name in dropped and not isinstance(value, dict))
         }
 
     schema: dict[str, Any] = plain(whole)
@@ -171,13 +167,20 @@ def _described(schema: dict[str, Any], text: str) -> dict[str, Any]:
     return {**schema, "description": text} if text else schema
 
 
-def make_schema() -> str:
-    """Give `values.schema.json`."""
+def _values() -> tuple[yaml.MappingNode, list[str]]:
     text = VALUES.read_text(encoding="utf-8")
     root = yaml.compose(text)
+    if not isinstance(root, yaml.MappingNode):
+        raise TypeError(f"{VALUES} holds no mapping")
+    return root, text.splitlines()
+
+
+def make_schema() -> str:
+    """Give `values.schema.json`."""
+    root, lines = _values()
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
-        **_schema_of(root, {}, text.splitlines()),
+        **_schema_of(root, {}, lines),
         "allOf": RULES,
     }
     schema["properties"]["global"] = {"type": "object", "description": "Helm hands it to every chart; not used here."}
@@ -198,18 +201,17 @@ def _rows(path: str, node: yaml.MappingNode, lines: list[str]) -> Iterator[str]:
 
 def make_table() -> str:
     """Give `docs/reference/values.md`."""
-    text = VALUES.read_text(encoding="utf-8")
-    root = yaml.compose(text)
+    root, lines = _values()
     return "\n".join(
         [
             "# Values of the Helm chart",
             "",
-            "Made by `k8s/reference.py` from the comments in [values.yaml](../../k8s/flawstream/values.yaml). What is not",
-            "listed is refused. How to use them: [deploy](../deploy.md).",
+            "Made by `k8s/reference.py` from the comments in [values.yaml](../../k8s/flawstream/values.yaml). What is",
+            "not listed is refused. How to use them: [deploy](../deploy.md).",
             "",
             "| value | default | what it is |",
             "|---|---|---|",
-            *_rows("", root, text.splitlines()),
+            *_rows("", root, lines),
             "",
         ]
     )
