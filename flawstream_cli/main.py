@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
+from flawstream.telemetry import logs
 from flawstream_cli.terminal import ExitCode, err, exit_code_of, out, printable
 from schemas.errors import FlawstreamError
 
@@ -111,4 +112,7 @@ def main() -> None:
 
 
 def _tell_error(what: str) -> None:
+    if logs.are_json():
+        logging.getLogger(__name__).error("error%s", what)
+        return
     err.print(Text("error", "bold red") + printable(what), highlight=False, soft_wrap=True)

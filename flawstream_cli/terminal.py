@@ -5,6 +5,7 @@ Data goes to standard output, everything for a person to standard error, so that
 
 import contextlib
 import json
+import logging
 import math
 import re
 import sys
@@ -19,8 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flawstream.telemetry import logs
 from schemas.errors import ConfigError, FlawstreamError, TransientError
 from schemas.settings import Settings, load_settings, settings_problems
+
+_log = logging.getLogger(__name__)
 
 _WIDTH = 160
 """Where nobody watches, as in a log or a pipe; rich takes 80 there and breaks the rows of tables."""
@@ -54,7 +58,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a progr
 
 
 def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Settings:
-    """Read the settings and put what the command line says above them.
+    """Read the settings, put what the command line says above them, and log as they ask from here on.
 
     Args:
         config: A YAML file.
@@ -75,7 +79,9 @@ def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Setting
                 f"the command line's settings are refused: {settings_problems(error, name)}. "
                 "`flawstream doctor --settings` lists every field"
             ) from None
-    return settings.model_copy(update=changed)
+    read = settings.model_copy(update=changed)
+    logs.set_up_logging(read.logging)
+    return read
 
 
 def print_json(value: object) -> None:
@@ -85,8 +91,11 @@ def print_json(value: object) -> None:
 
 
 def say(text: str, style: str = "") -> None:
-    """Tell a person something that may hold text from outside, on one line however long."""
-    err.print(printable(text), style=style, highlight=False, soft_wrap=True)
+    """Tell a person something that may hold text from outside, on one line however long; where logs are JSON, there."""
+    if logs.are_json():
+        _log.info("%s", text)
+    else:
+        err.print(printable(text), style=style, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -348,6 +348,19 @@ class MetricsSettings(_Section):
     report_s: float = Field(5.0, gt=0, description="Time between two looks at the backlog and at drift.")
 
 
+class LoggingSettings(_Section):
+    """Log lines, on standard error."""
+
+    format: Literal["text", "json"] = Field(
+        "text", description="`text` for a person; `json`: one object a line, as the image has it."
+    )
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "WARNING",
+        description="The least that is said: from INFO on each dead letter, from DEBUG on each result. Libraries are "
+        "heard from WARNING on.",
+    )
+
+
 class Settings(BaseSettings):
     """All of flawstream's settings."""
 
@@ -370,6 +383,7 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     registry: RegistrySettings = RegistrySettings()
     metrics: MetricsSettings = MetricsSettings()
+    logging: LoggingSettings = LoggingSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -99,7 +99,7 @@ def run(settings: Settings) -> str:
     Raises:
         ConfigError: A deployment could not start.
     """
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False, encoding=settings.logging.format.upper())
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options=HTTPOptions(host=settings.api.host, port=settings.api.port), logging_config=quiet)

@@ -16,6 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from flawstream.telemetry.logs import set_up_logging
 from flawstream.telemetry.ray_metrics import RayMetrics
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError, StreamUnavailableError
 from schemas.keys import all_keys
@@ -99,6 +100,7 @@ class DetectorDeployment:
     """Hosts a `DetectorService`: the backbone and the heads of all categories."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        set_up_logging(settings.logging)
         metrics = RayMetrics(settings.metrics.max_categories)
         self._service = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
         await self._service.start()
@@ -139,6 +141,7 @@ class StreamWorkerDeployment:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, detector: DeploymentHandle
     ) -> None:
+        set_up_logging(settings.logging)
         self._client = make_client(settings.redis)
         await require_server(self._client)
         # A replica that takes the place of one that died has its rank, and so takes up at once what that one had.
@@ -198,6 +201,7 @@ class ApiDeployment:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, detector: DeploymentHandle, worker: DeploymentHandle | None
     ) -> None:
+        set_up_logging(settings.logging)
         self._settings = settings
         self._detector = HandleDetector(detector, settings.detector.timeout_s)
         self._worker = worker

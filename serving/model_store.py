@@ -133,7 +133,12 @@ class ModelStore:
             model = self._prepare(category, version)
         except RegistryError as error:
             if recent is None or recent.version != version:
-                log.exception("%s@%s cannot be used; a version of before goes on where there is one", category, version)
+                log.exception(
+                    "%s@%s cannot be used; a version of before goes on where there is one",
+                    category,
+                    version,
+                    extra={"category": category, "model": f"{category}@{version}"},
+                )
             self._failures[category] = _Failure(version, str(error), time.monotonic())
             self._metrics.add(m.MODEL_LOADS, outcome="failed")
             raise
@@ -145,8 +150,12 @@ class ModelStore:
             while len(self._models) > 1 and self._size() > self._max_resident_bytes:
                 _, gone = self._models.popitem(last=False)
                 let_go.append(gone)
-                log.info("let go: %s, for others to stay within detector.max_resident_mb", gone.manifest.model)
-        log.info("ready: %s", model.manifest.model)
+                log.info(
+                    "let go: %s, for others to stay within detector.max_resident_mb",
+                    gone.manifest.model,
+                    extra=_names(gone),
+                )
+        log.info("ready: %s", model.manifest.model, extra=_names(model))
         self._count(model, present, let_go)
         return model
 
@@ -201,6 +210,11 @@ class ModelStore:
                 f"{ours.input_size} px with {ours.layers} and weights {ours.weights_sha256[:12]}. "
                 "One service runs one backbone: train the category on that, or serve it from a registry of its own"
             )
+
+
+def _names(model: ResidentModel) -> dict[str, str]:
+    """Name a model in a log line."""
+    return {"category": model.manifest.category, "model": model.manifest.model}
 
 
 def _identity(spec: BackboneSpec) -> tuple[object, ...]:

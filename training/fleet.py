@@ -154,7 +154,7 @@ def _explain(job: Job, error: RayError) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, FlawstreamError):
         return str(cause)
-    _log.error("%s: %s", job.name, error)
+    _log.error("%s: %s", job.name, error, extra={"category": job.data.name})
     if isinstance(error, RayTaskError):
         return f"{type(cause).__name__}: {_one_line(str(cause))}"
     details = [line for line in str(error).splitlines() if not line.startswith("\t")]

@@ -12,6 +12,7 @@ import numpy as np
 
 from schemas.errors import DetectorDiedError, MessageError, Reason, ShapeError, TransientError
 from schemas.settings import WorkerSettings
+from workers import described
 from workers.answer import Times, build_result
 from workers.backoff import backoff_s
 from workers.dead_letters import bury
@@ -200,7 +201,7 @@ class StreamWorker:
             with self._tally.stage("publish"):
                 ended = await self._persist(partial(self._sink.publish, endings))
         except Exception as error:  # noqa: BLE001 - a batch's outermost boundary
-            self._note(f"working on {len(entries)} entries, which stay pending,", error)
+            self._note(f"working on {len(entries)} entries, which stay pending,", error, entries)
             if isinstance(error, TransientError):  # no fault of theirs; another worker may have a detector
                 await self._hand_back(ids)
             self._held -= ids
@@ -261,12 +262,12 @@ class StreamWorker:
             if len(jobs) == 1:
                 return [Refusal(error.reason, str(error))]
         except DetectorDiedError as error:
-            _log.warning("%s: %s", error.code, error)
+            _log.warning("%s: %s", error.code, error, extra=described.entries([job.entry for job in jobs]))
             if len(jobs) == 1:  # it may have died of this image: given out again, it is counted
                 return [None]
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not take the neighbours down
             names = ", ".join(job.entry.entry_id for job in jobs)
-            self._note(f"detecting {names}", error)
+            self._note(f"detecting {names}", error, [job.entry for job in jobs])
             if len(jobs) == 1:
                 return [None]
         return [outcome for job in jobs for outcome in await self._detect([job])]
@@ -288,7 +289,7 @@ class StreamWorker:
         try:
             result = await asyncio.get_running_loop().run_in_executor(self._decoder.pool, build)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not take the neighbours down
-            self._note(f"putting the result of {job.entry.entry_id} together", error)
+            self._note(f"putting the result of {job.entry.entry_id} together", error, [job.entry])
             return []
         return [Ending(job.entry.entry_id, result)]
 
@@ -328,13 +329,13 @@ class StreamWorker:
             for wait in waits:
                 wait.cancel()
 
-    def _note(self, doing: str, error: Exception) -> None:
+    def _note(self, doing: str, error: Exception, about: Sequence[Entry] = ()) -> None:
         """Log what went wrong; what nobody foresaw is a bug, with its traceback."""
         if isinstance(error, TransientError):
-            _log.warning("%s: %s: %s", doing, error.code, error)
+            _log.warning("%s: %s: %s", doing, error.code, error, extra=described.entries(about))
         else:
             self._tally.failed()
-            _log.error("%s failed unexpectedly", doing, exc_info=error)
+            _log.error("%s failed unexpectedly", doing, exc_info=error, extra=described.entries(about))
 
 
 def _was_given_out_before(entries: Sequence[Entry]) -> bool:

@@ -15,6 +15,7 @@ from schemas.errors import MessageError, TransientError
 from schemas.messages import ImageMessage
 from schemas.settings import LimitSettings
 from schemas.wire import parse_image
+from workers import described
 from workers.ports import Clock, Entry
 from workers.references import ImageFetcher, NoReferences
 
@@ -110,7 +111,11 @@ class Decoder:
         except TransientError:
             raise
         except Exception:  # noqa: BLE001 - one image must not take its neighbours down
-            _log.exception("entry %s could not be fetched; this is a bug, and the entry stays pending", entry.entry_id)
+            _log.exception(
+                "entry %s could not be fetched; this is a bug, and the entry stays pending",
+                entry.entry_id,
+                extra=described.entries([entry]),
+            )
             return None
 
     def _decode_one(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
@@ -120,7 +125,11 @@ class Decoder:
         except MessageError as error:
             return error
         except Exception:  # noqa: BLE001 - one image must not take its neighbours down
-            _log.exception("entry %s could not be decoded; this is a bug, and the entry stays pending", entry.entry_id)
+            _log.exception(
+                "entry %s could not be decoded; this is a bug, and the entry stays pending",
+                entry.entry_id,
+                extra=described.entries([entry]),
+            )
             return None
 
     def _decode_bytes(self, entry: Entry, message: ImageMessage, data: bytes, size_px: int, seen_at: datetime) -> Job:

@@ -1,5 +1,6 @@
 """What a stream worker has done, counted and timed: for its status, for metrics. Knows no loop and no server."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,11 @@ from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import Reason
 from schemas.messages import DeadLetter, DetectionResult
+from workers import described
 from workers.ports import Ending
 from workers.quality import Quality
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -95,11 +99,21 @@ class Tally:
             self._metrics.add(m.RESULTS, count, category=category, verdict=verdict)
         for reason, count in dead.items():
             self._metrics.add(m.DEAD_LETTERS, count, reason=reason.value)
+        self._log(endings, ours)
         not_ours = len(ours) - sum(ours)
         self._metrics.add(m.NOT_OURS, not_ours)
         self.stats.results += results.total()
         self.stats.dead += dead
         self.stats.not_ours += not_ours
+
+    @staticmethod
+    def _log(endings: Sequence[Ending], ours: Sequence[bool]) -> None:
+        if _log.isEnabledFor(logging.INFO):
+            for ending, written in zip(endings, ours, strict=True):
+                if written and isinstance(ending.outcome, DeadLetter):
+                    _log.info("dead letter: %s", ending.outcome.detail, extra=described.ending(ending))
+                elif written:
+                    _log.debug("result", extra=described.ending(ending))
 
     def tried_again(self, cause: str) -> None:
         """Note a try made again, by the error's code."""
