@@ -4,7 +4,7 @@ import base64
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any, Protocol
 
@@ -53,7 +53,7 @@ class Pusher(Protocol):
         *,
         id: str | None = None,  # noqa: A002 - the field's name on the wire
         captured_at: datetime | None = None,
-        extra: Mapping[str, bytes] | None = None,
+        traceparent: str | None = None,
     ) -> str:
         """Push one image; gives the entry's id."""
         ...
@@ -219,7 +219,7 @@ def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
                 id=id or None,
                 captured_at=captured_at or captured_at_header,
                 # the worker ignores one that is malformed; of another length it could be as long as a header
-                extra={"traceparent": traceparent.encode()} if len(traceparent) == _TRACEPARENT_LENGTH else None,
+                traceparent=traceparent if len(traceparent) == _TRACEPARENT_LENGTH else None,
             )
         return PushedBody(id=id or entry_id, entry_id=entry_id)
 

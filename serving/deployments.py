@@ -16,6 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.logs import set_up_logging
 from flawstream.telemetry.ray_metrics import RayMetrics
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError, StreamUnavailableError
@@ -142,6 +143,7 @@ class StreamWorkerDeployment:
         self, settings: Settings, detector: DeploymentHandle
     ) -> None:
         set_up_logging(settings.logging)
+        self._exit = contextlib.ExitStack()
         self._client = make_client(settings.redis)
         await require_server(self._client)
         # A replica that takes the place of one that died has its rank, and so takes up at once what that one had.
@@ -152,6 +154,7 @@ class StreamWorkerDeployment:
             HandleDetector(detector, settings.detector.timeout_s),
             settings,
             RayMetrics(settings.metrics.max_categories),
+            tracer=self._exit.enter_context(open_tracer(settings.tracing)),
         )
         self._backlog = Backlog(self._client, all_keys(settings.redis))
         self._stop = asyncio.Event()
@@ -188,6 +191,7 @@ class StreamWorkerDeployment:
             await self.drain()
             await self._worker.close()
             await self._client.aclose()
+            await asyncio.to_thread(self._exit.close)
 
 
 def _first_line(error: Exception) -> str:
@@ -206,7 +210,9 @@ class ApiDeployment:
         self._detector = HandleDetector(detector, settings.detector.timeout_s)
         self._worker = worker
         metrics = RayMetrics(settings.metrics.max_categories)
-        self._producer = Producer(settings.redis, settings.limits, settings.backlog, metrics)
+        self._exit = contextlib.ExitStack()
+        tracer = self._exit.enter_context(open_tracer(settings.tracing))
+        self._producer = Producer(settings.redis, settings.limits, settings.backlog, metrics, tracer=tracer)
         self._client = make_client(settings.redis)
         self._backlog = Backlog(self._client, all_keys(settings.redis))
         gauges = StreamGauges(self._backlog, metrics)  # they must be told while no worker lives
@@ -234,3 +240,4 @@ class ApiDeployment:
             self._reporting.cancel()
             await self._producer.close()
             await self._client.aclose()
+            await asyncio.to_thread(self._exit.close)

@@ -18,7 +18,7 @@ from workers.backoff import backoff_s
 from workers.dead_letters import bury
 from workers.decode import Decoder, Job, between_ms, since_arrival_ms
 from workers.ports import Clock, Detection, Detector, Ending, Entry, Refusal, ResultSink, Retention, StreamReader
-from workers.tally import Tally, WorkerStats
+from workers.tally import Batch, Tally, WorkerStats
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -193,12 +193,13 @@ class StreamWorker:
         if not entries:
             return 0
         seen_at = self._clock.now()
-        self._tally.took_up(len(entries), max(since_arrival_ms(entry.entry_id, seen_at) for entry in entries) / 1000)
+        queued_ms = max(since_arrival_ms(entry.entry_id, seen_at) for entry in entries)
+        batch = self._tally.took_up(len(entries), queued_ms / 1000)
         ids = {entry.entry_id for entry in entries}
         self._held |= ids
         try:
-            endings = await self._judge(entries)
-            with self._tally.stage("publish"):
+            endings = await self._judge(entries, batch)
+            with batch.stage("publish"):
                 ended = await self._persist(partial(self._sink.publish, endings))
         except Exception as error:  # noqa: BLE001 - a batch's outermost boundary
             self._note(f"working on {len(entries)} entries, which stay pending,", error, entries)
@@ -207,10 +208,10 @@ class StreamWorker:
             self._held -= ids
             return 0
         self._held -= ids
-        self._tally.ended(endings, ended)
+        self._tally.ended(batch, endings, ended)
         return sum(ended)
 
-    async def _judge(self, entries: Sequence[Entry]) -> list[Ending]:
+    async def _judge(self, entries: Sequence[Entry], batch: Batch) -> list[Ending]:
         """Find out how each entry ends. An entry left out is one with a bug: it stays pending."""
         endings: list[Ending] = []
         fit: list[Entry] = []
@@ -223,7 +224,7 @@ class StreamWorker:
             return endings
         size_px = await self._persist(self._detector.input_size, self._patience_s)
         jobs: list[Job] = []
-        with self._tally.stage("decode"):
+        with batch.stage("decode"):
             decoded = await self._persist(partial(self._decoder.decode, fit, size_px))
         for entry, opened in zip(fit, decoded, strict=True):
             if isinstance(opened, Job):
@@ -234,10 +235,10 @@ class StreamWorker:
                 self._tally.failed()
         if jobs:
             started_at = self._clock.now()
-            with self._tally.stage("call"):
+            with batch.stage("call"):
                 outcomes = await self._detect(jobs)
             detect_ms = between_ms(started_at, self._clock.now())
-            with self._tally.stage("encode"):
+            with batch.stage("encode"):
                 concluded = await asyncio.gather(
                     *(
                         self._conclude(job, outcome, detect_ms)

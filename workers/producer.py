@@ -9,6 +9,7 @@ from itertools import cycle
 
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
+from flawstream.telemetry.traces import NO_TRACER, Tracer
 from schemas.errors import BacklogFullError, FlawstreamError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
@@ -30,6 +31,7 @@ class Producer(StreamClient):
         limits: What a worker would refuse is refused here, before it is sent.
         backlog: When the backlog is full.
         metrics: Where numbers go; `flawstream.telemetry.prometheus.serve_metrics` gives one that Prometheus can ask.
+        tracer: Where spans go; `flawstream.telemetry.choose_tracer.open_tracer` gives one.
     """
 
     def __init__(
@@ -38,8 +40,11 @@ class Producer(StreamClient):
         limits: LimitSettings = LimitSettings(),  # noqa: B008 - frozen
         backlog: BacklogSettings = BacklogSettings(),  # noqa: B008 - frozen
         metrics: Metrics = NO_METRICS,
+        *,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         super().__init__(settings)
+        self._tracer = tracer
         self._metrics = metrics
         self._settings = settings
         self._limits = limits
@@ -66,6 +71,7 @@ class Producer(StreamClient):
         *,
         id: str | None = None,  # noqa: A002 - the field's name on the wire
         captured_at: datetime | None = None,
+        traceparent: str | None = None,
         extra: Mapping[str, bytes] | None = None,
         wait_s: float = 0.0,
     ) -> str:
@@ -77,6 +83,8 @@ class Producer(StreamClient):
             id: The producer's own key. Pushed twice within ten minutes, it is on the stream once. Without it, the
                 result has the entry's id.
             captured_at: When the camera took it, with its zone.
+            traceparent: W3C trace context; comes back with the result. With a tracer, that of the push's own span is
+                sent in its place, whose parent it is.
             extra: Fields that come back with the result.
             wait_s: How long to wait for room before giving up.
 
@@ -98,7 +106,9 @@ class Producer(StreamClient):
             fields[b"id"] = id.encode()
         if captured_at is not None:
             fields[b"captured_at"] = captured_at.isoformat().encode()
-        with self._counted():
+        with self._counted(), self._tracer.push(traceparent, {"category": category}) as carried:
+            if carried:
+                fields[b"traceparent"] = carried.encode()
             parse_image("0-0", fields, self._limits)
             keys = keys_of(self._settings, id) if id else next(self._shards)
             return await when_there_is_room(partial(self._push_once, keys, id, fields), wait_s)

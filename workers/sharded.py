@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import fields
 
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
+from flawstream.telemetry.traces import NO_TRACER, Tracer
 from schemas.keys import all_keys
 from schemas.settings import Settings
 from workers.backlog import Backlog
@@ -35,6 +36,7 @@ class ShardedWorker:
         detector: Judges images.
         settings: Of the service.
         metrics: Where numbers go.
+        tracer: Where spans go.
 
     Raises:
         ConfigError: A package that an allowed reference needs is not installed.
@@ -47,6 +49,8 @@ class ShardedWorker:
         detector: Detector,
         settings: Settings,
         metrics: Metrics = NO_METRICS,
+        *,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.consumer = consumer
         clock = SystemClock()
@@ -66,7 +70,7 @@ class ShardedWorker:
                 clock,
                 settings=worker,
                 retention=RedisRetention(client, keys, settings.backlog),
-                tally=Tally(metrics, self._quality),
+                tally=Tally(metrics, self._quality, tracer),
             )
             for keys in shards
         ]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
+from flawstream.telemetry.traces import NO_TRACER, Stage, Tracer
 from schemas.errors import Reason
 from schemas.messages import DeadLetter, DetectionResult
 from workers import described
@@ -45,42 +46,64 @@ class WorkerStats:
         return asdict(self) | {"dead": {str(reason): count for reason, count in self.dead.items()}}
 
 
+class Batch:
+    """The stages that a batch went through.
+
+    Attributes:
+        began_ns: When it was taken up, nanoseconds since 1970.
+        stages: What was done with it since.
+    """
+
+    def __init__(self, tally: "Tally") -> None:
+        self.began_ns = time.time_ns()
+        self.stages: list[Stage] = []
+        self._tally = tally
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what the batch spends in a stage, tries made again included; one that fails is not counted."""
+        began_ns, began_s = time.time_ns(), time.perf_counter()
+        yield
+        took_s = time.perf_counter() - began_s
+        self.stages.append(Stage(name, began_ns, began_ns + round(took_s * 1e9)))
+        self._tally.spent(name, took_s)
+
+
 class Tally:
     """Takes note of what a worker does: in its stats, and in metrics where somebody watches.
 
     Args:
         metrics: Where the numbers go.
         quality: Told of every result; absent: nobody is.
+        tracer: Told of the way of every image; absent: nobody is.
     """
 
-    def __init__(self, metrics: Metrics = NO_METRICS, quality: Quality | None = None) -> None:
+    def __init__(
+        self, metrics: Metrics = NO_METRICS, quality: Quality | None = None, tracer: Tracer = NO_TRACER
+    ) -> None:
         self.stats = WorkerStats()
         self._metrics = metrics
         self._quality = quality
+        self._tracer = tracer
 
-    def took_up(self, images: int, queued_s: float) -> None:
+    def took_up(self, images: int, queued_s: float) -> "Batch":
         """Note a batch and how long its oldest image had waited."""
         self.stats.batches += 1
         self.stats.read += images
         self._metrics.add(m.IMAGES, images)
         self._metrics.observe(m.BATCH_IMAGES, images, stage="read")
         self.spent("queue", queued_s)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what a batch spends in a stage, tries made again included; one that fails is not counted."""
-        began_s = time.perf_counter()
-        yield
-        self.spent(name, time.perf_counter() - began_s)
+        return Batch(self)
 
     def spent(self, stage: str, duration_s: float) -> None:
         """Note what a batch spent in a stage."""
         self._metrics.observe(m.STAGE_SECONDS, duration_s, stage=stage)
 
-    def ended(self, endings: Sequence[Ending], ours: Sequence[bool]) -> None:
+    def ended(self, batch: "Batch", endings: Sequence[Ending], ours: Sequence[bool]) -> None:
         """Note how the images of a batch ended.
 
         Args:
+            batch: What `took_up` gave.
             endings: What came of them.
             ours: For each, whether it was written.
         """
@@ -100,6 +123,8 @@ class Tally:
         for reason, count in dead.items():
             self._metrics.add(m.DEAD_LETTERS, count, reason=reason.value)
         self._log(endings, ours)
+        if self._tracer is not NO_TRACER:
+            self._trace(batch, endings, ours)
         not_ours = len(ours) - sum(ours)
         self._metrics.add(m.NOT_OURS, not_ours)
         self.stats.results += results.total()
@@ -114,6 +139,21 @@ class Tally:
                     _log.info("dead letter: %s", ending.outcome.detail, extra=described.ending(ending))
                 elif written:
                     _log.debug("result", extra=described.ending(ending))
+
+    def _trace(self, batch: "Batch", endings: Sequence[Ending], ours: Sequence[bool]) -> None:
+        for ending, written in zip(endings, ours, strict=True):
+            if not written:
+                continue
+            about = described.ending(ending)
+            traceparent = about.pop("traceparent", None)
+            arrived_ns = min(int(ending.entry_id.partition("-")[0]) * 1_000_000, batch.began_ns)
+            self._tracer.image(
+                traceparent if isinstance(traceparent, str) else None,
+                Stage("image", arrived_ns, time.time_ns()),
+                [Stage("queue", arrived_ns, batch.began_ns), *batch.stages],
+                {name: value for name, value in about.items() if isinstance(value, str | int | float)},
+                ending.outcome.detail if isinstance(ending.outcome, DeadLetter) else None,
+            )
 
     def tried_again(self, cause: str) -> None:
         """Note a try made again, by the error's code."""

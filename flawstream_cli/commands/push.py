@@ -10,6 +10,7 @@ from uuid import uuid4
 import typer
 from rich.progress import Progress
 
+from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.prometheus import serve_metrics
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -79,7 +80,10 @@ async def _push(
     pending: dict[str, Path] = {}
     async with AsyncExitStack() as stack:
         metrics, _ = stack.enter_context(serve_metrics(settings.metrics))
-        producer = await stack.enter_async_context(Producer(settings.redis, settings.limits, settings.backlog, metrics))
+        tracer = stack.enter_context(open_tracer(settings.tracing))
+        producer = await stack.enter_async_context(
+            Producer(settings.redis, settings.limits, settings.backlog, metrics, tracer=tracer)
+        )
         if timeout_s is not None:
             results = await stack.enter_async_context(ResultReader(settings.redis))
             dead = await stack.enter_async_context(DeadLetterReader(settings.redis))

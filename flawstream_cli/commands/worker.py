@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.metrics import Metrics
 from flawstream.telemetry.prometheus import serve_metrics
+from flawstream.telemetry.traces import Tracer
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,
@@ -53,16 +55,18 @@ def worker(
         detector={"engine": engine},
         worker={"name": name},
     )
-    with serve_metrics(settings.metrics) as (metrics, metrics_url):
+    with serve_metrics(settings.metrics) as (metrics, metrics_url), open_tracer(settings.tracing) as tracer:
         with busy("loading the models"):
             detector = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
-        lived = asyncio.run(_work(settings, detector, metrics, metrics_url))
+        lived = asyncio.run(_work(settings, detector, metrics, metrics_url, tracer))
     if not lived:
         say("the detector has ended; start the worker again", "red")
         raise typer.Exit(ExitCode.FAILED)
 
 
-async def _work(settings: Settings, detector: DetectorService, metrics: Metrics, metrics_url: str | None) -> bool:
+async def _work(
+    settings: Settings, detector: DetectorService, metrics: Metrics, metrics_url: str | None, tracer: Tracer
+) -> bool:
     """Work until a signal comes; tells whether the detector lived to the end."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -72,7 +76,7 @@ async def _work(settings: Settings, detector: DetectorService, metrics: Metrics,
         await require_server(client)
         await detector.start()
         name = settings.worker.name or socket.gethostname()
-        stream_worker = ShardedWorker(client, name, detector, settings, metrics)
+        stream_worker = ShardedWorker(client, name, detector, settings, metrics, tracer=tracer)
         working = asyncio.create_task(stream_worker.run(stop))
         print_json(
             {

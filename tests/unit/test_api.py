@@ -51,12 +51,12 @@ class FakePusher:
         *,
         id: str | None = None,  # noqa: A002 - the field's name on the wire
         captured_at: datetime | None = None,
-        extra: Mapping[str, bytes] | None = None,
+        traceparent: str | None = None,
     ) -> str:
         if self.failures:
             raise self.failures.pop(0)
-        fields = {"image": image, "category": category, "id": id, "captured_at": captured_at, "extra": extra}
-        self.pushed.append(fields)
+        fields = {"image": image, "category": category, "id": id, "captured_at": captured_at}
+        self.pushed.append(fields | {"traceparent": traceparent})
         return f"1-{len(self.pushed)}"
 
 
@@ -273,7 +273,7 @@ async def test_image_is_pushed_and_accepted(bench: Bench) -> None:
             "category": "bottle",
             "id": "cam1-7",
             "captured_at": datetime(2026, 1, 1, 12, tzinfo=UTC),
-            "extra": None,
+            "traceparent": None,
         }
     ]
     assert bench.detector.batches == []
@@ -297,7 +297,7 @@ async def test_trace_context_is_passed_on_and_a_malformed_one_is_no_error(bench:
     await bench.push(png(), {"traceparent": context})
     response = await bench.push(png(), {"traceparent": "x" * 9000})
     assert response.status_code == 202
-    assert [one["extra"] for one in bench.pusher.pushed] == [{"traceparent": context.encode()}, None]
+    assert [one["traceparent"] for one in bench.pusher.pushed] == [context, None]
 
 
 @pytest.mark.parametrize(
