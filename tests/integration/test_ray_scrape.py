@@ -1,0 +1,165 @@
+"""A real service on Ray, asked at the port of Ray's own agent as a Prometheus server asks it.
+
+The agent keeps the counters of services that other tests had on the same cluster: what is told is what was added.
+"""
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import ray
+from fakes import png
+from raw_redis import RawRedis
+from scraped import Scraped, scrape
+from tiny_models import write_version
+
+from flawstream.cluster import Cluster
+from flawstream.fastflow.backbone import Backbone
+from flawstream.registry import Registry
+from flawstream.telemetry import metrics as m
+from flawstream.telemetry.metrics import ALL, Metric
+from flawstream.telemetry.ray_metrics import PREFIX, RayMetrics
+from schemas.settings import Settings
+from serving import app as service
+from training.job import Progress, Stage
+from training.recorded import recorded
+from workers.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.integration
+
+PATIENCE_S = 120.0
+CATEGORY = "scraped"
+"""No other test has it."""
+STAGES = {"queue", "decode", "call", "encode", "publish", "wait", "detect"}
+
+
+def scraped_as(metric: Metric) -> str:
+    return PREFIX + metric.name
+
+
+def agent_url() -> str:
+    """Tell where Ray's agent of this node answers Prometheus."""
+    (node,) = ray.nodes()
+    return f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+
+
+def scrape_until(told_all: Callable[[Scraped], bool], explain: Callable[[Scraped], object]) -> Scraped:
+    """Scrape until it is so: the agent is some seconds behind."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not told_all(told := scrape(agent_url())):
+        assert time.monotonic() < deadline_s, explain(told)
+        time.sleep(0.5)
+    return told
+
+
+@pytest.fixture(scope="module")
+def redis(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RawRedis]:
+    """Serve one category; give the server that has its streams."""
+    assert cluster.cpus > 0
+    root = str(tmp_path_factory.mktemp("models"))
+    spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
+    write_version(Registry(root), CATEGORY, spec=spec)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with EmbeddedServer() as server, RawRedis(server.port) as redis:
+        service.run(
+            Settings.model_validate(
+                {
+                    "redis": {"url": server.url, "block_ms": 100},
+                    "registry": {"root": root},
+                    "api": {"port": port},
+                    "detector": {"engine": "torch"},
+                    "metrics": {"report_s": 0.5},
+                }
+            )
+        )
+        yield redis
+        service.stop()
+
+
+def counts(told: Scraped) -> Counter[str]:
+    """Sum up what all replicas there ever were have counted."""
+    found = {
+        "read": told.total(scraped_as(m.IMAGES)),
+        "undecodable": told.total(scraped_as(m.DEAD_LETTERS), reason="undecodable"),
+        "results": told.total(scraped_as(m.RESULTS), category=CATEGORY),
+        "p-values": told.total(f"{scraped_as(m.P_VALUE)}_count", category=CATEGORY),
+        "times": told.total(f"{scraped_as(m.IMAGE_SECONDS)}_count"),
+    }
+    for stage in STAGES:
+        found[stage] = told.total(f"{scraped_as(m.STAGE_SECONDS)}_count", stage=stage)
+    return Counter({name: int(value) for name, value in found.items()})
+
+
+def gauges(told: Scraped) -> dict[str, object]:
+    """Tell what the replicas there are now say; those of former ones go after some seconds."""
+    return {
+        "window": told.most(scraped_as(m.WINDOW_IMAGES), category=CATEGORY),
+        "on the streams": [
+            told.most(scraped_as(metric)) for metric in (m.BACKLOG_IMAGES, m.STREAM_RESULTS, m.STREAM_DEAD_LETTERS)
+        ],
+        "model": told.most(scraped_as(m.MODEL_INFO), category=CATEGORY, version="v1"),
+        "replicas that see the streams": len(
+            {sample.labels["WorkerId"] for sample in told.matching(scraped_as(m.STREAM_UP))}
+        ),
+    }
+
+
+NOTHING_YET = {"window": None, "on the streams": [0, 0, 0], "model": 1, "replicas that see the streams": 2}
+
+
+def test_rays_agent_tells_what_became_of_each_image(redis: RawRedis) -> None:
+    before = counts(scrape_until(lambda told: gauges(told) == NOTHING_YET, gauges))
+    for number in range(12):
+        redis("XADD", "flawstream:images", "*", "category", CATEGORY, "image", png(number))
+    redis("XADD", "flawstream:images", "*", "category", CATEGORY, "image", b"no image")
+
+    def added(told: Scraped) -> Counter[str]:
+        return counts(told) - before
+
+    ended = {"read": 13, "undecodable": 1, "results": 12, "p-values": 12, "times": 12}
+    now = NOTHING_YET | {"window": 12, "on the streams": [0, 12, 1]}
+    scrape_until(
+        lambda told: ended.items() <= added(told).items() and gauges(told) == now and set(added(told)) >= STAGES,
+        lambda told: (added(told), gauges(told)),
+    )
+
+
+def test_training_is_told_by_its_driver(cluster: Cluster) -> None:
+    assert cluster.cpus > 0
+    reports = [
+        Progress(CATEGORY, Stage.FEATURES, 32, 32),
+        Progress(CATEGORY, Stage.TRAINING, 24, 32, epoch=2, loss=1.5),
+    ]
+    assert list(recorded(reports, RayMetrics(10))) == reports
+    expected = [32, 24, 2, 1.5]
+
+    def told_of_training(told: Scraped) -> list[float | None]:
+        return [
+            told.total(scraped_as(m.TRAINING_IMAGES), category=CATEGORY, stage="features"),
+            told.total(scraped_as(m.TRAINING_IMAGES), category=CATEGORY, stage="training"),
+            told.most(scraped_as(m.TRAINING_EPOCH), category=CATEGORY),
+            told.most(scraped_as(m.TRAINING_LOSS), category=CATEGORY),
+        ]
+
+    scrape_until(lambda told: told_of_training(told) == expected, told_of_training)
+
+
+def test_every_metric_goes_through_ray_under_its_name_with_the_prefix(cluster: Cluster) -> None:
+    assert cluster.cpus > 0
+    metrics = RayMetrics(max_categories=1)
+    metrics.add(m.RESULTS, category="first", verdict="x")
+    for metric in ALL:
+        labels = dict.fromkeys(metric.labels, "x")
+        match metric:
+            case m.Counter():
+                metrics.add(metric, 3, **labels)
+            case m.Gauge():
+                metrics.set(metric, 3, **labels)
+            case m.Histogram():
+                metrics.observe(metric, 0.5, **labels)
+    names = {scraped_as(metric) + "_count" * isinstance(metric, m.Histogram) for metric in ALL}
+    told = scrape_until(lambda told: names <= told.names(), lambda told: names - told.names())
+    assert told.total(scraped_as(m.RESULTS), category="other", verdict="x") == 3
