@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "Measure the current model versions on labelled test images.",
     "serve": "Serve the trained categories until Ctrl-C.",
     "worker": "Judge images from the stream in one process, without Ray.",
+    "profile": "Measure where the time of an image goes, stage by stage.",
     "push": "Push images onto the stream.",
     "watch": "Show results as they come.",
     "models": "Look at model versions and promote them.",

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client  # nothing public tells where Serve listens
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from flawstream.registry import Registry
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 APPLICATION = "flawstream"
 
+_DETECTOR = "Detector"
 _WORKER = "StreamWorker"
 _SHUTDOWN_S = 30.0
 _SLOT_IMAGES_FACTOR = 2
@@ -49,7 +51,7 @@ def build(settings: Settings) -> serve.Application:
     detector, worker = settings.detector, settings.worker
     detectors = _deployment(
         DetectorDeployment,
-        name="Detector",
+        name=_DETECTOR,
         **_replicas(detector),
         max_ongoing_requests=max(8, _SLOT_IMAGES_FACTOR * detector.max_queue_images),
         num_cpus=detector.num_cpus,
@@ -112,6 +114,11 @@ def run(settings: Settings) -> str:
             "Serve already runs on this cluster at %s:%s; api.host and api.port do not hold", http.host, http.port
         )
     return f"http://{http.host}:{http.port}"
+
+
+def detector_handle() -> DeploymentHandle:
+    """Give a handle of the detectors of the application that runs."""
+    return serve.get_deployment_handle(_DETECTOR, APPLICATION)
 
 
 def stop() -> None:

@@ -95,6 +95,8 @@ class DrainBatcher(Generic[Tag, Out]):
         batches: Batches run.
         images: Images in them.
         halvings: How often a batch did not fit in memory.
+        detect_s: Seconds spent on batches.
+        calls_s: Seconds from a call's arrival to its answer, over all calls; those that overlap count each.
     """
 
     def __init__(
@@ -119,6 +121,8 @@ class DrainBatcher(Generic[Tag, Out]):
         self.batches = 0
         self.images = 0
         self.halvings = 0
+        self.detect_s = 0.0
+        self.calls_s = 0.0
 
     def start(self) -> None:
         """Begin to work; in a running event loop."""
@@ -175,7 +179,9 @@ class DrainBatcher(Generic[Tag, Out]):
         self._queued_images += len(images)
         self._metrics.set(m.DETECTOR_QUEUE_IMAGES, self._queued_images)
         self._arrival.set()
-        return await request.done
+        outputs = await request.done
+        self.calls_s += time.perf_counter() - request.since_s
+        return outputs
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -208,6 +214,7 @@ class DrainBatcher(Generic[Tag, Out]):
         """Note a batch, and how long the first of its calls had waited for it."""
         self.batches += 1
         self.images += images
+        self.detect_s += took_s
         self._metrics.observe(m.BATCH_IMAGES, images, stage="detect")
         self._metrics.observe(m.STAGE_SECONDS, waited_s, stage="wait")
         self._metrics.observe(m.STAGE_SECONDS, took_s, stage="detect")

@@ -1,7 +1,6 @@
 """`flawstream push`: image files onto the stream, and back again with --wait."""
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +26,7 @@ from flawstream_cli.terminal import (
 from schemas.errors import ConfigError, MessageError, TransientError
 from schemas.messages import DetectionResult
 from schemas.settings import Settings
-from training.datasets.folders import IMAGE_SUFFIXES
+from training.datasets.folders import IMAGE_SUFFIXES, image_files
 from workers.producer import Producer
 from workers.results import DeadLetterReader, ResultReader
 
@@ -54,7 +53,7 @@ def push(
     full, or the server does not answer; what was pushed before is named, and the rest is not there.
     """
     settings = read_settings(config, redis={"url": redis})
-    files = list(_files(paths))
+    files = list(image_files(paths))
     if not files:
         raise ConfigError(f"no images in {', '.join(map(str, paths))}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
     if id_ is not None and len(files) != 1:
@@ -62,14 +61,6 @@ def push(
     failed = asyncio.run(_push(files, category, id_, settings, timeout_s if wait else None, as_json=as_json))
     if failed:
         raise typer.Exit(ExitCode.FAILED)
-
-
-def _files(paths: list[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            yield path
 
 
 async def _push(

@@ -12,6 +12,7 @@ import pytest
 import ray
 from fakes import png
 from raw_redis import RawRedis
+from ray import serve
 from scraped import Scraped, scrape
 from tiny_models import write_version
 
@@ -77,6 +78,7 @@ def redis(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         )
         yield redis
         service.stop()
+        serve.shutdown()  # whoever comes next has a port of its own
 
 
 def counts(told: Scraped) -> Counter[str]:

@@ -163,8 +163,8 @@ class TestTritonEngine(EngineContract):
 
     def test_answer_that_comes_too_late_may_be_asked_for_again(self, engine: TritonEngine) -> None:
         assert engine
-        with pytest.raises(TransientError, match="DEADLINE_EXCEEDED"):
-            TritonEngine(f"grpc://{self.server.address}", 1e-6)
+        with self.server.paused(), pytest.raises(TransientError, match="DEADLINE_EXCEEDED"):
+            TritonEngine(f"grpc://{self.server.address}", 0.5)
 
     def test_lost_server_is_waited_for(
         self, engine: TritonEngine, heads: list[FastFlowHead], tmp_path_factory: pytest.TempPathFactory

@@ -4,7 +4,7 @@ Knows no data set's layout and decodes nothing.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +29,15 @@ def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> tuple
     """
     wanted = frozenset(suffixes)
     return tuple(path for path in _visible(folder) if path.suffix.lower() in wanted and path.is_file())
+
+
+def image_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Give files as they are named, and of folders all images in them, in order of their names."""
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            yield path
 
 
 def list_folders(folder: Path) -> list[Path]:
