@@ -138,6 +138,8 @@ class Generator:
             await self._pause()
         came_s = [at_s for at_s, _ in self.ended if from_s <= at_s < until_s]
         await self.settle()
+        if not came_s or came_s[0] == came_s[-1]:
+            sys.exit(f"no two batches ended within {seconds:g} s: raise --seconds")
         return sum(at_s > came_s[0] for at_s in came_s) / (came_s[-1] - came_s[0])
 
     async def offer(self, categories: Sequence[str], images_per_s: float, seconds: float) -> list[float]:
@@ -276,7 +278,7 @@ async def measure(backbone: str, rounds: int, seconds: float, folder: Path) -> M
         for layout in LAYOUTS:
             err.print(f"{backbone}: starting flawstream {layout} ...")
             async with _service(layout, redis, root, env):
-                await generator.sustain(CATEGORIES, 1.0)
+                await generator.sustain(CATEGORIES, WARM_UP_S + 10.0)
                 for turn in range(rounds):
                     found.engine.append(most / await asyncio.to_thread(bare.batch_s, most, seconds / 3))
                     found.batch_s.append(await asyncio.to_thread(bare.batch_s, usual, seconds / 3))
