@@ -4,6 +4,7 @@
 #   make test          all tests            make check    lint, types, imports
 #   make unit | integration | e2e           one folder of tests
 #   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
+#   make test-chart    the Helm chart in more than a thousand combinations of its values
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
 #   make bench-accuracy | bench-parity | bench-engine   beside anomalib, in an environment of its own (ARGS=--help)
 #   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
@@ -22,10 +23,10 @@ TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream constraints clean
+.PHONY: help test-chart setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream constraints clean
 
 help:
-	@sed -n '1,11s/^# \{0,1\}//p' Makefile
+	@sed -n '1,12s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -58,6 +59,9 @@ unit contracts integration e2e: setup
 
 test-chaos test-fuzz test-overload: setup
 	@PYTHONPATH=tests $(BIN) -m soak.$(@:test-%=%) $(ARGS)
+
+test-chart: setup
+	@$(BIN) -m pytest tests/chart -m 'sweep or not sweep' $(ARGS)
 
 # `make test` skips these where the environment is absent: a server of 400 MB that wants another NumPy than ours
 test-triton: setup $(TRITON_STAMP)

@@ -70,6 +70,10 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- $workers := default dict $settings.worker -}}
+{{- if and (hasKey $workers "replicas") (eq (int $workers.replicas) 0) $workers.max_replicas -}}
+{{- fail "settings.worker.max_replicas scales up from 1 at least, and settings.worker.replicas=0 wants no stream worker: leave one of them out" -}}
+{{- end -}}
 {{- range $group := list "cpuWorkers" "gpuWorkers" -}}
 {{- $bounds := get $.Values.serve $group -}}
 {{- if and $.Values.ray.autoscaling.enabled (gt (int $bounds.minReplicas) (int $bounds.maxReplicas)) -}}

@@ -1,0 +1,109 @@
+"""The chart as users choose it: its profiles and each single choice, checked in all ways; bad values refused."""
+
+import re
+from typing import Any
+
+import conformity
+import links
+import pytest
+from combinations import AXES
+from helm_python import HelmError, lint
+from rendered import CHART, merged, pods, profile, render
+
+from k8s.reference import SCHEMA, TABLE, make_schema, make_table
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{name: profile(name) for name in ("small", "gpu", "airgapped")},
+    "gpu, airgapped": merged(profile("gpu"), profile("airgapped")),
+    "small, airgapped": merged(profile("small"), profile("airgapped")),
+}
+CHOICES = [(axis, choice) for axis, ways in AXES.items() for choice in ways]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile_is_what_a_cluster_takes(name: str) -> None:
+    documents = render(PROFILES[name])
+    for document in documents:
+        conformity.check(document)
+    links.check(documents, PROFILES[name])
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile_passes_helm_s_own_strict_lint(name: str) -> None:
+    report = lint(CHART, PROFILES[name], strict=True)
+    assert not report["errors"]
+    assert [said for said in report["messages"] if said["severity"] > 1] == []
+
+
+@pytest.mark.parametrize(("axis", "choice"), CHOICES, ids=[f"{axis}: {choice}" for axis, choice in CHOICES])
+def test_choice_is_what_a_cluster_takes(axis: str, choice: str) -> None:
+    values = AXES[axis][choice]
+    documents = render(values)
+    for document in documents:
+        conformity.check(document)
+    links.check(documents, values)
+
+
+def test_airgapped_plant_asks_its_own_registry_alone() -> None:
+    own = profile("airgapped")["image"]["repository"]
+    for document in render(PROFILES["gpu, airgapped"]):
+        for pod in pods(document):
+            assert all(container["image"].startswith(f"{own}:") for container in pod.containers)
+
+
+def test_schema_and_table_are_what_the_values_say() -> None:
+    assert SCHEMA.read_text() == make_schema()
+    assert TABLE.read_text() == make_table()
+
+
+TRAINING = {"enabled": True, "data": {"existingClaim": "photographs"}}
+REFUSED = {
+    "a typo at the top": ({"sevre": {"enabled": True}}, "sevre"),
+    "a typo below": ({"serve": {"enable": True}}, "enable"),
+    "a typo in a setting": ({"settings": {"worker": {"batch_sise": 8}}}, "batch_sise"),
+    "a setting out of range": ({"settings": {"worker": {"batch_size": 0}}}, "batch_size"),
+    "a setting that the chart writes": ({"settings": {"redis": {"url": "redis://x:6379/0"}}}, "url"),
+    "a word that is none of the choices": ({"redis": {"mode": "internal"}}, "mode"),
+    "text for a number": ({"redis": {"bundled": {"memoryMi": "lots"}}}, "memoryMi"),
+    "too little memory": ({"redis": {"bundled": {"memoryMi": 16}}}, "memoryMi"),
+    "no quantity": ({"registry": {"volume": {"size": "twenty"}}}, "size"),
+    "a password in a URL": (
+        {"redis": {"mode": "external", "external": {"url": "redis://me:secret@host:6379"}}},
+        "url",
+    ),
+    "an external server without address": ({"redis": {"mode": "external"}}, "url"),
+    "a bucket without address": ({"registry": {"type": "s3"}}, "url"),
+    "a cluster with Sentinels": (
+        {"redis": {"mode": "external", "external": {"url": "redis://h:1", "cluster": True, "sentinels": ["s:1"]}}},
+        "sentinels",
+    ),
+    "a cluster without shards": (
+        {"redis": {"mode": "external", "external": {"url": "redis://h:1", "cluster": True}}},
+        "settings.redis.shards",
+    ),
+    "training without data": ({"training": {"enabled": True}}, "existingClaim"),
+    "a shell's command in training": ({"training": {**TRAINING, "arguments": ["; reboot"]}}, "arguments"),
+    "nothing that judges": ({"serve": {"enabled": False}}, "serve|workers|anyOf"),
+    "GPU pods for nobody": ({"serve": {"gpuWorkers": {"enabled": True}}}, "no detector asks for one"),
+    "a GPU that no pod has": ({"settings": {"detector": {"num_gpus": 1}}}, "no pod has one"),
+    "more CPUs than a pod has": ({"settings": {"detector": {"num_cpus": 64}}}, "no replica ever starts"),
+    "scaling between bounds that cross": (
+        {"workers": {"enabled": True, "keda": {"enabled": True, "minReplicas": 9, "maxReplicas": 2}}},
+        "minReplicas=9",
+    ),
+    "scaling from nothing": ({"settings": {"worker": {"replicas": 0, "max_replicas": 4}}}, "max_replicas"),
+    "Ingress without host": ({"ingress": {"enabled": True}}, "host"),
+    "HTTPRoute without Gateway": ({"httpRoute": {"enabled": True}}, "parentRefs"),
+    "half a digest": ({"image": {"digest": "sha256:abc"}}, "digest"),
+    "an account that is not named": ({"serviceAccount": {"create": False}}, "name"),
+    "Ray's state at no address": ({"ray": {"gcsFaultTolerance": {"enabled": True, "mode": "external"}}}, "address"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_values_are_refused_by_name(case: str) -> None:
+    values, said = REFUSED[case]
+    with pytest.raises(HelmError) as refused:
+        render(values)
+    assert re.search(said, str(refused.value)), str(refused.value)
