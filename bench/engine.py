@@ -4,9 +4,11 @@
 
 ResNet18 FastFlow at 256 px, eight steps of 3x3 subnets at three stages, weights seeded and scattered as in
 `bench.parity`. Both sides are given uint8 images and give float32 maps at the size of the image; converting,
-normalising and upsampling are inside the time. Each turn lets every engine judge the same batch; medians are told.
-Beside the speed stands what it costs: the largest difference of a map value to plain float32 torch, and how well the
-order of image scores is kept (Spearman's coefficient).
+normalising and upsampling are inside the time. Each of our engines has a process of its own, as in a service; anomalib
+has one. Each turn lets every engine judge the same batch; medians are told. Beside the speed stands what it costs: the
+largest difference of a map value to plain float32 torch, and how well the order of image scores is kept (Spearman's
+coefficient). Ranges for int8 are taken from other images than those judged. What a service judges in int8 is what
+training has proven: `training.int8`.
 """
 
 import argparse
@@ -23,28 +25,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from flawstream.fastflow.anomalib import AnomalibModel, read_anomalib
+from bench.engine_ours import ENGINES, maps_of, scores_of
+from flawstream.fastflow.anomalib import read_anomalib
 from flawstream.fastflow.head import FoldedHead
-from flawstream.fastflow.score import image_scores, likelihood_map
-from schemas.manifest import ModelManifest
+from flawstream.int8 import int8_pays
 from schemas.settings import ModelSettings
-from serving.engines.engine import Engine
-from serving.engines.ncnn_engine import NcnnEngine
-from serving.engines.openvino_engine import OpenvinoEngine
-from serving.engines.torch_engine import TorchEngine
 
 BATCHES = (1, 8, 32)
-RUNS = {1: 8, 8: 2, 32: 1}
+RUNS = {1: 16, 8: 2, 32: 1}
 """Of one engine's turn, by batch."""
+PAUSE_S = 0.5
 BAR = {1: 1.5, 8: 1.5}
 """Best of ours over best of anomalib's."""
 PEERS = Path(__file__).parent / "peers"
-
-Images = NDArray[np.uint8]
-Grids = list[NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +67,31 @@ class Contender:
         return batch / float(np.median(self.seconds[batch]))
 
 
-class Peer:
-    """anomalib, in its own environment, answering over a pipe."""
+class Side:
+    """A process that judges when asked over a pipe.
 
-    def __init__(self, python: str, folder: Path, configuration: dict[str, Any], threads: int) -> None:
-        command = [python, "-W", "ignore", str(PEERS / "anomalib_engine.py"), "--folder", str(folder)]
-        command += ["--configuration", json.dumps(configuration), "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own script
-        self.precision = str(self._answer()["precision"])
+    Args:
+        command: Its first answer is given when it is ready.
 
-    def turn(self, how: str) -> Callable[[int, int], list[float]]:
-        """Give what has anomalib judge."""
+    Attributes:
+        first: That answer.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own scripts
+        self.first = self._answer()
+
+    def turn(self, **asked: object) -> Callable[[int, int], list[float]]:
+        """Give what has it judge.
+
+        Args:
+            asked: Said with every request.
+        """
 
         def run(batch: int, runs: int) -> list[float]:
-            assert self.process.stdin is not None  # noqa: S101 - Popen was given a pipe
-            self.process.stdin.write(json.dumps({"how": how, "batch": batch, "runs": runs}) + "\n")
-            self.process.stdin.flush()
+            assert self._process.stdin is not None  # noqa: S101 - Popen was given a pipe
+            self._process.stdin.write(json.dumps({**asked, "batch": batch, "runs": runs}) + "\n")
+            self._process.stdin.flush()
             seconds: list[float] = self._answer()["seconds"]
             return seconds
 
@@ -95,84 +99,55 @@ class Peer:
 
     def close(self) -> None:
         """Let it end."""
-        self.process.communicate()
+        self._process.communicate()
 
     def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None  # noqa: S101 - Popen was given a pipe
-        line = self.process.stdout.readline()
+        assert self._process.stdout is not None  # noqa: S101 - Popen was given a pipe
+        line = self._process.stdout.readline()
         if not line:
-            sys.exit("anomalib's side ended; what it said stands above")
+            sys.exit("one side ended; what it said stands above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-class Ours:
-    """Our engines on the imported checkpoint.
+class Reference:
+    """What plain torch in float32 gives for the images that are judged.
 
     Args:
-        model: As read.
-        images: Those to be judged.
+        folder: Has checkpoint.pt and images.npy.
     """
 
-    def __init__(self, model: AnomalibModel, images: Images) -> None:
-        self.images = images
-        self._model = model
+    def __init__(self, folder: Path) -> None:
+        model = read_anomalib(folder / "checkpoint.pt")
         backbone = model.make_backbone()
-        self.head = model.make_head(backbone)
-        self._side = backbone.spec.input_size
+        images, _ = np.split(np.load(folder / "images.npy"), 2)
         with torch.inference_mode():
-            self._exact = [grid.numpy() for grid in FoldedHead(self.head)(backbone(torch.from_numpy(images)))]
-        said: dict[str, Any] = {"category": "bench", "version": "v1", "backbone": backbone.spec, "flow": model.flow}
-        self._manifest = ModelManifest.model_construct(**said)
+            grids = [grid.numpy() for grid in FoldedHead(model.make_head(backbone))(backbone(torch.from_numpy(images)))]
+        self._maps = maps_of(grids, backbone.spec.input_size)
+        self._scores = scores_of(grids)
 
-    def contenders(self) -> list[Contender]:
-        """Start every engine."""
-        return [
-            self._contender(name, self._start(engine(self._model.make_backbone())))
-            for name, engine in (("torch f32", TorchEngine), ("openvino f32", OpenvinoEngine), ("ncnn f32", NcnnEngine))
-        ]
+    def difference(self, maps: Path) -> float:
+        """Compare the first maps."""
+        theirs = np.load(maps)
+        return float(np.abs(theirs - self._maps[: len(theirs)]).max())
 
-    def maps(self, grids: Grids) -> NDArray[np.float32]:
-        """Compute what anomalib calls the anomaly map."""
-        maps: NDArray[np.float32] = likelihood_map(
-            [torch.from_numpy(grid) for grid in grids], (self._side, self._side)
-        ).numpy()
-        return maps
-
-    def difference(self, maps: NDArray[np.float32]) -> float:
-        """Compare the first maps with plain torch's."""
-        return float(np.abs(maps - self.maps([grid[: len(maps)] for grid in self._exact])).max())
-
-    def _start(self, engine: Engine) -> Callable[[Images], Grids]:
-        loaded = engine.load(self.head, self._manifest)
-        return lambda images: engine.detect(images, [(loaded, np.arange(len(images)))])
-
-    def _contender(self, name: str, judge: Callable[[Images], Grids]) -> Contender:
-        def turn(batch: int, runs: int) -> list[float]:
-            seconds = []
-            for _ in range(runs):
-                started = time.perf_counter()
-                self.maps(judge(self.images[:batch]))
-                seconds.append(time.perf_counter() - started)
-            return seconds
-
-        grids = judge(self.images)
-        rank = float(spearmanr(_scores(grids), _scores(self._exact)).statistic)
-        return Contender(name, ours=True, turn=turn, map_difference=self.difference(self.maps(grids)), rank=rank)
-
-
-def _scores(grids: Grids) -> NDArray[np.float32]:
-    scores: NDArray[np.float32] = image_scores([torch.from_numpy(grid) for grid in grids], 0.03).numpy()
-    return scores
+    def rank(self, scores: Path) -> float:
+        """Compare the order of image scores."""
+        return float(spearmanr(np.load(scores), self._scores).statistic)
 
 
 def take_turns(contenders: Sequence[Contender], rounds: int) -> None:
-    """Let each judge each batch, again and again; the first round warms up and is not counted."""
+    """Let each judge each batch, again and again; the first round warms up and is not counted.
+
+    Each turn begins with a pause, in which threads of the turn before stop waiting for work at full speed, and with a
+    run that brings the engine back into the caches and is not counted.
+    """
     for turn in range(rounds + 1):
         sys.stderr.write(f"round {turn} of {rounds}, load average {os.getloadavg()[0]:.1f}\n")
         for batch in BATCHES:
             for contender in contenders:
-                seconds = contender.turn(batch, RUNS[batch])
+                time.sleep(PAUSE_S)
+                _, *seconds = contender.turn(batch, 1 + RUNS[batch])
                 if turn:
                     contender.seconds[batch] += seconds
 
@@ -220,27 +195,39 @@ def main() -> None:
         "conv3x3_only": settings.conv3x3_only,
         "hidden_ratio": settings.hidden_ratio,
     }
+    engines = [name for name in ENGINES if int8_pays() or not name.endswith("int8")]
     with tempfile.TemporaryDirectory() as name:
         folder, most = Path(name), max(BATCHES)
         sys.stderr.write("making a model of anomalib's ...\n")
         subprocess.run(  # noqa: S603 - our own script
             [
                 *(arguments.peer_python, "-W", "ignore", str(PEERS / "anomalib_maps.py")),
-                *("--configuration", json.dumps(configuration), "--out", str(folder), "--images", str(most)),
+                *("--configuration", json.dumps(configuration), "--out", str(folder), "--images", str(2 * most)),
             ],
             check=True,
         )
-        images = np.load(folder / "images.npy")
+        reference = Reference(folder)
+        sides: list[Side] = []
+        contenders: list[Contender] = []
+        for engine in engines:
+            sys.stderr.write(f"starting {engine} ...\n")
+            sides.append(Side([sys.executable, "-W", "ignore", "-m", "bench.engine_ours", engine, str(folder)]))
+            difference, rank = (
+                reference.difference(folder / f"maps-{engine}.npy"),
+                reference.rank(folder / f"scores-{engine}.npy"),
+            )
+            contenders.append(Contender(engine, ours=True, turn=sides[-1].turn(), map_difference=difference, rank=rank))
         sys.stderr.write("exporting it by anomalib's to_openvino ...\n")
-        peer = Peer(arguments.peer_python, folder, configuration, threads)
-        sys.stderr.write("starting our engines ...\n")
-        ours = Ours(read_anomalib(folder / "checkpoint.pt"), images)
-        contenders = ours.contenders()
-        for how, label in (("torch", "torch eager"), ("openvino", f"to_openvino, {peer.precision}")):
-            difference = ours.difference(np.load(folder / f"maps-{how}.npy"))
-            contenders.append(Contender(label, ours=False, turn=peer.turn(how), map_difference=difference, rank=None))
+        command = [arguments.peer_python, "-W", "ignore", str(PEERS / "anomalib_engine.py"), "--folder", str(folder)]
+        command += ["--configuration", json.dumps(configuration), "--threads", str(threads)]
+        sides.append(Side(command))
+        for how, label in (("torch", "torch eager"), ("openvino", f"to_openvino, {sides[-1].first['precision']}")):
+            difference = reference.difference(folder / f"maps-{how}.npy")
+            turn = sides[-1].turn(how=how)
+            contenders.append(Contender(label, ours=False, turn=turn, map_difference=difference, rank=None))
         take_turns(contenders, arguments.rounds)
-        peer.close()
+        for side in sides:
+            side.close()
     ratio = show(contenders)
     missed = [f"{ratio[batch]:.2f} at batch {batch}" for batch, bar in BAR.items() if ratio[batch] < bar]
     if missed:

@@ -3,8 +3,9 @@
 import importlib.util
 import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,8 +53,19 @@ def convert(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.d
         )
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Call it `MemoryError` where OpenVINO's memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise MemoryError(str(error).strip().splitlines()[-1]) from error
+        raise
+
+
 class CompiledModule:
-    """A module as a compiled OpenVINO graph, in float32, of any batch size. Not for several threads at once.
+    """A module as a compiled OpenVINO graph of any batch size. Not for several threads at once.
 
     Args:
         module: Takes tensors, or one list of tensors, and gives a list of tensors.
@@ -61,6 +73,7 @@ class CompiledModule:
         dtype: Of all inputs.
         listed: Whether the module takes one list.
         threads: CPU threads; 0 takes all.
+        precision: In what it computes; bf16 has no effect where the CPU has no such instructions.
 
     Raises:
         ConfigError: OpenVINO is not installed.
@@ -74,7 +87,9 @@ class CompiledModule:
         dtype: torch.dtype,
         listed: bool = False,
         threads: int = 0,
+        precision: Literal["f32", "bf16"] = "f32",
     ) -> None:
+        self._precision = precision
         self._graph = convert(_Flat(module, listed=listed), shapes, dtype)
         self._threads = threads
         self._compiled = self._compile()
@@ -87,20 +102,19 @@ class CompiledModule:
             MemoryError: There is no memory for so large a batch; the graph can be run again with a smaller one.
         """
         try:
-            if self._compiled is None:
-                self._compiled = self._compile()
-            results = self._compiled(inputs)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _OUT_OF_MEMORY):
-                raise
+            with memory_errors():
+                if self._compiled is None:
+                    self._compiled = self._compile()
+                results = self._compiled(inputs)
+        except MemoryError:
             self._compiled = None  # it would go on to ask for the large batch's memory, with small batches too
-            raise MemoryError(str(error).strip().splitlines()[-1]) from error
+            raise
         return [results[index] for index in range(self._outputs)]
 
     def _compile(self) -> Any:
         import openvino  # noqa: PLC0415 - an optional extra, there if `convert` went through
 
-        config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": self._precision, "PERFORMANCE_HINT": "LATENCY"}
         if self._threads:
             config["INFERENCE_NUM_THREADS"] = self._threads
         return openvino.compile_model(self._graph, "CPU", config)

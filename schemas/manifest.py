@@ -147,6 +147,30 @@ class Metrics(_Part):
     defects: tuple[DefectMetrics, ...] = ()
 
 
+class Int8Trial(_Part):
+    """How a version did when it was judged in int8, beside float32, on the same images. None of them set its ranges.
+
+    Attributes:
+        scope: What was in int8: the convolutions of the flows, or of the backbone as well (`version`).
+        kept: Whether it does no harm; then its graph lies beside the weights and may serve.
+        normal_images: Held-out normal images that were scored.
+        rank_correlation: Spearman's, of their scores in int8 and in float32.
+        alarms: Share of them above the threshold in int8.
+        alarms_float32: The same in float32.
+        image_auroc: Of test images, in int8; absent without both classes, like the next.
+        image_auroc_float32: The same in float32.
+    """
+
+    scope: Literal["flows", "version"]
+    kept: bool
+    normal_images: int
+    rank_correlation: float
+    alarms: float
+    alarms_float32: float
+    image_auroc: float | None = None
+    image_auroc_float32: float | None = None
+
+
 class TrainingRecord(_Part):
     """What the version was trained on and how."""
 
@@ -197,6 +221,7 @@ class ModelManifest(_Part):
     calibration: Calibration
     metrics: Metrics = Metrics()
     training: TrainingRecord | ImportRecord
+    int8: tuple[Int8Trial, ...] = ()
     libraries: dict[str, str]
     files: dict[str, str] = Field(description="SHA-256 of every file beside the manifest, by name.")
 
@@ -204,3 +229,8 @@ class ModelManifest(_Part):
     def model(self) -> str:
         """Name the version as results do."""
         return f"{self.category}@{self.version}"
+
+    @property
+    def int8_scope(self) -> Literal["flows", "version"] | None:
+        """Tell what of the version may be judged in int8."""
+        return next((trial.scope for trial in self.int8 if trial.kept), None)

@@ -217,6 +217,12 @@ class DetectorSettings(_Section):
         "auto",
         description="`auto`: torch on a GPU, else the first installed of ncnn, openvino, torch; `triton` is a server.",
     )
+    precision: Literal["auto", "f32", "bf16"] = Field(
+        "auto",
+        description="On a CPU: `auto` judges in int8 what its manifest proves harmless, where the CPU has instructions "
+        "for it, and in float32 else; `f32` never; `bf16` computes all in bfloat16, proven or not (engine openvino). "
+        "On a GPU `auto` and `bf16` run backbone and flows in bfloat16 (engine torch).",
+    )
     triton_url: str = Field(
         "grpc://127.0.0.1:8001",
         pattern=r"^grpcs?://[^/@]+:\d+$",
@@ -318,6 +324,11 @@ class TrainingSettings(_Section):
     )
     false_alarm_rate: Fraction = Field(0.05, description="Share of normal parts that may be called anomalous.")
     seed: int = Field(0, ge=0, description="Seed of the split, the permutations, the weights and the order of images.")
+    int8: bool = Field(
+        True,  # noqa: FBT003
+        description="Make an int8 graph of each version, on CPUs that have instructions for it, and keep it where it "
+        "scores as float32 does.",
+    )
     num_gpus: float = Field(
         0.0, ge=0, description="GPUs, or a share of one, that Ray reserves for a category in training."
     )

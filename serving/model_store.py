@@ -8,6 +8,7 @@ import logging
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -175,7 +176,7 @@ class ModelStore:
         weights = self._registry.read_file(manifest, WEIGHTS_FILE)
         try:
             head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
-            loaded = self._engine.load(head, manifest)
+            loaded = self._engine.load(head, manifest, partial(self._registry.read_file, manifest))
         except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # a manifest whose numbers do not fit
             raise RegistryError(f"{manifest.model} cannot be made ready: {error}; train it again") from error
         size_bytes = self._engine.copies * sum(tensor.nbytes for tensor in head.state_dict().values())

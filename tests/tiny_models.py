@@ -12,6 +12,7 @@ from flawstream.calibration import calibrate
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import Registry
 from schemas.manifest import BackboneSpec, FlowSpec, ModelManifest, TrainingRecord
+from serving.engines.engine import Read, no_files
 
 SPEC = BackboneSpec(
     name="tiny",
@@ -106,7 +107,8 @@ class TinyEngine:
         self.batches: list[int] = []
         self.loads = 0
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest) -> str:
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> str:
+        del read
         assert not head.training
         self.loads += 1
         return manifest.model

@@ -32,14 +32,20 @@ class FeatureExtractor:
         backbone: The frozen network.
         limits: What is too large to be decoded.
         threads: CPU threads; 0 takes all.
+
+    Attributes:
+        backbone: As it was given, on whatever it runs.
+        spec: Its specification.
+        threads: CPU threads.
     """
 
     def __init__(self, backbone: Backbone, limits: LimitSettings, threads: int = 0) -> None:
+        self.backbone = backbone
         self.spec = backbone.spec
+        self.threads = threads
         self._limits = limits
         size = backbone.spec.input_size
         self._run: Callable[[NDArray[np.uint8]], list[Tensor]]
-        self._threads = threads
         self._compiles = not torch.cuda.is_available() and openvino_is_installed()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._compiles:
@@ -64,7 +70,7 @@ class FeatureExtractor:
         folded = FoldedHead(head)
         if self._compiles:
             shapes = self.spec.feature_shapes
-            compiled = CompiledModule(folded, shapes, dtype=torch.float32, listed=True, threads=self._threads)
+            compiled = CompiledModule(folded, shapes, dtype=torch.float32, listed=True, threads=self.threads)
             return lambda features: [torch.from_numpy(grid) for grid in compiled(*(f.numpy() for f in features))]
         moved = folded.to(self._device)
         return lambda features: [grid.cpu() for grid in moved(features)]
@@ -85,6 +91,14 @@ class FeatureExtractor:
                 images = [future.result() for future in waiting]
                 waiting = [pool.submit(self._read, path) for path in paths[start + _BATCH : start + 2 * _BATCH]]
                 yield images, self._run(np.stack([image.pixels for image in images]))
+
+    def pixels(self, paths: Sequence[Path]) -> NDArray[np.uint8]:
+        """Decode images to (B, S, S, 3) RGB.
+
+        Raises:
+            DatasetError: A file cannot be read or is no image.
+        """
+        return np.stack([self._read(path).pixels for path in paths])
 
     def _read(self, path: Path) -> DecodedImage:
         try:

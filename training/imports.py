@@ -18,6 +18,7 @@ from training.datasets.folders import list_images
 from training.datasets.samples import CategoryData
 from training.evaluate import ImageScorer
 from training.features import FeatureExtractor
+from training.int8 import Material, try_int8
 from training.job import Progress, Stage, calibrate_on, publish
 
 
@@ -75,8 +76,14 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
     backbone = job.model.make_backbone()
     head = job.model.make_head(backbone)
     beside = {BACKBONE_FILE: backbone_file(backbone)}
-    scorer = ImageScorer(FeatureExtractor(backbone, job.limits), head, job.top_fraction)
+    extractor = FeatureExtractor(backbone, job.limits)
+    scorer = ImageScorer(extractor, head, job.top_fraction)
     calibration = yield from calibrate_on(job.category, scorer, images.train, job.top_fraction, job.false_alarm_rate)
+    yield Progress(job.category, Stage.INT8, 0, 1)
+    ranges, held_out = images.train[::4], [path for index, path in enumerate(images.train) if index % 4]
+    int8, int8_files = try_int8(
+        extractor, head, Material(ranges, held_out, (), job.top_fraction, calibration.threshold)
+    )
     with job.checkpoint.open("rb") as file:
         checkpoint_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     manifest = publish(
@@ -95,7 +102,8 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
             calibration_images=len(images.train),
             duration_s=time.monotonic() - started,
         ),
-        beside=beside,
+        int8=int8,
+        beside={**beside, **int8_files},
     )
     warning = shortage(len(images.train), job.false_alarm_rate) or ""
     yield Progress(job.category, Stage.DONE, 1, 1, warning, manifest)

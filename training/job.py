@@ -22,6 +22,7 @@ from schemas.manifest import (
     Calibration,
     FlowSpec,
     ImportRecord,
+    Int8Trial,
     Metrics,
     ModelManifest,
     TrainingRecord,
@@ -31,6 +32,7 @@ from training.datasets.samples import CategoryData
 from training.evaluate import Evaluation, ImageScorer
 from training.features import FeatureCache, FeatureExtractor
 from training.fit import Step, fit_head, split_rows
+from training.int8 import Material, try_int8
 
 
 class Stage(StrEnum):
@@ -40,6 +42,7 @@ class Stage(StrEnum):
     TRAINING = "training"
     CALIBRATING = "calibrating"
     EVALUATING = "evaluating"
+    INT8 = "int8"
     DONE = "done"
     FAILED = "failed"
 
@@ -133,6 +136,13 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
     for done, (sample, image) in enumerate(zip(data.test, test_images, strict=True), start=1):
         evaluation.add(sample, image)
         yield Progress(job.name, Stage.EVALUATING, done, len(data.test))
+    int8: tuple[Int8Trial, ...] = ()
+    int8_files: Mapping[str, bytes] = {}
+    if recipe.int8:
+        yield Progress(job.name, Stage.INT8, 0, 1)
+        train = [data.train[row] for row in rows]
+        material = Material(train, calibration_paths, data.test, top_fraction, calibration.threshold)
+        int8, int8_files = try_int8(extractor, head, material)
     manifest = publish(
         job.registry_root,
         head,
@@ -155,6 +165,8 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
             final_loss=last.loss,
             duration_s=time.monotonic() - started,
         ),
+        int8=int8,
+        beside=int8_files,
     )
     warning = shortage(len(held_out), recipe.false_alarm_rate) or ""
     yield Progress(job.name, Stage.DONE, 1, 1, warning, manifest)
@@ -201,6 +213,7 @@ def publish(
     calibration: Calibration,
     metrics: Metrics,
     training: TrainingRecord | ImportRecord,
+    int8: tuple[Int8Trial, ...] = (),
     beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> ModelManifest:
     """Write a version, and make it current where asked to.
@@ -215,6 +228,7 @@ def publish(
         calibration: Its thresholds.
         metrics: What it did on test images.
         training: Where it is from.
+        int8: What was found of it in int8.
         beside: Further files by name.
 
     Raises:
@@ -232,6 +246,7 @@ def publish(
         calibration=calibration,
         metrics=metrics,
         training=training,
+        int8=int8,
         libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
         files=digests,
     )

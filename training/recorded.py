@@ -24,7 +24,7 @@ def recorded(reports: Iterable[Progress], metrics: Metrics) -> Iterator[Progress
         if stage in (Stage.DONE, Stage.FAILED):
             metrics.add(m.TRAINING_JOBS, outcome=stage.value)
             metrics.forget(m.TRAINING_EPOCH, category=name)
-        else:
+        elif stage is not Stage.INT8:  # tells no images
             done = progress.done - counted[name, stage]
             counted[name, stage] = progress.done
             metrics.add(m.TRAINING_IMAGES, done, category=name, stage=stage.value)

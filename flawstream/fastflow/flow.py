@@ -132,10 +132,16 @@ class FoldedStep(nn.Module):
     `(x exp(s) + d t) g + o = x exp(s + log g) + (d g t + o)`, so d and g go into the weights and o into the bias.
     The passive half's affine cannot pass a zero-padded 3x3 convolution exactly, but it does go into what permutes: the
     permutation is two 1x1 convolutions, one for each half of the next step. On a CPU they cost less than an index,
-    which would take the features out of the layout that convolutions work in.
+    which would take the features out of the layout that convolutions work in. Where convolutions are in int8 the
+    features leave that layout anyway, an index is the faster one, and loses nothing.
+
+    Args:
+        step: Left as it is.
+        permute: Whether a step follows.
+        by_index: Permute by an index.
     """
 
-    def __init__(self, step: FlowStep, *, permute: bool) -> None:
+    def __init__(self, step: FlowStep, *, permute: bool, by_index: bool = False) -> None:
         super().__init__()
         first, _, last = step.subnet
         assert isinstance(first, nn.Conv2d)  # noqa: S101 - FlowStep made it so
@@ -154,7 +160,8 @@ class FoldedStep(nn.Module):
         self.passive_offset = nn.Buffer(offset[:, : step.passive].clone())
         self.log_scale = nn.Buffer(scale[:, step.passive :].log())
         self.mixes = nn.ModuleList()
-        if permute:
+        self.permutation = nn.Buffer(step.permutation.clone()) if permute and by_index else None
+        if permute and not by_index:
             factors = torch.cat([scale[0, : step.passive, 0, 0], scale.new_ones(step.active)])
             offsets = torch.cat([offset[0, : step.passive, 0, 0], offset.new_zeros(step.active)])
             for rows in torch.split(step.permutation, [step.passive, step.active]):
@@ -168,19 +175,28 @@ class FoldedStep(nn.Module):
         log_scale, shift = torch.split(self.subnet(passive), self.active, dim=1)
         active = active * torch.exp(self.clamp * torch.tanh(log_scale) + self.log_scale) + shift
         if not self.mixes:
-            return passive * self.passive_scale + self.passive_offset, active
+            passive = passive * self.passive_scale + self.passive_offset
+            if self.permutation is None:
+                return passive, active
+            mixed = torch.cat([passive, active], dim=1)[:, self.permutation]
+            return mixed[:, : self.passive], mixed[:, self.passive :]
         both = torch.cat([passive, active], dim=1)
         return self.mixes[0](both), self.mixes[1](both)
 
 
 class FoldedFlow(nn.Module):
-    """A flow for inference. Its latents are the flow's but for their order: the last permutation is left out."""
+    """A flow for inference. Its latents are the flow's but for their order: the last permutation is left out.
 
-    def __init__(self, flow: Flow) -> None:
+    Args:
+        flow: Left as it is.
+        by_index: Permute by an index: `FoldedStep`.
+    """
+
+    def __init__(self, flow: Flow, *, by_index: bool = False) -> None:
         super().__init__()
         last = len(flow.steps) - 1
         self.steps = nn.ModuleList(
-            FoldedStep(step, permute=k < last)  # type: ignore[arg-type]
+            FoldedStep(step, permute=k < last, by_index=by_index)  # type: ignore[arg-type]
             for k, step in enumerate(flow.steps)
         )
         first = flow.steps[0]

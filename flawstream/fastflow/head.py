@@ -95,12 +95,17 @@ class FastFlowHead(nn.Module):
 
 
 class FoldedHead(nn.Module):
-    """A head for inference: features in, anomaly grids out. Exact up to float rounding, and a copy: `head` stays."""
+    """A head for inference: features in, anomaly grids out. Exact up to float rounding, and a copy: `head` stays.
 
-    def __init__(self, head: FastFlowHead) -> None:
+    Args:
+        head: Trained.
+        by_index: Permute by an index: `flow.FoldedStep`.
+    """
+
+    def __init__(self, head: FastFlowHead, *, by_index: bool = False) -> None:
         super().__init__()
         self.statistics = copy.deepcopy(head.statistics)
-        self.flows = nn.ModuleList(FoldedFlow(flow) for flow in head.flows)  # type: ignore[arg-type]
+        self.flows = nn.ModuleList(FoldedFlow(flow, by_index=by_index) for flow in head.flows)  # type: ignore[arg-type]
         self.requires_grad_(requires_grad=False)
         self.eval()
 
@@ -113,7 +118,8 @@ class FoldedHead(nn.Module):
         Returns:
             One (B, H_s, W_s) float32 tensor per scale, nats per channel.
         """
-        return [
-            anomaly_grid(flow(statistics(scale)))
-            for flow, statistics, scale in zip(self.flows, self.statistics, features, strict=True)
-        ]
+        return self.score([statistics(scale) for statistics, scale in zip(self.statistics, features, strict=True)])
+
+    def score(self, normalised: list[Tensor]) -> list[Tensor]:
+        """Do the same from features that `statistics` have been applied to."""
+        return [anomaly_grid(flow(scale)) for flow, scale in zip(self.flows, normalised, strict=True)]

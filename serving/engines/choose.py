@@ -2,11 +2,13 @@
 
 import importlib.util
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
 from flawstream.compiled import openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
+from flawstream.int8 import int8_pays
 from flawstream.ncnn_graphs import ncnn_is_installed, require_ncnn
 from schemas.errors import ConfigError
 from schemas.settings import DetectorSettings
@@ -48,14 +50,32 @@ def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone
         RegistryError: The backbone's weights are damaged.
         TransientError: The engine is elsewhere and does not answer.
     """
-    match resolve_engine(settings.engine):
+    int8 = settings.precision == "auto" and int8_pays()
+    name = resolve_engine(settings.engine)
+    if settings.precision == "bf16" and name in ("ncnn", "triton"):
+        raise ConfigError(
+            f"detector.precision=bf16 is for the engines openvino and torch, and detector.engine is {name}"
+        )
+    if name in ("ncnn", "openvino"):
+        torch.set_num_threads(
+            1
+        )  # it has only scores to compute, and its threads wait for more at full speed: 5 ms a batch
+    match name:
         case "triton":
             from serving.engines.triton_engine import TritonEngine  # noqa: PLC0415 - an optional extra
 
             return TritonEngine(settings.triton_url, settings.triton_timeout_s)
         case "ncnn":
-            return NcnnEngine(open_backbone())
+            return NcnnEngine(open_backbone(), int8=int8)
         case "openvino":
-            return OpenvinoEngine(open_backbone())
+            precision: Literal["f32", "bf16"] = "bf16" if settings.precision == "bf16" else "f32"
+            return OpenvinoEngine(open_backbone(), precision=precision, int8=int8)
         case _:
-            return TorchEngine(open_backbone())
+            return TorchEngine(open_backbone(), _half_precision(settings))
+
+
+def _half_precision(settings: DetectorSettings) -> torch.dtype | None:
+    """Tell in what torch computes convolutions: float16 on a GPU unless told otherwise, float32 on a CPU."""
+    if settings.precision == "bf16":
+        return torch.bfloat16
+    return torch.float16 if settings.precision == "auto" and torch.cuda.is_available() else None

@@ -10,10 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.fastflow.head import FastFlowHead
+from schemas.errors import RegistryError
 from schemas.manifest import BackboneSpec, ModelManifest
 
 Loaded = Any
 """What `Engine.load` gave: only the engine that gave it knows what is in it."""
+
+Read = Callable[[str], bytes]
+"""Gives a file that lies beside a version, by its name."""
+
+
+def no_files(name: str) -> bytes:
+    """Read nothing: for versions of weights alone."""
+    raise RegistryError(f"{name} is not there")
 
 
 class Engine(Protocol):
@@ -23,7 +32,7 @@ class Engine(Protocol):
     copies: int
     """How often a version's float32 weights are in this process while it is ready."""
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest) -> Loaded:
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> Loaded:
         """Make a version ready and warm it up. May take seconds.
 
         The version stays ready for as long as somebody holds what is given here.
@@ -31,6 +40,7 @@ class Engine(Protocol):
         Args:
             head: The version's weights; left as it is.
             manifest: What the version is; its backbone is the engine's.
+            read: Gives what lies beside the weights, where the manifest names more than those.
 
         Raises:
             RegistryError: The engine cannot run the version.

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.statistics import FeatureStatistics
 from schemas.manifest import BackboneSpec, ModelManifest
+from serving.engines.engine import Read, no_files
 
 
 class FakeEngine:
@@ -25,9 +26,9 @@ class FakeEngine:
     def __init__(self, spec: BackboneSpec) -> None:
         self.spec = spec
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest) -> list[np.float32]:
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> list[np.float32]:
         """Keep one number of a head per scale, so that categories differ."""
-        del manifest
+        del manifest, read
         return [
             np.float32(statistics.mean.mean()) if isinstance(statistics, FeatureStatistics) else np.float32(0)
             for statistics in head.statistics

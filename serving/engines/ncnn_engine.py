@@ -1,7 +1,8 @@
-"""ncnn on a CPU: the fastest there, for one category and for many. Needs the extra `ncnn`; better with `openvino`.
+"""ncnn on a CPU: the fastest there in float32, for one category and for many. Extra `ncnn`, better with `openvino`.
 
 Heads run in ncnn, image by image, so that a batch of many categories costs what a batch of one does. The backbone runs
-in ncnn where it is mostly 3x3 convolutions, as a ResNet is, and else in OpenVINO if that is installed.
+in ncnn where it is mostly 3x3 convolutions, as a ResNet is, and else in OpenVINO if that is installed. Versions with a
+proven int8 graph run in that, where the CPU has instructions for it.
 
 Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
 """
@@ -13,23 +14,26 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
+from flawstream.array_normalisation import array_normaliser
 from flawstream.compiled import CompiledModule, openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from flawstream.fastflow.statistics import FeatureStatistics
+from flawstream.int8 import Int8Flows
 from flawstream.ncnn_graphs import NcnnGraph, backbone_graphs, flow_graphs, is_mostly_3x3, require_ncnn
 from schemas.manifest import ModelManifest
+from serving.engines.engine import Read, no_files
+from serving.engines.int8_versions import Int8Version, detect_apart, load_int8
 
 Grid = NDArray[np.float32]
 
 
 class NcnnEngine:
-    """Runs in float32, on as many threads as there are CPUs.
+    """Runs in float32 what has no int8 graph, on as many threads as there are CPUs.
 
     Args:
         backbone: The frozen network.
+        int8: Whether versions are judged in int8 that may be.
 
     Raises:
         ConfigError: ncnn is not installed, or cannot run the network and OpenVINO is not installed either.
@@ -38,8 +42,9 @@ class NcnnEngine:
     copies = 3
     """Measured 1.6 for the default preset and 2.6 for `resnet18`: what Winograd's algorithm makes of 3x3 weights."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, *, int8: bool = False) -> None:
         require_ncnn()
+        self._int8 = int8
         self.spec = backbone.spec
         self._threads = os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._threads, "ncnn")
@@ -51,9 +56,10 @@ class NcnnEngine:
         else:
             self._backbone = _BackboneGraphs(backbone, self._pool, self._threads)
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest) -> "_Head":
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Head | Int8Version":
         """Fold a head, write it down as graphs and run them once."""
-        del manifest
+        if self._int8 and (version := load_int8(head, manifest, read)) is not None:
+            return version
         loaded = _Head(FoldedHead(head), self._threads)
         features = [np.zeros((1, *shape), np.float32) for shape in self.spec.feature_shapes]
         loaded.judge_alone(features, self._pool)
@@ -61,11 +67,19 @@ class NcnnEngine:
             loaded.judge(scale, values)
         return loaded
 
-    def detect(self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head", NDArray[np.int64]]]) -> list[Grid]:
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head | Int8Version", NDArray[np.int64]]]
+    ) -> list[Grid]:
         """Run the backbone, then each head on its rows; see `Engine`."""
+        return detect_apart(images, heads, self.spec, self._detect)
+
+    def _detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]
+    ) -> list[Grid]:
         features = self._backbone(np.ascontiguousarray(images))
         if len(images) == 1:
-            return heads[0][0].judge_alone(features, self._pool)
+            (head, _), *_ = heads
+            return head(features) if isinstance(head, Int8Flows) else head.judge_alone(features, self._pool)
         grids = [np.empty((len(images), side, side), np.float32) for side in self.spec.grid_sizes]
         share = -(-len(images) // self._threads)
 
@@ -76,9 +90,14 @@ class NcnnEngine:
             (scale, head, rows[start : start + share])
             for scale in range(len(features))
             for head, rows in heads
+            if isinstance(head, _Head)
             for start in range(0, len(rows), share)
         ]
         list(self._pool.map(run, *zip(*work, strict=True)))
+        for head, rows in heads:
+            if isinstance(head, Int8Flows):
+                for whole, part in zip(grids, head([scale[rows] for scale in features]), strict=True):
+                    whole[rows] = part
         return grids
 
 
@@ -106,7 +125,7 @@ class _Head:
     """
 
     def __init__(self, head: FoldedHead, threads: int) -> None:
-        self._normalise = [_normaliser(statistics) for statistics in head.statistics]
+        self._normalise = [array_normaliser(statistics) for statistics in head.statistics]
         one_is_left_over = threads > 1 and len(head.flows) % threads == 1
         graphs = [flow_graphs(flow, [1, threads] if one_is_left_over else [1]) for flow in head.flows]  # type: ignore[arg-type]
         self._graphs = [beside for beside, *_ in graphs]
@@ -124,43 +143,3 @@ class _Head:
 
     def _run(self, graph: NcnnGraph, scale: int, features: Grid) -> Grid:
         return np.stack([graph(image)[0] for image in self._normalise[scale](features)])
-
-
-def _normaliser(statistics: nn.Module) -> Callable[[Grid], Grid]:
-    """Give what a module does to (B, C, H, W) features, without gaps in memory.
-
-    In NumPy: torch would start threads of its own under each of the pool's, and takes longer for one image.
-    """
-    match statistics:
-        case FeatureStatistics():
-            return _whitener(statistics)
-        case nn.LayerNorm():
-            return _layer_norm(statistics)
-        case _:
-            return np.ascontiguousarray
-
-
-def _layer_norm(norm: nn.LayerNorm) -> Callable[[Grid], Grid]:
-    factor, offset, epsilon = norm.weight.numpy(), norm.bias.numpy(), np.float32(norm.eps)
-
-    def run(features: Grid) -> Grid:
-        centred = features - features.mean(axis=(1, 2, 3), keepdims=True)
-        deviation = np.sqrt(np.square(centred).mean(axis=(1, 2, 3), keepdims=True) + epsilon)
-        normal: Grid = centred / deviation * factor + offset
-        return normal
-
-    return run
-
-
-def _whitener(statistics: FeatureStatistics) -> Callable[[Grid], Grid]:
-    mean, factor = statistics.mean.numpy(), 1 / statistics.deviation.numpy()
-    whitening, groups = statistics.whitening.numpy(), statistics.groups
-
-    def run(features: Grid) -> Grid:
-        count, channels, height, width = features.shape
-        scaled = ((features - mean) * factor).reshape(count, groups, channels // groups, height * width)
-        positions = np.ascontiguousarray(scaled.transpose(3, 1, 0, 2))  # (H W, G, B, g)
-        white = positions.reshape(-1, count, channels // groups) @ whitening
-        return np.ascontiguousarray(white.reshape(positions.shape).transpose(2, 1, 3, 0)).reshape(features.shape)
-
-    return run

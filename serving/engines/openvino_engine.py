@@ -1,6 +1,7 @@
 """OpenVINO on a CPU. Needs the extra `openvino`."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,15 +10,19 @@ from numpy.typing import NDArray
 from flawstream.compiled import CompiledModule
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.int8 import Int8Flows
 from schemas.manifest import ModelManifest
-from serving.engines.engine import run_heads
+from serving.engines.engine import Read, no_files, run_heads
+from serving.engines.int8_versions import Int8Version, detect_apart, load_int8
 
 
 class OpenvinoEngine:
-    """Runs in float32.
+    """Runs in float32 or bfloat16 what has no int8 graph.
 
     Args:
         backbone: The frozen network.
+        precision: Of backbone and heads.
+        int8: Whether versions are judged in int8 that may be.
 
     Raises:
         ConfigError: OpenVINO is not installed.
@@ -26,15 +31,20 @@ class OpenvinoEngine:
     copies = 4
     """Measured 3.1 after a batch of one and 3.7 after one of 8: the graph's own, what it repacks, and activations."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, *, precision: Literal["f32", "bf16"] = "f32", int8: bool = False) -> None:
         self.spec = backbone.spec
+        self._precision: Literal["f32", "bf16"] = precision
+        self._int8 = int8
         side = self.spec.input_size
-        self._backbone = CompiledModule(backbone, [(side, side, 3)], dtype=torch.uint8)
+        self._backbone = CompiledModule(backbone, [(side, side, 3)], dtype=torch.uint8, precision=precision)
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest) -> "_Run":
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Run | Int8Version":
         """Fold a head, compile it and run it once."""
-        del manifest
-        compiled = CompiledModule(FoldedHead(head), self.spec.feature_shapes, dtype=torch.float32, listed=True)
+        if self._int8 and (version := load_int8(head, manifest, read)) is not None:
+            return version
+        compiled = CompiledModule(
+            FoldedHead(head), self.spec.feature_shapes, dtype=torch.float32, listed=True, precision=self._precision
+        )
 
         def run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
             return compiled(*features)
@@ -43,9 +53,14 @@ class OpenvinoEngine:
         return run
 
     def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run", NDArray[np.int64]]]
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run | Int8Version", NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
         """Run the backbone, then each head on its rows; see `Engine`."""
+        return detect_apart(images, heads, self.spec, self._detect)
+
+    def _detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run | Int8Flows", NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
         return run_heads(self._backbone(images), heads, self.spec)
 
 

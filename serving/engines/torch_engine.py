@@ -11,36 +11,43 @@ from torch import Tensor
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from schemas.manifest import ModelManifest
-from serving.engines.engine import run_heads
+from serving.engines.engine import Read, no_files, run_heads
 
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive")
 """What is said on a CPU where memory runs out, by torch's allocator and by oneDNN."""
 
 
 class TorchEngine:
-    """Runs in float32, channels last.
+    """Runs channels last.
 
     Args:
         backbone: The frozen network; moved to the GPU where there is one.
+        half: In what convolutions compute; None is float32. Normalisation and scores are float32 in any case.
     """
 
     copies = 1
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, half: torch.dtype | None = None) -> None:
         self.spec = backbone.spec
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._half = half
+        if self._device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # sizes of batches are few, and shapes fixed
         self._backbone = backbone.to(self._device)
         self._backbone.to(memory_format=torch.channels_last)
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest) -> "_Run":
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Run":
         """Fold a head, move it to the device and run it once."""
-        del manifest
+        del manifest, read
         folded = FoldedHead(head).to(self._device)
         folded.to(memory_format=torch.channels_last)
 
         @torch.inference_mode()
         def run(features: Sequence[Tensor]) -> list[NDArray[np.float32]]:
-            return [grid.cpu().numpy() for grid in folded(list(features))]
+            white = [normalise(scale) for normalise, scale in zip(folded.statistics, features, strict=True)]
+            with self._convolutions():
+                grids = folded.score(white)
+            return [grid.float().cpu().numpy() for grid in grids]
 
         run([torch.zeros((1, *shape), device=self._device) for shape in self.spec.feature_shapes])
         return run
@@ -51,9 +58,19 @@ class TorchEngine:
     ) -> list[NDArray[np.float32]]:
         """Run the backbone, then each head on its rows; see `Engine`."""
         with _memory_errors():
-            # copied: arrays from shared memory are read-only, which torch warns of
-            features: list[Tensor] = self._backbone(torch.tensor(images, device=self._device))
-            return run_heads(features, heads, self.spec)
+            with self._convolutions():
+                features: list[Tensor] = self._backbone(self._on_device(images))
+            return run_heads([scale.float() for scale in features], heads, self.spec)
+
+    def _on_device(self, images: NDArray[np.uint8]) -> Tensor:
+        """Copy a batch: arrays from shared memory are read-only, which torch warns of. To a GPU from pinned memory."""
+        copied = torch.tensor(images)
+        if self._device.type == "cuda":
+            return copied.pin_memory().to(self._device, non_blocking=True)
+        return copied
+
+    def _convolutions(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._half or torch.bfloat16, enabled=self._half is not None)
 
 
 @contextmanager

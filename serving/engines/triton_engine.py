@@ -17,6 +17,7 @@ from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import WEIGHTS_FILE
 from schemas.errors import ConfigError, RegistryError, TransientError
 from schemas.manifest import BackboneSpec, ModelManifest
+from serving.engines.engine import Read, no_files
 
 _LATER = {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.RESOURCE_EXHAUSTED"}
 
@@ -52,14 +53,14 @@ class TritonEngine:
         self._most = config.max_batch_size
         self._grids = [f"grid_{scale}" for scale in range(len(self.spec.strides))]
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest) -> str:
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> str:
         """See that the server has the version, and have it loaded where the server leaves that to clients.
 
         Raises:
             RegistryError: The server has no such version, or one of other weights.
             TransientError: The server does not answer.
         """
-        del head
+        del head, read
         name = manifest.model
         self._require(name)
         with self._answering():

@@ -3,6 +3,7 @@
 import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from tiny_models import make_manifest
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from schemas.manifest import FlowSpec
+from flawstream.int8 import Int8Flows, Int8Graph, int8_pays
+from schemas.manifest import FlowSpec, Int8Trial
 from schemas.settings import ModelSettings
 from serving.engines.engine import Engine, Loaded
 from serving.engines.fake_engine import FakeEngine
 from serving.engines.ncnn_engine import NcnnEngine
 from serving.engines.openvino_engine import OpenvinoEngine
 from serving.engines.torch_engine import TorchEngine
+from training.int8 import write_flows, write_version
 
 pytestmark = pytest.mark.contracts
 
@@ -58,11 +61,11 @@ def make_images(count: int, seed: int = 0) -> Images:
     return coarse.repeat(8, axis=1).repeat(8, axis=2)
 
 
-def assert_same(grids: Grids, expected: Grids) -> None:
+def assert_same(grids: Grids, expected: Grids, tolerance: float = 1e-3) -> None:
     assert len(grids) == len(expected)
     for grid, other in zip(grids, expected, strict=True):
         assert grid.dtype == np.float32
-        np.testing.assert_allclose(grid, other, rtol=1e-3, atol=1e-3 * float(np.abs(other).max()))
+        np.testing.assert_allclose(grid, other, rtol=tolerance, atol=tolerance * float(np.abs(other).max()))
 
 
 def load(engine: Engine, head: FastFlowHead, category: int, version: str = "v1") -> Loaded:
@@ -76,6 +79,8 @@ def judge(engine: Engine, version: Loaded, images: Images) -> Grids:
 
 class EngineContract(ABC):
     strides: tuple[int, ...] = (8, 16)
+    tolerance = 1e-3
+    """Of a grid's values against plain torch in float32, relative to each and to the largest."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -121,7 +126,7 @@ class EngineContract(ABC):
         images = make_images(count)
         grids = judge(engine, loaded[0], images)
         assert [grid.shape for grid in grids] == [(count, side, side) for side in engine.spec.grid_sizes]
-        assert_same(grids, self.expected(reference, heads[0], images))
+        assert_same(grids, self.expected(reference, heads[0], images), self.tolerance)
 
     @pytest.mark.parametrize("owners", [[2, 0, 1, 0, 2, 0], [0, 1, 2], [1, 1, 1, 1, 0], [2, 1]])
     def test_mixed_categories_get_what_each_gets_alone(
@@ -132,7 +137,7 @@ class EngineContract(ABC):
         mixed = engine.detect(images, [(loaded[k], np.flatnonzero(np.array(owners) == k)) for k in first_seen])
         for row, owner in enumerate(owners):
             alone = judge(engine, loaded[owner], images[row : row + 1])
-            assert_same([grid[row : row + 1] for grid in mixed], alone)
+            assert_same([grid[row : row + 1] for grid in mixed], alone, self.tolerance)
 
     def test_categories_differ(self, engine: Engine, loaded: list[Loaded]) -> None:
         one, other = (judge(engine, version, make_images(1)) for version in loaded[:2])
@@ -268,3 +273,83 @@ class TestFakeEngine(EngineContract):
                 )
             )
         return grids
+
+
+@pytest.mark.skipif(not int8_pays(), reason="this CPU has no instructions for int8, or OpenVINO is not installed")
+class Int8Contract(EngineContract):
+    """Versions with int8 graphs, of the flows and of all, and one without: as any others, but for what int8 loses."""
+
+    tolerance = 0.1
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def loaded(cls, engine: Engine, reference: Backbone, heads: list[FastFlowHead]) -> list[Loaded]:
+        images = make_images(8, seed=7)
+        with torch.no_grad():
+            features = reference(torch.from_numpy(images))
+        written: list[tuple[Literal["flows", "version"], dict[str, bytes]]] = [
+            ("flows", write_flows(heads[0], features)),
+            ("version", write_version(reference, heads[1], images)),
+        ]
+        found = []
+        for k, (scope, files) in enumerate(written):
+            trial = Int8Trial(scope=scope, kept=True, normal_images=8, rank_correlation=1, alarms=0, alarms_float32=0)
+            manifest = make_manifest(f"category-{k}", "v1", spec=engine.spec, flow=FLOW)
+            found.append(engine.load(heads[k], manifest.model_copy(update={"int8": (trial,)}), files.__getitem__))
+        assert [type(version) for version in found] == [Int8Flows, Int8Graph]
+        return [*found, load(engine, heads[2], 2)]
+
+    def test_version_that_another_replaced_is_judged_by_for_as_long_as_it_is_held(
+        self, engine: Engine, heads: list[FastFlowHead], loaded: list[Loaded]
+    ) -> None:
+        images = make_images(2)
+        before = judge(engine, loaded[0], images)
+        load(engine, heads[1], 0, "v2")
+        assert_same(judge(engine, loaded[0], images), before)
+
+    def test_loading_in_another_thread_disturbs_no_batch(
+        self, engine: Engine, heads: list[FastFlowHead], loaded: list[Loaded]
+    ) -> None:
+        images = make_images(2)
+        expected = judge(engine, loaded[1], images)
+        other = threading.Thread(target=lambda: load(engine, heads[0], 0, "v3"))
+        other.start()
+        while other.is_alive():
+            assert_same(judge(engine, loaded[1], images), expected)
+        other.join()
+
+
+class TestOpenvinoEngineInt8(Int8Contract):
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        return OpenvinoEngine(Backbone(settings), int8=True)
+
+
+class TestNcnnEngineInt8(Int8Contract):
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        pytest.importorskip("ncnn")
+        return NcnnEngine(Backbone(settings), int8=True)
+
+
+class TestOpenvinoEngineBfloat16(TestOpenvinoEngine):
+    tolerance = 0.1
+
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        pytest.importorskip("openvino")
+        return OpenvinoEngine(Backbone(settings), precision="bf16")
+
+
+class TestTorchEngineBfloat16(TestTorchEngine):
+    """What a GPU does in float16, on a CPU."""
+
+    tolerance = 0.1
+
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        return TorchEngine(Backbone(settings), torch.bfloat16)

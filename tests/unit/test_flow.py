@@ -81,12 +81,15 @@ def test_log_det_of_an_image_is_independent_of_its_batch() -> None:
 @pytest.mark.parametrize("channels", [2, 5, 8])
 @pytest.mark.parametrize("conv3x3_only", [False, True])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_folded_flow_differs_in_the_order_of_channels_alone(channels: int, steps: int, *, conv3x3_only: bool) -> None:
+@pytest.mark.parametrize("by_index", [False, True])
+def test_folded_flow_differs_in_the_order_of_channels_alone(
+    channels: int, steps: int, *, conv3x3_only: bool, by_index: bool
+) -> None:
     flow = make_flow(channels, steps=steps, conv3x3_only=conv3x3_only)
     x = features(2, channels, 6, 5)
     with torch.no_grad():
         latents, _ = flow(x)
-        folded = FoldedFlow(flow)(x)
+        folded = FoldedFlow(flow, by_index=by_index)(x)
     last = flow.steps[-1]
     assert isinstance(last, FlowStep)
     torch.testing.assert_close(folded[:, last.permutation], latents)

@@ -1,0 +1,144 @@
+"""Int8 graphs of a version: what training finds of them, what is kept, and what they give once written and read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.int8 import CONSTANTS_FILE, GRAPH_FILE, Int8Flows, Int8Graph, int8_pays
+from schemas.manifest import FlowSpec
+from schemas.settings import LimitSettings, ModelSettings
+from training import int8
+from training.datasets.samples import Sample
+from training.features import FeatureExtractor
+from training.int8 import Material, try_int8, write_flows, write_version
+
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.skipif(not int8_pays(), reason="this CPU has no instructions for int8, or OpenVINO is not installed"),
+]
+
+SIDE = 64
+FLOW = FlowSpec(steps=2, hidden_ratio=0.5, conv3x3_only=False, clamp=2.0, normalisation="none")
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    return FeatureExtractor(Backbone(ModelSettings(strides=(8, 16), input_size=SIDE)), LimitSettings())
+
+
+def make_head(extractor: FeatureExtractor, flow: FlowSpec = FLOW) -> FastFlowHead:
+    head = FastFlowHead(extractor.spec, flow, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return head.eval()
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Write textures of different roughness."""
+    folder = tmp_path_factory.mktemp("images")
+    found = [folder / f"{number:02}.png" for number in range(COUNT)]
+    for number, path in enumerate(found):
+        noise = np.random.default_rng(number).normal(0, 4 + number, (SIDE, SIDE, 3))
+        cv2.imwrite(str(path), np.clip(128 + noise, 0, 255).astype(np.uint8))
+    return found
+
+
+def material(paths: list[Path], test: tuple[Sample, ...] = ()) -> Material:
+    return Material(paths[::2], paths[1::2], test, top_fraction=0.03, threshold=1e9)
+
+
+def run_int8(
+    extractor: FeatureExtractor, head: FastFlowHead, files: Mapping[str, bytes], images: list[Path]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Judge by the graph of the flows, and by plain torch."""
+    [(_, features)] = list(extractor.batches(images))
+    found = Int8Flows(head, files)([scale.numpy() for scale in features])
+    with torch.inference_mode():
+        return found, [grid.numpy() for grid in FoldedHead(head)(features)]
+
+
+def test_flows_that_score_as_float32_does_are_kept_with_the_proof(
+    extractor: FeatureExtractor, paths: list[Path]
+) -> None:
+    head = make_head(extractor)
+    test = tuple(
+        Sample(path, anomalous=number >= COUNT // 2, defect="rough", mask=None) for number, path in enumerate(paths)
+    )
+    trials, files = try_int8(extractor, head, material(paths, test))
+    assert trials[-1].kept
+    assert trials[-1].rank_correlation >= int8.LEAST_RANK
+    assert trials[-1].normal_images == COUNT // 2
+    assert trials[-1].image_auroc is not None
+    assert set(files) == {GRAPH_FILE, CONSTANTS_FILE}
+
+
+def test_white_features_are_never_tried_with_a_backbone_in_int8(extractor: FeatureExtractor, paths: list[Path]) -> None:
+    head = make_head(extractor, FLOW.model_copy(update={"normalisation": "statistics"}))
+    trials, _ = try_int8(extractor, head, material(paths))
+    assert [trial.scope for trial in trials] == ["flows"]
+
+
+def test_graphs_that_do_harm_are_told_and_not_kept(
+    extractor: FeatureExtractor, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = make_head(extractor)
+    monkeypatch.setattr(int8, "quantise", _coarsely)
+    trials, files = try_int8(extractor, head, material(paths))
+    assert [(trial.scope, trial.kept) for trial in trials] == [("version", False), ("flows", False)]
+    assert not files
+
+
+def _coarsely(module: torch.nn.Module, run: object, choose: object) -> int:
+    """Ruin every convolution, as ranges far from the truth would."""
+    del run, choose
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one in module.modules():
+            if isinstance(one, torch.nn.Conv2d):
+                one.weight += torch.randn(one.weight.shape, generator=generator)
+    return 0
+
+
+def test_too_few_images_prove_nothing(extractor: FeatureExtractor, paths: list[Path]) -> None:
+    assert try_int8(extractor, make_head(extractor), material(paths[:30])) == ((), {})
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_images_are_judged_each_for_itself_in_their_order(
+    extractor: FeatureExtractor, paths: list[Path], count: int
+) -> None:
+    head = make_head(extractor)
+    [(_, features)] = list(extractor.batches(paths[:8]))
+    files = write_flows(head, features)
+    found, exact = run_int8(extractor, head, files, paths[:count])
+    for grid, other in zip(found, exact, strict=True):
+        assert grid.shape == other.shape
+        assert grid.dtype == np.float32
+        np.testing.assert_allclose(grid, other, rtol=0.1, atol=0.02 * float(other.max()))
+
+
+def test_whole_version_maps_pixels_to_grids(extractor: FeatureExtractor, paths: list[Path]) -> None:
+    head = make_head(extractor)
+    images = extractor.pixels(paths[:6])
+    found = Int8Graph(write_version(extractor.backbone, head, images))(images)
+    with torch.inference_mode():
+        exact = [grid.numpy() for grid in FoldedHead(head)(extractor.backbone(torch.from_numpy(images)))]
+    for grid, other in zip(found, exact, strict=True):
+        assert grid.shape == other.shape
+        assert np.corrcoef(grid.ravel(), other.ravel())[0, 1] > 0.9
+
+
+def test_damaged_graph_is_an_error_and_no_crash(extractor: FeatureExtractor) -> None:
+    del extractor
+    with pytest.raises(RuntimeError):
+        Int8Graph({GRAPH_FILE: b"<net", CONSTANTS_FILE: b""})
