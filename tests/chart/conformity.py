@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import kubernetes_validate
 import yaml
+from kubernetes_validate.utils import schema_contents
 from ray.serve.schema import ServeDeploySchema
+from referencing import Registry, Resource
 from rendered import Body, Pod, pods
 
 from flawstream_cli.main import load_command
@@ -55,12 +56,37 @@ def _check_schema(text: str) -> None:
         return
     assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
     assert set(document["metadata"]) <= {"name", "labels", "annotations"}
-    jsonschema.Draft202012Validator({"$defs": _CUSTOM["$defs"], **_CUSTOM[kind]}).validate(document["spec"])
+    _of_custom(kind).validate(document["spec"])
+
+
+@cache
+def _of_custom(kind: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator({"$defs": _CUSTOM["$defs"], **_CUSTOM[kind]})
 
 
 def _check_kubernetes(document: Body) -> None:
     for version in VERSIONS:
-        kubernetes_validate.validate(document, version, strict=True)
+        _of_kubernetes(version, document["kind"], document["apiVersion"]).validate(document)
+
+
+@cache
+def _of_kubernetes(version: str, kind: str, api_version: str) -> jsonschema.Draft202012Validator:
+    """Make the validator of `kubernetes_validate.validate(..., strict=True)`, which reads its files at each call."""
+    group, _, number = api_version.rpartition("/")
+    name = "-".join(filter(None, (kind.lower(), group.partition(".")[0], number)))
+    schema = schema_contents(f"{_folder(version)}/{name}.json", version)
+    registry: Registry[Any] = Resource.from_contents(schema) @ _definitions(version)
+    return jsonschema.Draft202012Validator(schema, registry=registry)
+
+
+@cache
+def _definitions(version: str) -> Registry[Any]:
+    contents = schema_contents(f"{_folder(version)}/_definitions.json", version)
+    return (Resource.from_contents(contents) @ Registry()).crawl()
+
+
+def _folder(version: str) -> str:
+    return f"kubernetes-json-schema/v{version}.0-local-strict"
 
 
 @cache

@@ -1,9 +1,12 @@
 """The chart as users choose it: its profiles and each single choice, checked in all ways; bad values refused."""
 
+import copy
 import re
 from typing import Any
 
 import conformity
+import jsonschema
+import kubernetes_validate
 import links
 import pytest
 from combinations import AXES
@@ -55,6 +58,18 @@ def test_airgapped_plant_asks_its_own_registry_alone() -> None:
 def test_schema_and_table_are_what_the_values_say() -> None:
     assert SCHEMA.read_text() == make_schema()
     assert TABLE.read_text() == make_table()
+
+
+def test_validators_are_as_strict_as_the_library_s_own() -> None:
+    (worker,) = (d for d in render(PROFILES["small"]) if d["kind"] == "Deployment")
+    kubernetes_validate.validate(worker, conformity.VERSIONS[0], strict=True)
+    conformity.check(worker)
+    worker = copy.deepcopy(worker)
+    worker["spec"]["template"]["spec"]["containers"][0]["ports"][0]["prot"] = "TCP"
+    with pytest.raises(jsonschema.ValidationError, match="prot"):
+        kubernetes_validate.validate(worker, conformity.VERSIONS[0], strict=True)
+    with pytest.raises(jsonschema.ValidationError, match="prot"):
+        conformity.check(worker)
 
 
 TRAINING = {"enabled": True, "data": {"existingClaim": "photographs"}}
