@@ -38,6 +38,9 @@ def worker(
     redis: RedisOption = None,
     registry: RegistryOption = None,
     engine: Annotated[str | None, typer.Option(help="auto, ncnn, openvino, torch or triton.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Answer Prometheus at this port of metrics.host.")
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Judge images from the stream until Ctrl-C, with the detector in this process: a small node needs no Ray.
@@ -54,6 +57,7 @@ def worker(
         registry={"root": registry},
         detector={"engine": engine},
         worker={"name": name},
+        metrics={"port": metrics_port},
     )
     with serve_metrics(settings.metrics) as (metrics, metrics_url), open_tracer(settings.tracing) as tracer:
         with busy("loading the models"):

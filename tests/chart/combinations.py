@@ -153,6 +153,7 @@ MORE: dict[str, dict[str, Values]] = {
         "own tokens": {"api": {"auth": {"existingSecret": "api-tokens", "tokensKey": "list"}}},
         "open": {"api": {"auth": {"enabled": False}}, "ray": {"auth": "disabled"}},
     },
+    "toolbox": {"none": {}, "toolbox": {"toolbox": {"enabled": True}}},
     "account": {
         "made": {},
         "named": {"serviceAccount": {"name": "flaws", "annotations": {"role": "reader"}}},

@@ -17,7 +17,8 @@ readOnlyRootFilesystem: true
 runAsNonRoot: true
 {{- end -}}
 
-{{/* Start of a pod's spec. Takes (dict "root" $ "place" values with nodeSelector, tolerations, affinity). */}}
+{{/* Start of a pod's spec. Takes (dict "root" $ "place" values with nodeSelector, tolerations, affinity), and for pods
+     that do the same work "spread" true and "component": they go to different nodes where they can. */}}
 {{- define "flawstream.podStart" -}}
 securityContext: {{- include "flawstream.podSecurity" .root | nindent 2 }}
 enableServiceLinks: false  # a Service named flawstream-... would put variables of its own beside ours
@@ -38,6 +39,14 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .place.affinity }}
 affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if .spread }}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "flawstream.selector" . | nindent 8 }}
 {{- end }}
 {{- end -}}
 

@@ -39,7 +39,8 @@
 {{- $api := dict "host" "0.0.0.0" "port" 8000 -}}
 {{- if .Values.api.auth.enabled }}{{ $_ := set $api "tokens_file" "/run/secrets/flawstream/api/tokens" }}{{ end -}}
 {{- $registry := dict "root" (ternary .Values.registry.s3.url "/models" (eq .Values.registry.type "s3")) -}}
-{{- $metrics := dict "host" "0.0.0.0" "port" 9090 -}}
+{{/* No port: the workers' arguments name it, and a command that is run beside one in its pod takes none. */}}
+{{- $metrics := dict "host" "0.0.0.0" -}}
 {{- $made := dict "redis" $redis "api" $api "registry" $registry "metrics" $metrics -}}
 {{- mergeOverwrite (deepCopy .Values.settings) $made | toYaml -}}
 {{- end -}}
