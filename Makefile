@@ -5,6 +5,7 @@
 #   make unit | integration | e2e           one folder of tests
 #   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
 #   make test-chart    the Helm chart in more than a thousand combinations of its values
+#   make test-image    the image's build scripts in a bare Debian, and the chart's containers in what they made (root, debootstrap)
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
 #   make bench-accuracy | bench-parity | bench-engine   beside anomalib, in an environment of its own (ARGS=--help)
 #   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
@@ -23,10 +24,10 @@ TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help test-chart setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream constraints clean
+.PHONY: help test-chart test-image setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream constraints clean
 
 help:
-	@sed -n '1,12s/^# \{0,1\}//p' Makefile
+	@sed -n '1,13s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -62,6 +63,11 @@ test-chaos test-fuzz test-overload: setup
 
 test-chart: setup
 	@$(BIN) -m pytest tests/chart -m 'sweep or not sweep' $(ARGS)
+
+# Not in `make test`: it wants root, debootstrap, 16 GB and some ten minutes. ARGS goes to pytest.
+test-image: setup
+	@bash tests/chart/build_image_root.sh build/image
+	@$(BIN) -m pytest tests/chart/test_image.py $(ARGS)
 
 # `make test` skips these where the environment is absent: a server of 400 MB that wants another NumPy than ours
 test-triton: setup $(TRITON_STAMP)
