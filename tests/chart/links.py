@@ -21,7 +21,7 @@ def check(documents: list[Body], values: Mapping[str, Any]) -> None:
     """
     names = [owner(document) for document in documents]
     assert len(set(names)) == len(names), f"twice: {sorted({name for name in names if names.count(name) > 1})}"
-    there = {*names, *_given(values)}
+    there = {*names, *given(values)}
     secrets = {d["metadata"]["name"]: set(d["data"]) for d in documents if d["kind"] == "Secret"}
     found = [pod for document in documents for pod in pods(document)]
     for kind, name, key in _named(documents, found):
@@ -33,7 +33,7 @@ def check(documents: list[Body], values: Mapping[str, Any]) -> None:
     _check_settings(documents, found)
 
 
-def _given(values: Mapping[str, Any]) -> Iterator[str]:
+def given(values: Mapping[str, Any]) -> Iterator[str]:
     """Find what the values say is there."""
     for name, value in values.items():
         if name in _SECRETS:
@@ -45,7 +45,7 @@ def _given(values: Mapping[str, Any]) -> Iterator[str]:
         elif name == "serviceAccount" and not value.get("create", True):
             yield f"ServiceAccount/{value['name']}"
         elif isinstance(value, Mapping):
-            yield from _given(value)
+            yield from given(value)
 
 
 def _named(documents: list[Body], found: list[Pod]) -> Iterator[tuple[str, str, str | None]]:  # noqa: C901, PLR0912 - a case for each kind
