@@ -3,6 +3,7 @@
 #   build_image_root.sh FOLDER        leaves FOLDER/root, what a container of the CPU target would see
 # Needs root and debootstrap; takes minutes, 16 GB and the package index. Python is Debian's 3.11, where the base image has a
 # newer patch release of 3.11: there is no registry of images here to take that from.
+# DEBIAN_MIRROR names another mirror; IMAGE_LEND, folders of this machine that pip's configuration names, to be mounted.
 set -euo pipefail
 
 readonly folder=$(realpath -m "${1:?which folder?}")

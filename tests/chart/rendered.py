@@ -95,6 +95,12 @@ def render(values: Mapping[str, Any], of: Chart | None = None) -> list[Body]:
     return documents
 
 
+def notes(values: Mapping[str, Any]) -> str:
+    """Give what Helm says once the release is there."""
+    found = chart().render(dict(values), name=RELEASE, namespace=NAMESPACE)
+    return next(text for path, text in found.items() if path.endswith("NOTES.txt"))
+
+
 def owner(document: Body) -> str:
     """Name a document."""
     return f"{document['kind']}/{document['metadata']['name']}"

@@ -11,7 +11,8 @@ import links
 import pytest
 from combinations import AXES
 from helm_python import HelmError, lint
-from rendered import CHART, merged, pods, profile, render
+from node import ENDS
+from rendered import CHART, merged, notes, owner, pods, profile, render
 
 from k8s.reference import SCHEMA, TABLE, make_schema, make_table
 
@@ -46,6 +47,18 @@ def test_choice_is_what_a_cluster_takes(axis: str, choice: str) -> None:
     for document in documents:
         conformity.check(document)
     links.check(documents, values)
+
+
+@pytest.mark.parametrize(("axis", "choice"), CHOICES, ids=[f"{axis}: {choice}" for axis, choice in CHOICES])
+def test_notes_name_what_is_there(axis: str, choice: str) -> None:
+    values = AXES[axis][choice]
+    documents = render(values)
+    there = {owner(document).lower() for document in documents} | {each.lower() for each in links.given(values)}
+    there |= {f"service/{d['metadata']['name']}{end}" for d in documents if d["kind"] == "RayService" for end in ENDS}
+    said = notes(values)
+    named = re.findall(r"(service|rayservice)/([a-z0-9.-]+)", said) + re.findall(r"get (\w+) ([a-z0-9.-]+)", said)
+    assert named
+    assert {f"{kind}/{name}" for kind, name in named} <= there
 
 
 def test_airgapped_plant_asks_its_own_registry_alone() -> None:

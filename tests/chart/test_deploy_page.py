@@ -63,19 +63,32 @@ FLAGS = {
 pytestmark = pytest.mark.timeout(600)
 
 
-def serve_api(redis: RedisSettings, tokens: Path, listening: socket.socket) -> None:
-    """Answer over HTTP as the service does, with a detector that needs no model."""
+class Api(threading.Thread):
+    """The HTTP API on a socket, with a detector that needs no model, until it is stopped."""
 
-    async def answer() -> None:
+    def __init__(self, redis: RedisSettings, tokens: Path, listening: socket.socket) -> None:
+        super().__init__()
+        self._redis = redis
+        self._settings = ApiSettings(tokens_file=tokens)
+        self._listening = listening
+        self._server: uvicorn.Server | None = None
+
+    def run(self) -> None:
+        asyncio.run(self._answer())
+
+    async def _answer(self) -> None:
         async def status() -> dict[str, object]:
             return {}
 
-        async with Producer(redis) as producer:
-            api = build_api(FakeDetector(), producer, status, ApiSettings(tokens_file=tokens), LimitSettings())
-            server = uvicorn.Server(uvicorn.Config(api, log_config=None, lifespan="off"))
-            await server.serve(sockets=[listening])
+        async with Producer(self._redis) as producer:
+            api = build_api(FakeDetector(), producer, status, self._settings, LimitSettings())
+            self._server = uvicorn.Server(uvicorn.Config(api, log_config=None, lifespan="off"))
+            await self._server.serve(sockets=[self._listening])
 
-    asyncio.run(answer())
+    def stop(self) -> None:
+        assert self._server is not None
+        self._server.should_exit = True
+        self.join()
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +106,8 @@ def ran(folder: Path) -> list[Ran]:
     (work / "k8s").symlink_to(HOME / "k8s")
     (work / "part.png").write_bytes(png(200, (64, 64)))
     write_category(work / "data" / "bottle")
+    curl = shutil.which("curl")
+    assert curl, "curl is missing on this machine"
     for name, text in FILES.items():
         (work / name).write_text(text)
     spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
@@ -108,25 +123,27 @@ def ran(folder: Path) -> list[Ran]:
             "OPERATOR_IMAGE": "operator:1.6.0",
             "PAGE_REDIS": str(server.port),
             "PAGE_API": str(listening.getsockname()[1]),
-            "PAGE_CURL": str(shutil.which("curl")),
+            "PAGE_CURL": curl,
             "PYTHONPATH": f"{HOME}:{HOME / 'tests'}",
         }
         with session(folder, environment) as shell:
             found = []
-            worker: subprocess.Popen[bytes] | None = None
+            started: tuple[Api, subprocess.Popen[bytes]] | None = None
             for line in commands(PAGE):
                 found.append(shell.run(line))
                 if "create secret generic plant-tokens" in line:  # the last thing that the chart waits for
-                    worker = _start(server, folder, environment, listening)
-            assert worker is not None
+                    started = _start(server, folder, environment, listening)
+            assert started is not None
+            api, worker = started
             worker.terminate()
             worker.wait()
+            api.stop()
     return found
 
 
 def _start(
     server: EmbeddedServer, folder: Path, environment: dict[str, str], listening: socket.socket
-) -> subprocess.Popen[bytes]:
+) -> tuple[Api, subprocess.Popen[bytes]]:
     """Give server and API the Secrets that the page made, and start the worker."""
     password = json.loads((folder / "secret-plant-redis.json").read_text())["password"]
     (folder / "password").write_text(password)
@@ -134,9 +151,10 @@ def _start(
     with RawRedis(server.port) as redis:
         redis("CONFIG", "SET", "requirepass", password)
     settings = RedisSettings(url=server.url, password_file=folder / "password")
-    threading.Thread(target=serve_api, args=(settings, folder / "tokens", listening), daemon=True).start()
+    api = Api(settings, folder / "tokens", listening)
+    api.start()
     variables = {**os.environ, **environment}
-    return subprocess.Popen([sys.executable, "-m", "flawstream_cli", "worker"], env=variables, cwd=folder)
+    return api, subprocess.Popen([sys.executable, "-m", "flawstream_cli", "worker"], env=variables, cwd=folder)
 
 
 def test_every_command_ends_well(ran: list[Ran]) -> None:

@@ -48,11 +48,11 @@ def worker(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> 
                 "redis": {"url": server.url, "block_ms": 50},
                 "registry": {"root": str(root)},
                 "detector": {"engine": "torch"},
-                "metrics": {"port": 0, "report_s": 0.2},
+                "metrics": {"report_s": 0.2},
             }
         )
     )
-    program = [sys.executable, "-m", "flawstream_cli", "worker", "--config", str(config)]
+    program = [sys.executable, "-m", "flawstream_cli", "worker", "--metrics-port", "0", "--config", str(config)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own program
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())
