@@ -62,12 +62,12 @@ test-chaos test-fuzz test-overload: setup
 	@PYTHONPATH=tests $(BIN) -m soak.$(@:test-%=%) $(ARGS)
 
 test-chart: setup
-	@$(BIN) -m pytest tests/chart -m 'sweep or not sweep' $(ARGS)
+	@$(BIN) -m pytest tests/chart -m 'not image' $(ARGS)
 
-# Not in `make test`: it wants root, debootstrap, 16 GB and some ten minutes. ARGS goes to pytest.
+# Not in `make test`: it wants root, debootstrap, 16 GB and minutes. ARGS goes to pytest.
 test-image: setup
 	@bash tests/chart/build_image_root.sh build/image
-	@$(BIN) -m pytest tests/chart/test_image.py $(ARGS)
+	@$(BIN) -m pytest tests/chart/test_image.py -m image $(ARGS)
 
 # `make test` skips these where the environment is absent: a server of 400 MB that wants another NumPy than ours
 test-triton: setup $(TRITON_STAMP)

@@ -1,6 +1,6 @@
 """The image's root, made by the very scripts of the Dockerfile: all that the chart runs is there and runs as it must.
 
-`make test-image` builds the root first, in minutes and as root; without it these tests are skipped.
+`make test-image` builds the root first and runs these; nothing else does.
 """
 
 import json
@@ -24,11 +24,7 @@ USER = 10001
 PATIENCE_S = 200
 PHOTOGRAPH = "/data/part/test/broken/000.png"
 
-pytestmark = [
-    pytest.mark.skipif(not (FOLDER / ".complete").exists(), reason="`make test-image` makes the image's root"),
-    pytest.mark.skipif(os.getuid() != 0, reason="containers are made by root: sudo make test-image"),
-    pytest.mark.timeout(600),
-]
+pytestmark = [pytest.mark.image, pytest.mark.timeout(600)]
 
 TRAINING = {"enabled": True, "kind": "CronJob", "data": {"existingClaim": "photographs"}}
 VALUES = merged(
