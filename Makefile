@@ -6,6 +6,8 @@
 #   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
 #   make test-chart    the Helm chart in more than a thousand combinations of its values
 #   make test-image    the image's build scripts in a bare Debian, and the chart's containers in what they made (root, debootstrap)
+#   make prometheus    fetch a Prometheus server for the tests of alerts and boards (`make test` does, where there is apt-get)
+#   make boards        write the Grafana boards anew
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
 #   make bench-accuracy | bench-parity | bench-engine   beside anomalib, in an environment of its own (ARGS=--help)
 #   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
@@ -22,12 +24,14 @@ PEERS := .venv-anomalib
 PEERS_STAMP := $(PEERS)/.flawstream-set-up
 TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.flawstream-set-up
+PROMETHEUS := .prometheus
+PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help test-chart test-image setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream constraints clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream constraints clean
 
 help:
-	@sed -n '1,13s/^# \{0,1\}//p' Makefile
+	@sed -n '1,15s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -52,8 +56,27 @@ check: setup
 	@echo "==> types"; $(BIN) -m mypy
 	@echo "==> imports"; $(BIN) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
-test: setup
+test: setup prometheus
 	@$(BIN) -m pytest
+
+prometheus: $(PROMETHEUS_STAMP)
+
+# Debian's package, unpacked and not installed: no rights are needed, and nothing of the machine's is changed
+APT_OWN := -o Dir::State::Lists=$(CURDIR)/$(PROMETHEUS)/lists -o Dir::Cache=$(CURDIR)/$(PROMETHEUS)/cache
+$(PROMETHEUS_STAMP):
+	@mkdir -p $(PROMETHEUS)/lists/partial $(PROMETHEUS)/cache/archives/partial
+	@if command -v prometheus > /dev/null && command -v promtool > /dev/null; then echo "==> Prometheus is installed"; \
+	elif ! command -v apt-get > /dev/null; then \
+	  echo "==> There is no apt-get to fetch Prometheus with: tests that need it are skipped until prometheus and promtool are on the PATH"; \
+	else \
+	  echo "==> Fetching Prometheus into $(PROMETHEUS) (once; 19 MB)"; cd $(PROMETHEUS) && \
+	  { apt-get download -qq prometheus 2> /dev/null || { apt-get update -qq $(APT_OWN) && apt-get download -qq $(APT_OWN) prometheus; }; } && \
+	  dpkg-deb --extract prometheus_*.deb . && rm -rf prometheus_*.deb lists cache && usr/bin/promtool --version | head -1; \
+	fi
+	@mkdir -p $(PROMETHEUS) && touch $(PROMETHEUS_STAMP)
+
+boards: setup
+	@$(BIN) -m k8s.boards
 
 unit contracts integration e2e: setup
 	@$(BIN) -m pytest tests/$@
@@ -107,4 +130,4 @@ constraints: setup
 	@mv constraints.new constraints.txt; echo "==> constraints.txt written"
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(PROMETHEUS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -4,8 +4,13 @@
 ends a name, counters end in `_total`. Ray puts `ray_` before each name.
 """
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from schemas.errors import Reason
+from schemas.messages import Verdict
 
 OTHER = "other"
 """The category label of all categories past the bound."""
@@ -19,16 +24,31 @@ class Metric:
         name: As Prometheus has it, without Ray's prefix.
         help: One line for a person.
         labels: Names of its labels, in order.
+        values: All values of a label, where they are a closed set.
     """
 
     name: str
     help: str
     labels: tuple[str, ...] = ()
+    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Counter(Metric):
-    """Only ever grows."""
+    """Only ever grows.
+
+    Attributes:
+        from_zero: Told as 0 before it counted, so that a first count is an increase: where it has labels, all of them
+            closed sets.
+    """
+
+    from_zero: bool = True
+
+    def lines(self) -> Iterator[dict[str, str]]:
+        """Give the labels of every line that is told from 0."""
+        if self.from_zero and self.values.keys() >= set(self.labels):
+            for values in itertools.product(*(self.values[label] for label in self.labels)):
+                yield dict(zip(self.labels, values, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +136,23 @@ _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # --- the stream worker
 IMAGES = Counter("flawstream_images_total", "Images that workers were given, those given again included.")
-RESULTS = Counter("flawstream_results_total", "Images that ended as results.", ("category", "verdict"))
-DEAD_LETTERS = Counter("flawstream_dead_letters_total", "Images that ended as dead letters.", ("reason",))
+RESULTS = Counter(
+    "flawstream_results_total",
+    "Images that ended as results.",
+    ("category", "verdict"),
+    {"verdict": tuple(Verdict)},
+)
+DEAD_LETTERS = Counter(
+    "flawstream_dead_letters_total", "Images that ended as dead letters.", ("reason",), {"reason": tuple(Reason)}
+)
 NOT_OURS = Counter(
     "flawstream_not_ours_total", "Outcomes not written because another worker had ended the image or had it in hand."
 )
 RETRIES = Counter(
-    "flawstream_retries_total", "Tries that the detector or the stream server could not serve, made again.", ("cause",)
+    "flawstream_retries_total",
+    "Tries that the detector or the stream server could not serve, made again.",
+    ("cause",),
+    {"cause": ("detector_overloaded", "stream_unavailable")},
 )
 ERRORS = Counter("flawstream_errors_total", "Unexpected errors of a worker: bugs. Their images stay pending.")
 IMAGE_SECONDS = Histogram(
@@ -134,21 +164,29 @@ STAGE_SECONDS = Histogram(
     "flawstream_stage_seconds",
     "Time of one batch in one stage: read, queue, decode, call, encode, publish (workers), wait, detect (detectors).",
     ("stage",),
+    {"stage": ("read", "queue", "decode", "call", "encode", "publish", "wait", "detect")},
     buckets=_SECONDS,
 )
 BATCH_IMAGES = Histogram(
-    "flawstream_batch_images", "Images of one batch, as it was read (read) or detected (detect).", ("stage",), _IMAGES
+    "flawstream_batch_images",
+    "Images of one batch, as it was read (read) or detected (detect).",
+    ("stage",),
+    {"stage": ("read", "detect")},
+    buckets=_IMAGES,
 )
 
 # --- quality, as workers see it
 P_VALUE = Histogram(
-    "flawstream_p_value", "p-values of results; uniform as long as nothing drifts.", ("category",), _SHARES
+    "flawstream_p_value", "p-values of results; uniform as long as nothing drifts.", ("category",), buckets=_SHARES
 )
 WINDOW_IMAGES = Gauge(
     "flawstream_window_images", "Latest results that the following are taken from, of one model version.", ("category",)
 )
 WINDOW_SCORE = Gauge(
-    "flawstream_window_score", "Quantiles of the latest scores, nats per channel.", ("category", "quantile")
+    "flawstream_window_score",
+    "Quantiles of the latest scores, nats per channel.",
+    ("category", "quantile"),
+    {"quantile": ("0.05", "0.5", "0.95")},
 )
 THRESHOLD = Gauge("flawstream_threshold", "A score above it is anomalous, nats per channel.", ("category",))
 DRIFT_DISTANCE = Gauge(
@@ -172,6 +210,8 @@ STREAM_EVENTS = Counter(
     "What the stream server counted, whoever pushed: refused_images, refused_bytes, refused_memory, duplicates, "
     "trimmed_results.",
     ("event",),
+    {"event": ("refused_images", "refused_bytes", "refused_memory", "duplicates", "trimmed_results")},
+    from_zero=False,  # it begins with what the server has counted so far, which is no increase
 )
 
 # --- producers
@@ -179,6 +219,7 @@ PUSHES = Counter(
     "flawstream_pushes_total",
     "Pushes of this process by outcome: written, or the code of the error, such as backlog_full.",
     ("outcome",),
+    {"outcome": ("written", "backlog_full", "stream_unavailable", "message", "config", "error")},
 )
 PUSH_SECONDS = Histogram("flawstream_push_seconds", "Time of one push, waiting for room included.", buckets=_SECONDS)
 
@@ -187,7 +228,10 @@ DETECTOR_QUEUE_IMAGES = Gauge("flawstream_detector_queue_images", "Images waitin
 DETECTOR_REFUSALS = Counter("flawstream_detector_refusals_total", "Calls that a detector refused: its queue was full.")
 HALVINGS = Counter("flawstream_halvings_total", "Batches that did not fit in memory and were halved.")
 MODEL_LOADS = Counter(
-    "flawstream_model_loads_total", "Model versions made ready, or not: first, swap, failed.", ("outcome",)
+    "flawstream_model_loads_total",
+    "Model versions made ready, or not: first, swap, failed.",
+    ("outcome",),
+    {"outcome": ("first", "swap", "failed")},
 )
 RESIDENT_CATEGORIES = Gauge("flawstream_resident_categories", "Categories that a detector has loaded.")
 RESIDENT_BYTES = Gauge("flawstream_resident_bytes", "Memory that the loaded categories take.")
@@ -198,11 +242,17 @@ MODEL_INFO = Gauge(
 )
 
 # --- training
-TRAINING_JOBS = Counter("flawstream_training_jobs_total", "Training jobs that ended: done, failed.", ("outcome",))
+TRAINING_JOBS = Counter(
+    "flawstream_training_jobs_total",
+    "Training jobs that ended: done, failed.",
+    ("outcome",),
+    {"outcome": ("done", "failed")},
+)
 TRAINING_IMAGES = Counter(
     "flawstream_training_images_total",
     "Images gone through in training: features, training, calibrating, evaluating.",
     ("category", "stage"),
+    {"stage": ("features", "training", "calibrating", "evaluating")},
 )
 TRAINING_EPOCH = Gauge("flawstream_training_epoch", "The epoch under way, from 1.", ("category",))
 TRAINING_LOSS = Gauge("flawstream_training_loss", "Mean loss of the epoch so far, nats per value.", ("category",))

@@ -15,15 +15,22 @@ from schemas.settings import MetricsSettings
 class PrometheusMetrics:
     """A `Metrics` in a registry of prometheus-client.
 
+    A gauge is told from when it was first set: a producer does not say of the streams that they are down.
+
     Args:
         registry: Where they are put.
         max_categories: Categories that are named in labels.
     """
 
     def __init__(self, registry: CollectorRegistry, max_categories: int) -> None:
+        self._registry = registry
         self._families: dict[str, Any] = {metric.name: _family(metric, registry) for metric in ALL}
         self._children: dict[tuple[str, ...], Any] = {}
         self._categories = CategoryLabels(max_categories)
+        for metric in ALL:
+            if isinstance(metric, Counter):
+                for labels in metric.lines():
+                    self._child(metric, labels)
 
     def add(self, counter: Counter, amount: float = 1.0, /, **labels: str) -> None:
         """Count; an amount of 0 is nothing."""
@@ -53,6 +60,8 @@ class PrometheusMetrics:
         if child is None:
             family = self._families[metric.name]
             child = self._children[key] = family.labels(**labels) if metric.labels else family
+            if isinstance(metric, Gauge) and not metric.labels:
+                self._registry.register(family)
         return child
 
 
@@ -65,7 +74,9 @@ def _family(metric: Metric, registry: CollectorRegistry) -> Any:
         case Counter():
             return prometheus_client.Counter(metric.name, metric.help, metric.labels, registry=registry)
         case _:
-            return prometheus_client.Gauge(metric.name, metric.help, metric.labels, registry=registry)
+            return prometheus_client.Gauge(
+                metric.name, metric.help, metric.labels, registry=registry if metric.labels else None
+            )
 
 
 @contextlib.contextmanager

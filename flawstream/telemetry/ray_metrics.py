@@ -5,6 +5,7 @@ ten seconds, and hands on of a histogram how many values each bucket has, so tha
 middles.
 """
 
+import sys
 from typing import Any
 
 from ray.util import metrics as ray_metrics
@@ -13,6 +14,9 @@ from flawstream.telemetry.metrics import ALL, CategoryLabels, Counter, Gauge, Hi
 
 PREFIX = "ray_"
 """What Ray puts before every name."""
+
+_NOTHING = sys.float_info.min
+"""Makes a counter's line as a 0 would, which Ray's counters do not take: added to any count it changes nothing."""
 
 
 class RayMetrics:
@@ -25,6 +29,10 @@ class RayMetrics:
     def __init__(self, max_categories: int) -> None:
         self._families = {metric.name: _family(metric) for metric in ALL}
         self._categories = CategoryLabels(max_categories)
+        for metric in ALL:
+            if isinstance(metric, Counter):
+                for labels in metric.lines():
+                    self._families[metric.name].inc(_NOTHING, labels)
 
     def add(self, counter: Counter, amount: float = 1.0, /, **labels: str) -> None:
         """Count; an amount of 0 is nothing."""

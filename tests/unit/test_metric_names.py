@@ -10,6 +10,7 @@ from scraped import collected
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import ALL, CategoryLabels, Counter, Gauge, Histogram, Metric
 from flawstream.telemetry.prometheus import PrometheusMetrics
+from schemas.errors import Reason
 
 pytestmark = pytest.mark.unit
 
@@ -98,5 +99,22 @@ def test_what_is_forgotten_is_exported_no_more(metrics: PrometheusMetrics, regis
 
 
 def test_counting_nothing_makes_no_line(metrics: PrometheusMetrics, registry: CollectorRegistry) -> None:
-    metrics.add(m.DEAD_LETTERS, 0, reason="poison")
-    assert not list(collected(registry).matching(m.DEAD_LETTERS.name))
+    metrics.add(m.RESULTS, 0, category="bottle", verdict="normal")
+    assert not list(collected(registry).matching(m.RESULTS.name))
+
+
+def test_counters_of_closed_sets_are_told_from_0_so_that_the_first_is_an_increase(registry: CollectorRegistry) -> None:
+    PrometheusMetrics(registry, max_categories=2)
+    told = collected(registry)
+    assert {sample.labels["reason"]: sample.value for sample in told.matching(m.DEAD_LETTERS.name)} == dict.fromkeys(
+        Reason, 0.0
+    )
+    assert told.most(m.MODEL_LOADS.name, outcome="failed") == 0
+    assert told.most(m.ERRORS.name) == 0
+    assert not list(told.matching(m.STREAM_EVENTS.name))
+
+
+def test_a_gauge_that_nobody_set_is_not_told_as_0(metrics: PrometheusMetrics, registry: CollectorRegistry) -> None:
+    assert not list(collected(registry).matching(m.STREAM_UP.name))
+    metrics.set(m.STREAM_UP, 0)
+    assert collected(registry).most(m.STREAM_UP.name) == 0
