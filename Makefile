@@ -78,6 +78,7 @@ $(PROMETHEUS_STAMP):
 boards: setup
 	@$(BIN) -m k8s.boards
 
+e2e: prometheus
 unit contracts integration e2e: setup
 	@$(BIN) -m pytest tests/$@
 

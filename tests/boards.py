@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import promql_parser
 import yaml
 
 FILES = Path(__file__).parents[1] / "k8s" / "flawstream" / "files"
@@ -53,8 +54,27 @@ def queries() -> list[Asked]:
     return of_boards + [Asked(f"alert: {rule['alert']}", rule["expr"]) for rule in alerts()]
 
 
-def filled_in(expr: str, *, category: str = ".*", window: str = "1m") -> str:
-    """Put values in the place of Grafana's variables, as Grafana does."""
-    for name, value in (("$__rate_interval", window), ("$namespace", ".*"), ("$category", category)):
+def filled_in(expr: str, category: str = "bottle") -> str:
+    """Put values in the place of Grafana's variables, as Grafana does: of what may be all, all; of the rest, one."""
+    values = {"$__rate_interval": "1m", "$namespace": ".*", '=~"$category"': '=~".*"', "$category": category}
+    for name, value in values.items():
         expr = expr.replace(name, value)
     return expr
+
+
+def parts(node: Any) -> Iterator[Any]:
+    """Give a parsed expression and all in it."""
+    yield node
+    for name in ("lhs", "rhs", "expr", "param", "vector_selector"):
+        below = getattr(node, name, None)
+        if below is not None and not isinstance(below, str):
+            yield from parts(below)
+    for below in getattr(node, "args", None) or []:
+        yield from parts(below)
+
+
+def vector_selectors(expr: str) -> Iterator[promql_parser.VectorSelector]:
+    """Give what an expression selects."""
+    for node in parts(promql_parser.parse(filled_in(expr))):
+        if isinstance(node, promql_parser.VectorSelector):
+            yield node

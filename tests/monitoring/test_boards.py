@@ -6,7 +6,7 @@ from typing import Any
 
 import promql_parser
 import pytest
-from boards import Asked, alerts, boards, filled_in, panels, queries
+from boards import Asked, alerts, boards, filled_in, panels, parts, queries, vector_selectors
 
 from flawstream.telemetry.metrics import ALL, Histogram
 from k8s.boards.__main__ import FOLDER, make
@@ -31,25 +31,13 @@ NOT_SHOWN: dict[str, str] = {}
 QUERIES = queries()
 
 
-def parts(node: Any) -> Iterator[Any]:
-    """Give a parsed expression and all in it."""
-    yield node
-    for name in ("lhs", "rhs", "expr", "param", "vector_selector"):
-        below = getattr(node, name, None)
-        if below is not None and not isinstance(below, str):
-            yield from parts(below)
-    for below in getattr(node, "args", None) or []:
-        yield from parts(below)
-
-
 def selectors(expr: str) -> Iterator[tuple[set[str], dict[str, tuple[str, str]]]]:
     """Give what an expression selects: the metrics, and how each label must be."""
-    for node in parts(promql_parser.parse(filled_in(expr))):
-        if isinstance(node, promql_parser.VectorSelector):
-            matchers = {one.name: (str(one.op).rpartition(".")[2], one.value) for one in node.matchers.matchers}
-            _, pattern = matchers.pop("__name__", ("", ""))
-            known = {each for each in _told() if pattern and re.fullmatch(pattern, each)}
-            yield ({node.name} if node.name else known), matchers
+    for node in vector_selectors(expr):
+        matchers = {one.name: (str(one.op).rpartition(".")[2], one.value) for one in node.matchers.matchers}
+        _, pattern = matchers.pop("__name__", ("", ""))
+        known = {each for each in _told() if pattern and re.fullmatch(pattern, each)}
+        yield ({node.name} if node.name else known), matchers
 
 
 def _told() -> Iterator[str]:

@@ -1,0 +1,302 @@
+"""A real Prometheus watches a running plant, configured as the documentation says; every query is asked.
+
+A Ray cluster, `flawstream serve` and `flawstream train` on it and a `flawstream worker` beside it, all as a user starts
+them. Good images come, bad ones, a push that is refused, a version that is damaged, and a training job. Then every
+query of every board has data, and of the alerts those and only those that the scene gives cause for.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import yaml
+from boards import ALERTS, alerts, boards, filled_in, queries, vector_selectors
+from fakes import png
+from prometheus_server import PrometheusServer, needs_prometheus
+from raw_redis import RawRedis
+from tiny_models import write_version
+
+from flawstream.fastflow.backbone import Backbone
+from flawstream.registry import Registry
+from flawstream.telemetry import metrics as m
+from flawstream.telemetry.prometheus import serve_metrics
+from schemas.errors import BacklogFullError
+from schemas.settings import BacklogSettings, MetricsSettings, RedisSettings, Settings
+from workers.embedded import EmbeddedServer, free_port
+from workers.producer import Producer
+
+pytestmark = [pytest.mark.e2e, needs_prometheus]
+
+PATIENCE_S = 180.0
+GUIDE = Path(__file__).parents[2] / "docs" / "how-to" / "monitor.md"
+MODEL = {"strides": [16, 32], "input_size": 64, "flow_steps": 2, "hidden_ratio": 0.2}
+NO_DATA_YET: dict[str, str] = {}
+"""Queries of boards that have no data in this scene, and why."""
+QUIET = {
+    "FlawstreamAbsent": "all are scraped",
+    "FlawstreamStreamDown": "the server is up",
+    "FlawstreamNoResults": "images end",
+    "FlawstreamImagesLate": "images end within seconds",
+    "FlawstreamBacklogGrows": "a hundred images are never there",
+    "FlawstreamPoison": "no image kills a worker",
+    "FlawstreamUnexpectedErrors": "there is no bug",
+    "FlawstreamDrift": "windows have fewer than a hundred images",
+    "FlawstreamReplicasRestart": "replicas start once",
+    "FlawstreamWorkersRestart": "the worker starts once",
+    "FlawstreamBatchesHalved": "there is memory enough",
+    "FlawstreamTrainingFails": "training succeeds",
+}
+"""Alerts that this scene gives no cause for."""
+
+
+def guide_jobs(sd_file: Path, worker: str) -> list[dict[str, Any]]:
+    """Read the scrape configuration of the guide; put this scene's addresses in the place of its own."""
+    (text,) = [
+        block.partition("```")[0]
+        for block in GUIDE.read_text().split("```yaml\n")[1:]
+        if "scrape_configs" in block.partition("```")[0]
+    ]
+    for written, here in (("/tmp/ray/prom_metrics_service_discovery.json", str(sd_file)), ("127.0.0.1:9091", worker)):  # noqa: S108 - as it stands in the guide
+        assert text.count(written) == 1
+        text = text.replace(written, here)
+    jobs: list[dict[str, Any]] = yaml.safe_load(text)["scrape_configs"]
+    return jobs
+
+
+@dataclass
+class Plant:
+    """What runs.
+
+    Attributes:
+        redis: Settings of the stream server.
+        port: Of the stream server.
+        metrics: Of this process's own producer.
+    """
+
+    redis: RedisSettings
+    port: int
+    metrics: m.Metrics
+
+    def push_for_damaged(self) -> None:
+        """Push for a category whose version is damaged; a detector knows it once it has looked for new ones."""
+        with RawRedis(self.port) as redis:
+            redis("XADD", "flawstream:images", "*", "category", "broken", "image", png())
+
+    def push_refused(self) -> None:
+        """Push where the bound of the backlog is 1: one image is taken, and of those that come at once some are not."""
+
+        async def push() -> None:
+            async with Producer(self.redis, backlog=BacklogSettings(max_images=1), metrics=self.metrics) as producer:
+                await producer.push(png(), "bottle", wait_s=PATIENCE_S)
+                outcomes = await asyncio.gather(
+                    *(producer.push(png(), "bottle") for _ in range(20)), return_exceptions=True
+                )
+                assert any(isinstance(outcome, BacklogFullError) for outcome in outcomes)
+
+        asyncio.run(push())
+
+
+@contextlib.contextmanager
+def program(name: str, *arguments: str, log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Run a program of the environment in a process group of its own; end the group."""
+    with log.open("w") as out:
+        process = subprocess.Popen(  # noqa: S603 - our own program
+            [str(Path(sys.executable).parent / name), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=out,
+            text=True,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            for sent in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, sent)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def first_line(stream: IO[str] | None, log: Path) -> dict[str, Any]:
+    """Wait for what a program says when it is ready."""
+    assert stream is not None
+    line = stream.readline()
+    assert line, log.read_text()
+    told: dict[str, Any] = json.loads(line)
+    return told
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Plant, PrometheusServer]]:
+    folder = tmp_path_factory.mktemp("plant")
+    registry = folder / "models"
+    spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
+    write_version(Registry(str(registry)), "bottle", spec=spec)
+    for number in range(16):
+        image = folder / "data" / "cable" / "train" / "good" / f"{number:02}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(png(number))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLAWSTREAM_", "RAY_"))}
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    temporary = Path(tempfile.mkdtemp(prefix="fs", dir="/tmp"))  # Ray's sockets ask for a short path
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        server = stack.enter_context(EmbeddedServer())
+        config = folder / "settings.yaml"
+        worker = f"127.0.0.1:{free_port()}"
+        config.write_text(
+            json.dumps(
+                {
+                    "redis": {"url": server.url, "block_ms": 100},
+                    "registry": {"root": str(registry)},
+                    "api": {"port": free_port()},
+                    "detector": {"engine": "torch", "refresh_s": 0.5},
+                    "model": {"input_size": 64, "flow_steps": 2},
+                    "training": {"epochs": 3, "batch_size": 4, "false_alarm_rate": 0.4},
+                    "metrics": {"port": int(worker.rpartition(":")[2]), "report_s": 0.5},
+                }
+            )
+        )
+        ray = f"127.0.0.1:{free_port()}"
+        cluster = stack.enter_context(
+            program(
+                *("ray", "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"),
+                *("--node-ip-address=127.0.0.1", f"--port={ray.rpartition(':')[2]}"),
+                *(f"--dashboard-port={free_port()}", f"--temp-dir={temporary}"),
+                log=folder / "ray.log",
+                environment=environment,
+            )
+        )
+        found = temporary / "prom_metrics_service_discovery.json"
+        wait_until(lambda: found.exists() or cluster.poll() is not None, "Ray did not start")
+        for command in (["worker"], ["serve", "--ray", ray]):
+            log = folder / f"{command[0]}.log"
+            process = stack.enter_context(
+                program("flawstream", *command, "--config", str(config), log=log, environment=environment)
+            )
+            first_line(process.stdout, log)
+        metrics, url = stack.enter_context(serve_metrics(MetricsSettings(port=0)))
+        assert url is not None
+        producer = url.removeprefix("http://").removesuffix("/metrics")
+        jobs = [*guide_jobs(found, worker), {"job_name": "camera", "static_configs": [{"targets": [producer]}]}]
+        prometheus = PrometheusServer(folder, jobs, [ALERTS])
+        stack.callback(prometheus.close)
+        wait_until(lambda: len(prometheus.query("flawstream_stream_up == 1")) >= 3, "not all are scraped")
+        loaded = f'{m.MODEL_LOADS.name}{{outcome="first"}} > 0.5'  # so that a failure from now on is an increase
+        wait_until(lambda: len(prometheus.query(loaded)) == 2, "not both detectors are scraped")
+        plant = Plant(RedisSettings(url=server.url), server.port, metrics)
+        with RawRedis(server.port) as redis:
+            for number in range(40):
+                redis("XADD", "flawstream:images", "*", "category", "bottle", "image", png(number))
+            for _ in range(12):
+                redis("XADD", "flawstream:images", "*", "category", "bottle", "image", b"no image")
+            write_version(Registry(str(registry)), "broken", spec=spec, weights=b"no weights")
+            redis("XADD", "flawstream:images", "*", "category", "ghost", "image", png())
+        log = folder / "train.log"
+        stack.enter_context(
+            program(
+                *("flawstream", "train", str(folder / "data"), "--ray", ray, "--config", str(config), "--json"),
+                log=log,
+                environment=environment,
+            )
+        )
+        yield plant, prometheus
+
+
+def wait_until(so: Any, otherwise: str) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not so():
+        assert time.monotonic() < deadline_s, otherwise
+        time.sleep(0.5)
+
+
+def test_every_query_has_data_and_alerts_are_those_that_there_is_cause_for(
+    watched: tuple[Plant, PrometheusServer],
+) -> None:
+    plant, prometheus = watched
+    asked = {one.where: filled_in(one.expr) for one in queries()}
+    quiet = {f"alert: {name}" for name in QUIET}
+    missing = set(asked) - set(NO_DATA_YET) - quiet
+    unexpected: dict[str, object] = {}
+    deadline_s = time.monotonic() + PATIENCE_S
+    while missing:
+        assert time.monotonic() < deadline_s, sorted(missing)
+        if "alert: FlawstreamProducersRefused" in missing:
+            plant.push_refused()
+        if "alert: FlawstreamModelLoadFails" in missing:
+            plant.push_for_damaged()
+        missing = {where for where in missing if not prometheus.query(asked[where])}
+        for where in [*NO_DATA_YET, *quiet]:
+            if found := prometheus.query(asked[where]):
+                unexpected[where] = found
+        time.sleep(1)
+    assert not unexpected
+
+
+def test_every_rule_is_evaluated_and_says_its_sentence(watched: tuple[Plant, PrometheusServer]) -> None:
+    _, prometheus = watched
+    rules = {rule["name"]: rule for rule in prometheus.rules()}
+    assert rules.keys() == {rule["alert"] for rule in alerts()}
+    assert {name: rule["lastError"] for name, rule in rules.items() if rule["health"] != "ok"} == {}
+    active = {name: rule["alerts"] for name, rule in rules.items() if rule["alerts"]}
+    assert active.keys() == rules.keys() - QUIET.keys()
+    for alert in (one for several in active.values() for one in several):
+        for sentence in alert["annotations"].values():
+            assert "<no value>" not in sentence
+            assert "{{" not in sentence
+
+
+def test_what_alerts_look_at_is_there_though_it_gives_no_cause(watched: tuple[Plant, PrometheusServer]) -> None:
+    _, prometheus = watched
+    for rule in alerts():
+        for selector in vector_selectors(rule["expr"]):
+            assert prometheus.query(f"{selector.name or ''}{selector.matchers}"), rule["alert"]
+
+
+def test_boards_offer_what_there_is_to_choose(watched: tuple[Plant, PrometheusServer]) -> None:
+    _, prometheus = watched
+    offered: dict[tuple[str, str], set[str]] = {}
+    for name, whole in boards().items():
+        for variable in whole["templating"]["list"][1:]:
+            chosen = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
+            assert chosen is not None
+            found = prometheus.label_values(chosen[2], filled_in(chosen[1]))
+            offered[name, variable["name"]] = set(found)
+    assert offered == {
+        ("operations", "namespace"): set(),  # Kubernetes alone has them
+        ("quality", "namespace"): set(),
+        ("quality", "category"): {"bottle"},
+        ("training", "namespace"): set(),
+        ("training", "category"): {"cable"},
+    }
+
+
+def test_what_was_done_is_what_is_told(watched: tuple[Plant, PrometheusServer]) -> None:
+    _, prometheus = watched
+
+    def told(expr: str) -> float:
+        return sum(value for _, value in prometheus.query(expr))
+
+    wait_until(lambda: told('flawstream_dead_letters_total{reason="undecodable"}') == 12, "dead letters")
+    wait_until(lambda: told('flawstream_dead_letters_total{reason="unknown_category"}') >= 2, "unknown categories")
+    wait_until(lambda: told('flawstream_training_jobs_total{outcome="done"}') > 0.5, "training is not told as done")
+    assert told("max(flawstream_stream_up)") == 1
+    poison = 'flawstream_dead_letters_total{reason="poison"}'
+    assert {labels["job"] for labels, _ in prometheus.query(poison)} == {"ray", "flawstream-worker", "camera"}
+    assert round(told(poison), 9) == 0
