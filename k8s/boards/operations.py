@@ -228,8 +228,7 @@ _STARTS = lines(
     "none",
     "Replicas started within a quarter of an hour, updates and scaling included, and restarts of `flawstream worker`.",
     Query(
-        f"count by (deployment) ({select('ray_serve_deployment_replica_starts_total')}"
-        f" unless {select('ray_serve_deployment_replica_starts_total')} offset 15m)",
+        counted("ray_serve_replica_startup_latency_ms_count", "deployment", window="15m"),
         "{{deployment}}",
     ),
     Query(

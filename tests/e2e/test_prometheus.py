@@ -84,11 +84,22 @@ class Plant:
         redis: Settings of the stream server.
         port: Of the stream server.
         metrics: Of this process's own producer.
+        head: The process that started the Ray cluster.
     """
 
     redis: RedisSettings
     port: int
     metrics: m.Metrics
+    head: int
+
+    def stream_workers(self) -> list[int]:
+        """Find the processes of this cluster's stream workers: children of its raylet, which is the head's child."""
+        return [
+            int(process.name)
+            for process in Path("/proc").glob("[0-9]*")
+            if _command(process).startswith(b"ray::ServeReplica:flawstream:StreamWorker")
+            and _parent(_parent(int(process.name))) == self.head
+        ]
 
     def push_for_damaged(self) -> None:
         """Push for a category whose version is damaged; a detector knows it once it has looked for new ones."""
@@ -107,6 +118,20 @@ class Plant:
                 assert any(isinstance(outcome, BacklogFullError) for outcome in outcomes)
 
         asyncio.run(push())
+
+
+def _command(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 @contextlib.contextmanager
@@ -200,7 +225,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Plant, P
         wait_until(lambda: len(prometheus.query("flawstream_stream_up == 1")) >= 3, "not all are scraped")
         loaded = f'{m.MODEL_LOADS.name}{{outcome="first"}} > 0.5'  # so that a failure from now on is an increase
         wait_until(lambda: len(prometheus.query(loaded)) == 2, "not both detectors are scraped")
-        plant = Plant(RedisSettings(url=server.url), server.port, metrics)
+        plant = Plant(RedisSettings(url=server.url), server.port, metrics, cluster.pid)
         with RawRedis(server.port) as redis:
             for number in range(40):
                 redis("XADD", "flawstream:images", "*", "category", "bottle", "image", png(number))
@@ -300,3 +325,20 @@ def test_what_was_done_is_what_is_told(watched: tuple[Plant, PrometheusServer]) 
     poison = 'flawstream_dead_letters_total{reason="poison"}'
     assert {labels["job"] for labels, _ in prometheus.query(poison)} == {"ray", "flawstream-worker", "camera"}
     assert round(told(poison), 9) == 0
+
+
+def test_replicas_that_end_again_and_again_are_an_alert(watched: tuple[Plant, PrometheusServer]) -> None:
+    plant, prometheus = watched
+    (rule,) = [rule for rule in alerts() if rule["alert"] == "FlawstreamReplicasRestart"]
+    ready = 'sum(ray_serve_replica_startup_latency_ms_count{deployment="StreamWorker"})'
+
+    def started() -> float:
+        return sum(value for _, value in prometheus.query(ready))
+
+    for number in range(1, 4):
+        wait_until(lambda so_far=number: started() == so_far, f"Serve has no replica {number}")
+        (pid,) = plant.stream_workers()
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: prometheus.query(rule["expr"]), f"three restarts are no alert, {started()} were started")
+    ((labels, restarts),) = prometheus.query(rule["expr"])
+    assert (labels["deployment"], round(restarts)) == ("StreamWorker", 3)

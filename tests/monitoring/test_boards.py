@@ -21,7 +21,7 @@ OF_OTHERS = {
     "ALERTS": {"alertname", "alertstate"},  # Prometheus's own
     "process_start_time_seconds": set(),  # prometheus-client's
     "ray_serve_deployment_replica_healthy": {"deployment"},
-    "ray_serve_deployment_replica_starts_total": {"deployment"},
+    "ray_serve_replica_startup_latency_ms_count": {"deployment"},
 }
 """Metrics that are not ours, with the labels that we know of them."""
 OF_SCRAPES = {"namespace", "job", "instance"}
