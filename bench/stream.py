@@ -9,7 +9,7 @@ waiting. The generator pushes and reads with bare Redis commands: cameras and co
 `serve` gets 70 % of what it could take, at random moments (Poisson), and the time from push to result is measured.
 
 Versions have random weights of the presets' shapes: what is judged does not matter to the speed. A batch time is the
-bare engine's for `worker.batch_size` images. Prints a table and one JSON line.
+bare engine's for `worker.batch_size` images. Prints a table and one JSON line, and draws a picture.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny_models import write_version  # type: ignore[import-not-found]  # tests/, which is not checked
 
+from bench.stream_plot import Drawn, draw
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry import Registry
@@ -313,11 +314,23 @@ def show(found: dict[str, Measured]) -> Table:
     return table
 
 
+def _drawn(backbone: str, one: Measured) -> Drawn:
+    engine, batch_s = statistics.median(one.engine), statistics.median(one.batch_s)
+    rates = {
+        layout: (engine, *(statistics.median(one.streams[layout, mixed]) for mixed in (False, True)))
+        for layout in LAYOUTS
+    }
+    return Drawn(rates, BARS[backbone], [latency_s / batch_s for latency_s in one.latencies_s])
+
+
 def main() -> None:
     """Measure, print, and fail where a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement (default 20)")
+    parser.add_argument(
+        "--plot", type=Path, default=Path(".flawstream/bench-stream.png"), help="where the picture goes"
+    )
     parser.add_argument("--backbones", nargs="+", choices=list(BARS), default=list(BARS))
     arguments = parser.parse_args()
     found: dict[str, Measured] = {}
@@ -325,6 +338,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="flawstream-stream-") as name:
             found[backbone] = asyncio.run(measure(backbone, arguments.rounds, arguments.seconds, Path(name)))
     err.print(show(found))
+    arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+    draw({backbone: _drawn(backbone, one) for backbone, one in found.items()}, LOAD, MOST_BATCH_TIMES, arguments.plot)
+    err.print(f"drawn: {arguments.plot}")
     for backbone, one in found.items():
         p50, p99 = (1000 * float(np.quantile(one.latencies_s, share)) for share in (0.5, 0.99))
         err.print(

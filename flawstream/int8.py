@@ -6,7 +6,9 @@ Knows no category: whether a version may be judged so is `training.int8`'s to fi
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from flawstream.fastflow.head import FastFlowHead
 GRAPH_FILE, CONSTANTS_FILE = "int8.xml", "int8.bin"
 """What a version has beside its weights where it may be judged in int8."""
 
+_Way = Callable[[Sequence[NDArray[np.generic]]], Sequence[NDArray[np.float32]]]
+
+_CALLS_A_TRIAL = 32
+_NEWEST_WEIGHT = 0.3
 _INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
@@ -61,8 +67,12 @@ def write_int8(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torc
 class Int8Graph:
     """A written graph, compiled. Not for several threads at once.
 
-    It takes one image: several are judged side by side, on a thread each, and a lone one by all threads, by a second
-    compilation of the same graph.
+    It takes one image: several are judged side by side, on a thread each. A lone one is judged by all threads, layer by
+    layer or scale by scale, whichever was faster lately: that depends on how near the cores are to one another, which on
+    a virtual machine changes while it runs.
+
+    Inputs are features of each scale, and outputs its grid; or the input is an image, and behind the grids the features
+    of each scale come out, so that the graph can be cut there.
 
     Args:
         files: What `write_int8` gave.
@@ -81,11 +91,17 @@ class Int8Graph:
         threads = threads or os.cpu_count() or 1
         bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         config = {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32", "INFERENCE_NUM_THREADS": threads}
-        self._shapes = [tuple(place.shape)[1:] for place in graph.outputs]
-        self._alone = core.compile_model(graph, "CPU", config | {"NUM_STREAMS": 1})
+        whole, chain, flows = cut(graph)
+        self._shapes = [tuple(place.shape)[1:] for place in whole.outputs]
+        compiled_whole = core.compile_model(whole, "CPU", config | {"NUM_STREAMS": 1})
+        self._alone: _Way = lambda inputs: list(compiled_whole(inputs).values())
+        if 1 < threads <= len(flows):
+            single = config | {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+            chain, flows = ([core.compile_model(part, "CPU", single) for part in parts] for parts in (chain, flows))
+            self._alone = Faster(self._alone, _Wave(chain, flows, threads=threads))
         self._beside: Any = None
         if threads > 1:
-            compiled = core.compile_model(graph, "CPU", config | {"NUM_STREAMS": threads})
+            compiled = core.compile_model(whole, "CPU", config | {"NUM_STREAMS": threads})
             self._beside = openvino.AsyncInferQueue(compiled, threads)
             self._beside.set_callback(_take)
 
@@ -108,6 +124,100 @@ class Int8Graph:
                     self._beside.start_async([values[row : row + 1] for values in inputs], (found, row))
                 self._beside.wait_all()
         return found
+
+
+class Faster:
+    """Of two ways to do the same, the one that was faster lately; the other is tried now and then.
+
+    Args:
+        ways: Both.
+        clock: Seconds.
+    """
+
+    def __init__(self, *ways: "_Way", clock: Callable[[], float] = time.perf_counter) -> None:
+        self._ways, self._clock = ways, clock
+        self._took_s = [0.0] * len(ways)
+        self._calls = 0
+
+    def __call__(self, inputs: Sequence[NDArray[np.generic]]) -> Sequence[NDArray[np.float32]]:
+        """Do it."""
+        self._calls += 1
+        order = sorted(range(len(self._ways)), key=self._took_s.__getitem__)
+        chosen = order[1] if self._calls % _CALLS_A_TRIAL == 0 else order[0]
+        began_s = self._clock()
+        results = self._ways[chosen](inputs)
+        took_s = self._clock() - began_s
+        before_s = self._took_s[chosen] or took_s
+        self._took_s[chosen] = before_s + _NEWEST_WEIGHT * (took_s - before_s)
+        return results
+
+
+class _Wave:
+    """A lone image on few threads: the flow of a scale runs beside the rest of the backbone, each part on one thread.
+
+    A layer that threads share costs them a meeting, and there are some two hundred; here they meet once a scale.
+    """
+
+    def __init__(self, chain: Sequence[Any], flows: Sequence[Any], *, threads: int) -> None:
+        self._chain, self._flows = chain, flows
+        self._pool = ThreadPoolExecutor(threads, "int8")
+
+    def __call__(self, inputs: Sequence[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
+        if not self._chain:
+            return list(self._pool.map(_run, self._flows, inputs))
+        found = self._pool.submit(self._run_chain, inputs[0]).result()
+        return [flow.result() for flow in found]
+
+    def _run_chain(self, values: NDArray[np.generic]) -> list["Future[NDArray[np.float32]]"]:
+        found = []
+        for part, flow in zip(self._chain, self._flows, strict=True):
+            values = _run(part, values)
+            found.append(self._pool.submit(_run, flow, values))
+        return found
+
+
+def _run(compiled: Any, values: NDArray[np.generic]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = compiled([values])[0]
+    return result
+
+
+def cut(graph: Any) -> tuple[Any, list[Any], list[Any]]:
+    """Cut a graph at the features of each scale.
+
+    Args:
+        graph: An `openvino.Model` as `Int8Graph` takes it.
+
+    Returns:
+        The graph without outputs of features; the parts of its backbone, each from one scale's features to the next's,
+        none where features are the inputs; and the flow of each scale.
+    """
+    import openvino  # noqa: PLC0415 - an optional extra
+
+    if len(graph.inputs) == len(graph.outputs):
+        results, places = graph.get_results(), graph.get_parameters()
+        flows = [openvino.Model([result], [place]) for result, place in zip(results, places, strict=True)]
+        return graph, [], flows
+    scales = len(graph.outputs) // 2
+
+    def part(result: int, after: int | None) -> Any:
+        """Give what leads to a result from the features of a scale, or from the image."""
+        copy = graph.clone()
+        places = copy.get_parameters()
+        results = copy.get_results()
+        if after is not None:
+            features = results[scales + after].input_value(0)
+            place = openvino.opset13.parameter(features.partial_shape, features.element_type)
+            for reader in features.get_target_inputs():
+                reader.replace_source_output(place.output(0))
+            places = [place]
+        return openvino.Model([results[result]], places)
+
+    whole = graph.clone()
+    return (
+        openvino.Model(whole.get_results()[:scales], whole.get_parameters()),
+        [part(scales + scale, scale - 1 if scale else None) for scale in range(scales)],
+        [part(scale, scale) for scale in range(scales)],
+    )
 
 
 def _take(request: Any, place: tuple[list[NDArray[np.float32]], int]) -> None:

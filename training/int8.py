@@ -160,14 +160,15 @@ class _Flows(nn.Module):
 
 
 class _Version(nn.Module):
-    """Pixels in, anomaly grids out."""
+    """Pixels in, anomaly grids out, and behind them the features, where the graph can be cut."""
 
     def __init__(self, backbone: Backbone, head: FoldedHead) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.head(self.backbone(images)))
+        features = self.backbone(images)
+        return (*self.head(features), *features)
 
 
 def _all_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> list[Tensor]:

@@ -27,6 +27,9 @@ from serving.engines.int8_versions import Int8Version, detect_apart, load_int8
 
 Grid = NDArray[np.float32]
 
+_SHARES = 4
+"""Of a batch, for each thread and scale: a core that others use as well holds nobody up for long."""
+
 
 class NcnnEngine:
     """Runs in float32 what has no int8 graph, on as many threads as there are CPUs.
@@ -81,7 +84,7 @@ class NcnnEngine:
             (head, _), *_ = heads
             return head(features) if isinstance(head, Int8Flows) else head.judge_alone(features, self._pool)
         grids = [np.empty((len(images), side, side), np.float32) for side in self.spec.grid_sizes]
-        share = -(-len(images) // self._threads)
+        share = -(-len(images) // (_SHARES * self._threads))
 
         def run(scale: int, head: "_Head", rows: NDArray[np.int64]) -> None:
             grids[scale][rows] = head.judge(scale, features[scale][rows])

@@ -1,6 +1,6 @@
 """Int8 graphs of a version: what training finds of them, what is kept, and what they give once written and read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cv2
@@ -10,7 +10,7 @@ import torch
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from flawstream.int8 import CONSTANTS_FILE, GRAPH_FILE, Int8Flows, Int8Graph, int8_pays
+from flawstream.int8 import CONSTANTS_FILE, GRAPH_FILE, Faster, Int8Flows, Int8Graph, int8_pays
 from schemas.manifest import FlowSpec
 from schemas.settings import LimitSettings, ModelSettings
 from training import int8
@@ -142,3 +142,46 @@ def test_damaged_graph_is_an_error_and_no_crash(extractor: FeatureExtractor) -> 
     del extractor
     with pytest.raises(RuntimeError):
         Int8Graph({GRAPH_FILE: b"<net", CONSTANTS_FILE: b""})
+
+
+def test_of_two_ways_the_one_that_is_faster_now_is_taken() -> None:
+    now_s = 0.0
+    taken: list[str] = []
+    takes_s = {"one": 2.0, "other": 3.0}
+
+    def way(name: str) -> Callable[[object], list[np.ndarray]]:
+        def run(_: object) -> list[np.ndarray]:
+            nonlocal now_s
+            now_s += takes_s[name]
+            taken.append(name)
+            return []
+
+        return run
+
+    faster = Faster(way("one"), way("other"), clock=lambda: now_s)
+    for _ in range(100):
+        faster([])
+    assert taken[:2] == ["one", "other"]
+    assert 1 < taken.count("other") < 6
+    takes_s["one"] = 5.0
+    taken.clear()
+    for _ in range(100):
+        faster([])
+    assert taken.count("one") < 10
+    takes_s["one"] = 1.0  # seen by the trials alone
+    for _ in range(300):
+        faster([])
+    assert taken[-20:].count("one") > 15
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same(extractor: FeatureExtractor, paths: list[Path], threads: int) -> None:
+    """Two threads judge a lone image scale by scale as well, more share its layers."""
+    head = make_head(extractor)
+    images = extractor.pixels(paths[:3])
+    files = write_version(extractor.backbone, head, images)
+    graph, expected = Int8Graph(files, threads), Int8Graph(files, 1)(images)
+    for _ in range(3):  # both ways
+        for row in range(3):
+            for grid, other in zip(graph(images[row : row + 1]), expected, strict=True):
+                np.testing.assert_allclose(grid[0], other[row], rtol=0.05, atol=0.01 * float(other.max()))
