@@ -68,8 +68,8 @@ class Int8Graph:
     """A written graph, compiled. Not for several threads at once.
 
     It takes one image: several are judged side by side, on a thread each. A lone one is judged by all threads, layer by
-    layer or scale by scale, whichever was faster lately: that depends on how near the cores are to one another, which on
-    a virtual machine changes while it runs.
+    layer or scale by scale, whichever was faster lately: that depends on how near the cores are to one another, and
+    changes on a virtual machine while it runs.
 
     Inputs are features of each scale, and outputs its grid; or the input is an image, and behind the grids the features
     of each scale come out, so that the graph can be cut there.
