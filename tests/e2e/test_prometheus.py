@@ -341,4 +341,5 @@ def test_replicas_that_end_again_and_again_are_an_alert(watched: tuple[Plant, Pr
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: prometheus.query(rule["expr"]), f"three restarts are no alert, {started()} were started")
     ((labels, restarts),) = prometheus.query(rule["expr"])
-    assert (labels["deployment"], round(restarts)) == ("StreamWorker", 3)
+    assert labels["deployment"] == "StreamWorker"
+    assert 2.5 <= restarts < 4  # three, as `increase` extrapolates between scrapes

@@ -99,6 +99,7 @@ def test_category_is_trained_published_and_promoted(outcome: Outcome, name: str)
         Stage.TRAINING,
         Stage.CALIBRATING,
         Stage.EVALUATING,
+        Stage.INT8,
         Stage.DONE,
     ]
     assert stages.count(Stage.DONE) == 1

@@ -179,7 +179,7 @@ def test_version_of_another_backbone_is_refused(bench: Bench, difference: dict[s
 
 
 def test_version_whose_head_the_engine_cannot_run_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(_head: object, _manifest: object) -> None:
+    def load(_head: object, _manifest: object, _read: object) -> None:
         raise RuntimeError("channels do not fit")
 
     monkeypatch.setattr(bench.engine, "load", load)
