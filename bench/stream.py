@@ -5,8 +5,9 @@
 A real Valkey, and in turns on the same machine: the bare engine on decoded images; `flawstream serve` (Ray Serve: one
 stream worker, one detector) with settings as they are by default; and `flawstream worker` (the detector in the worker's
 process). Each is given 512 x 512 px JPEG images of one category, then of 32 mixed at random, and always has images
-waiting. The generator pushes and reads with bare Redis commands: cameras and consumers are other machines. At last
-`serve` gets 70 % of what it could take, at random moments (Poisson), and the time from push to result is measured.
+waiting. The generator pushes and reads with bare Redis commands: cameras and consumers are other machines. Then
+`serve` gets 70 % of what it could take in that round, at random moments (Poisson), and the time from push to result is
+measured.
 
 Versions have random weights of the presets' shapes: what is judged does not matter to the speed. A batch time is the
 bare engine's for `worker.batch_size` images. Prints a table and one JSON line, and draws a picture.
@@ -286,13 +287,13 @@ async def measure(backbone: str, rounds: int, seconds: float, folder: Path) -> M
                     for mixed in (False, True):
                         rate = await generator.sustain(CATEGORIES if mixed else CATEGORIES[:1], seconds)
                         found.streams.setdefault((layout, mixed), []).append(rate)
+                    if layout == "serve":
+                        rate = LOAD * found.streams[layout, True][-1]
+                        found.latencies_s += await generator.offer(CATEGORIES, rate, seconds)
                     err.print(
                         f"  round {turn + 1} of {rounds}: engine {found.engine[-1]:.1f}, one category "
                         f"{found.streams[layout, False][-1]:.1f}, mixed {found.streams[layout, True][-1]:.1f} img/s"
                     )
-                if layout == "serve":
-                    rate = LOAD * statistics.median(found.streams[layout, True])
-                    found.latencies_s = await generator.offer(CATEGORIES, rate, seconds * rounds)
     return found
 
 

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -118,6 +119,58 @@ class CompiledModule:
         if self._threads:
             config["INFERENCE_NUM_THREADS"] = self._threads
         return openvino.compile_model(self._graph, "CPU", config)
+
+
+class ImageGraph:
+    """A module as a compiled OpenVINO graph that takes one image: on all threads, or several images on a thread each.
+
+    Threads that share no layer do not wait for one another, and what a layer hands on stays in a core's cache. Several
+    threads may call it at once.
+
+    Args:
+        module: Takes a tensor, and gives a list of tensors.
+        shape: Of the input without the batch dimension.
+        dtype: Of the input.
+        threads: CPU threads.
+
+    Raises:
+        ConfigError: OpenVINO is not installed.
+    """
+
+    def __init__(self, module: nn.Module, shape: tuple[int, ...], *, dtype: torch.dtype, threads: int) -> None:
+        graph = convert(_Flat(module, listed=False), [shape], dtype)
+        import openvino  # noqa: PLC0415 - an optional extra, there if `convert` went through
+
+        graph.reshape([1, *shape])
+        # a thread that is tied to a core waits for it while others use it, though another core may be free
+        config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+        self._alone, self._beside = SimpleQueue[Any](), SimpleQueue[Any]()
+        for requests, streams in ((self._alone, 1), (self._beside, threads)):
+            compiled = openvino.compile_model(graph, "CPU", config | {"NUM_STREAMS": streams})
+            for _ in range(streams):
+                requests.put(compiled.create_infer_request())
+
+    def alone(self, image: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+        """Run the graph on all threads; neither input nor outputs have a batch dimension.
+
+        Raises:
+            MemoryError: There is no memory for it.
+        """
+        return self._run(self._alone, image)
+
+    def beside(self, image: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+        """Run the graph on one thread; else as `alone`."""
+        return self._run(self._beside, image)
+
+    @staticmethod
+    def _run(requests: "SimpleQueue[Any]", image: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+        request = requests.get()
+        try:
+            with memory_errors():
+                request.infer([image[None]], share_inputs=True)
+            return [tensor.data[0].copy() for tensor in request.output_tensors]
+        finally:
+            requests.put(request)
 
 
 class _Flat(nn.Module):

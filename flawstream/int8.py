@@ -6,6 +6,7 @@ Knows no category: whether a version may be judged so is `training.int8`'s to fi
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,7 +66,7 @@ def write_int8(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torc
 
 
 class Int8Graph:
-    """A written graph, compiled. Not for several threads at once.
+    """A written graph, compiled. Threads that call it at once wait for one another.
 
     It takes one image: several are judged side by side, on a thread each. A lone one is judged by all threads, layer by
     layer or scale by scale, whichever was faster lately: that depends on how near the cores are to one another, and
@@ -86,6 +87,7 @@ class Int8Graph:
     def __init__(self, files: Mapping[str, bytes], threads: int = 0) -> None:
         import openvino  # noqa: PLC0415 - an optional extra
 
+        self._turn = threading.Lock()
         core = openvino.Core()
         graph = core.read_model(files[GRAPH_FILE], files[CONSTANTS_FILE])
         threads = threads or os.cpu_count() or 1
@@ -113,7 +115,7 @@ class Int8Graph:
         """
         count = len(inputs[0])
         found = [np.empty((count, *shape), np.float32) for shape in self._shapes]
-        with memory_errors():
+        with self._turn, memory_errors():
             if count == 1 or self._beside is None:
                 for row in range(count):
                     results = self._alone([values[row : row + 1] for values in inputs])

@@ -1,12 +1,13 @@
 """Drain-when-free batching: an idle model starts at once; while it computes, the next batch fills.
 
 No timer: waiting for a batch to fill costs latency when traffic is low and nothing is gained when it is high. Knows
-nothing of models; it hands slices of what was submitted to one function, which runs in one thread. A batch that
-does not fit in memory is halved until it does.
+nothing of models; it hands slices of what was submitted to one function, which runs in a thread, or in a few where it
+may run at once. A batch that does not fit in memory is halved until it does.
 """
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,12 +39,14 @@ class _Request(Generic[Tag, Out]):
     tags: Sequence[Tag]
     done: "asyncio.Future[list[Out]]"
     taken: int = 0
-    outputs: list[Out] = field(default_factory=list)
+    outputs: dict[int, Out] = field(default_factory=dict)
     since_s: float = field(default_factory=time.perf_counter)
 
 
 class BatchBound:
     """How many images a batch may have now: what is allowed, what fits in memory, what is done in the target time.
+
+    Several threads may teach it.
 
     Args:
         most: Never more than these.
@@ -56,6 +59,7 @@ class BatchBound:
         self._fits = most
         self._since_failure = 0
         self._image_s: float | None = None
+        self._learning = threading.Lock()
 
     @property
     def images(self) -> int:
@@ -67,25 +71,28 @@ class BatchBound:
     def ran(self, images: int, took_s: float) -> None:
         """Learn from a batch that went through."""
         image_s = took_s / images
-        before = image_s if self._image_s is None else self._image_s
-        self._image_s = before + _NEWEST_WEIGHT * (image_s - before)
-        self._since_failure += 1
-        if self._fits < self._most and self._since_failure >= _BATCHES_BEFORE_GROWTH:
-            self._fits = min(self._most, 2 * self._fits)
-            self._since_failure = 0
+        with self._learning:
+            before = image_s if self._image_s is None else self._image_s
+            self._image_s = before + _NEWEST_WEIGHT * (image_s - before)
+            self._since_failure += 1
+            if self._fits < self._most and self._since_failure >= _BATCHES_BEFORE_GROWTH:
+                self._fits = min(self._most, 2 * self._fits)
+                self._since_failure = 0
 
     def did_not_fit(self, images: int) -> None:
         """Learn from a batch for which there was no memory."""
-        self._fits = min(self._fits, max(1, images // 2))
-        self._since_failure = 0
+        with self._learning:
+            self._fits = min(self._fits, max(1, images // 2))
+            self._since_failure = 0
 
 
 class DrainBatcher(Generic[Tag, Out]):
     """Collects images of many calls into batches.
 
     Args:
-        run: Takes (B, S, S, 3) uint8 images and B tags, gives B outputs. Runs in the batcher's one thread. Where it
+        run: Takes (B, S, S, 3) uint8 images and B tags, gives B outputs. Runs in the batcher's threads. Where it
             raises `MemoryError` it is called again with halves.
+        concurrent_batches: How many may run at once: so many threads.
         max_batch_images: Largest B.
         max_queue_images: Images waiting past which a call is refused.
         target_batch_s: How long a batch may take; batches are made smaller as images take longer. None sets no target.
@@ -95,7 +102,7 @@ class DrainBatcher(Generic[Tag, Out]):
         batches: Batches run.
         images: Images in them.
         halvings: How often a batch did not fit in memory.
-        detect_s: Seconds spent on batches.
+        detect_s: Seconds in which a batch ran.
         calls_s: Seconds from a call's arrival to its answer, over all calls; those that overlap count each.
     """
 
@@ -103,6 +110,7 @@ class DrainBatcher(Generic[Tag, Out]):
         self,
         run: Callable[[NDArray[np.uint8], Sequence[Tag]], list[Out]],
         *,
+        concurrent_batches: int = 1,
         max_batch_images: int,
         max_queue_images: int,
         target_batch_s: float | None = None,
@@ -115,8 +123,11 @@ class DrainBatcher(Generic[Tag, Out]):
         self._waiting: deque[_Request[Tag, Out]] = deque()
         self._queued_images = 0
         self._arrival = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="detect")
-        self._loop_task: asyncio.Task[None] | None = None
+        self._concurrent_batches = concurrent_batches
+        self._threads = ThreadPoolExecutor(concurrent_batches, thread_name_prefix="detect")
+        self._loops: list[asyncio.Task[None]] = []
+        self._running = 0
+        self._running_since_s = 0.0
         self._stopping = False
         self.batches = 0
         self.images = 0
@@ -126,24 +137,23 @@ class DrainBatcher(Generic[Tag, Out]):
 
     def start(self) -> None:
         """Begin to work; in a running event loop."""
-        self._loop_task = asyncio.create_task(self._work())
+        self._loops = [asyncio.create_task(self._work()) for _ in range(self._concurrent_batches)]
 
     async def stop(self) -> None:
-        """Finish the batch under way, whose callers get their outputs; calls that still wait are refused."""
+        """Finish the batches under way, whose callers get their outputs; calls that still wait are refused."""
         self._stopping = True
         self._arrival.set()
-        if self._loop_task is not None:
-            await self._loop_task
+        await asyncio.gather(*self._loops)
         for request in self._waiting:
             _fail(request, DetectorOverloadedError("the detector is stopping; call another replica"))
         self._waiting.clear()
         self._queued_images = 0
-        self._thread.shutdown(wait=True)
+        self._threads.shutdown(wait=True)
 
     @property
     def alive(self) -> bool:
-        """Tell whether the loop runs."""
-        return self._loop_task is not None and not self._loop_task.done() and not self._stopping
+        """Tell whether all loops run."""
+        return bool(self._loops) and not any(loop.done() for loop in self._loops) and not self._stopping
 
     @property
     def queued_images(self) -> int:
@@ -191,30 +201,43 @@ class DrainBatcher(Generic[Tag, Out]):
                 self._arrival.clear()
                 await self._arrival.wait()
                 continue
-            tags = [tag for _, _, part_tags in parts for tag in part_tags]
-            began_s = time.perf_counter()
+            tags = [tag for request, rows in parts for tag in request.tags[rows]]
+            began_s = self._begin()
             try:
-                images = parts[0][1] if len(parts) == 1 else np.concatenate([images for _, images, _ in parts])
-                outputs = await loop.run_in_executor(self._thread, self._run_what_fits, images, tags)
+                pieces = [request.images[rows] for request, rows in parts]
+                images = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+                outputs = await loop.run_in_executor(self._threads, self._run_what_fits, images, tags)
                 if len(outputs) != len(images):
                     raise ShapeError(f"{len(images)} images were judged and {len(outputs)} outputs came back")  # noqa: TRY301 - it belongs to the callers, as any other failure does
             except Exception as error:  # noqa: BLE001 - whatever it was, it belongs to those who wait for it
-                for request, _, _ in parts:
+                for request, _ in parts:
                     _fail(request, error)
                 continue
+            finally:
+                self._end()
             self._count(len(images), began_s - parts[0][0].since_s, time.perf_counter() - began_s)
-            start = 0
-            for request, part, _ in parts:
-                request.outputs.extend(outputs[start : start + len(part)])
-                start += len(part)
+            remaining = iter(outputs)
+            for request, rows in parts:
+                request.outputs |= zip(range(rows.start, rows.stop), remaining, strict=False)
                 if len(request.outputs) == len(request.images) and not request.done.done():
-                    request.done.set_result(request.outputs)
+                    request.done.set_result([request.outputs[row] for row in range(len(request.images))])
+
+    def _begin(self) -> float:
+        now_s = time.perf_counter()
+        if not self._running:
+            self._running_since_s = now_s
+        self._running += 1
+        return now_s
+
+    def _end(self) -> None:
+        self._running -= 1
+        if not self._running:
+            self.detect_s += time.perf_counter() - self._running_since_s
 
     def _count(self, images: int, waited_s: float, took_s: float) -> None:
         """Note a batch, and how long the first of its calls had waited for it."""
         self.batches += 1
         self.images += images
-        self.detect_s += took_s
         self._metrics.observe(m.BATCH_IMAGES, images, stage="detect")
         self._metrics.observe(m.STAGE_SECONDS, waited_s, stage="wait")
         self._metrics.observe(m.STAGE_SECONDS, took_s, stage="detect")
@@ -242,9 +265,13 @@ class DrainBatcher(Generic[Tag, Out]):
         half = len(images) // 2
         return self._run_what_fits(images[:half], tags[:half]) + self._run_what_fits(images[half:], tags[half:])
 
-    def _drain(self) -> list[tuple[_Request[Tag, Out], NDArray[np.uint8], Sequence[Tag]]]:
-        """Take up to a batch's worth from the front of the queue; calls larger than the rest of it are split."""
-        parts: list[tuple[_Request[Tag, Out], NDArray[np.uint8], Sequence[Tag]]] = []
+    def _drain(self) -> list[tuple[_Request[Tag, Out], slice]]:
+        """Take up to a batch's worth from the front of the queue; calls larger than the rest of it are split.
+
+        Returns:
+            Calls, and which of their rows are in this batch.
+        """
+        parts: list[tuple[_Request[Tag, Out], slice]] = []
         room = self._bound.images
         while room and self._waiting:
             request = self._waiting[0]
@@ -258,7 +285,7 @@ class DrainBatcher(Generic[Tag, Out]):
             request.taken = last
             if last == len(request.images):
                 self._waiting.popleft()
-            parts.append((request, request.images[first:last], request.tags[first:last]))
+            parts.append((request, slice(first, last)))
         return parts
 
 

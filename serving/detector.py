@@ -51,6 +51,7 @@ class DetectorService:
         self._store = ModelStore(registry, engine, settings.max_resident_mb * 1_000_000, metrics)
         self._batcher = DrainBatcher(
             self._judge,
+            concurrent_batches=engine.concurrent_batches,
             max_batch_images=settings.max_batch_images,
             max_queue_images=settings.max_queue_images,
             target_batch_s=None if settings.target_batch_ms is None else settings.target_batch_ms / 1000,
@@ -67,7 +68,7 @@ class DetectorService:
         self._refresh_task = asyncio.create_task(self._refresh_for_ever())
 
     async def stop(self) -> None:
-        """Finish the batch under way and stop; calls that wait are refused and may go to another replica."""
+        """Finish the batches under way and stop; calls that wait are refused and may go to another replica."""
         if self._refresh_task is not None:
             self._refresh_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -137,7 +138,7 @@ class DetectorService:
         return [next(detections) if outcome is None else outcome for outcome in outcomes]
 
     def _judge(self, images: NDArray[np.uint8], models: Sequence[ResidentModel]) -> list[Detection]:
-        """Run one batch; in the batcher's thread."""
+        """Run one batch; in a thread of the batcher."""
         rows_of: dict[ResidentModel, list[int]] = {}
         for row, model in enumerate(models):
             rows_of.setdefault(model, []).append(row)

@@ -100,6 +100,7 @@ def image(level: int, side: int = SPEC.input_size) -> NDArray[np.uint8]:
 class TinyEngine:
     """An `Engine` whose grids are the image's grey level over 100, and something worse for three levels."""
 
+    concurrent_batches = 1
     copies = 1
 
     def __init__(self, spec: BackboneSpec = SPEC) -> None:

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
+import cv2
+
 from flawstream.images import DecodedImage, decode_image
 from schemas.errors import MessageError, TransientError
 from schemas.messages import ImageMessage
@@ -55,6 +57,7 @@ class Decoder:
         self, threads: int, limits: LimitSettings, clock: Clock, references: ImageFetcher | None = None
     ) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flawstream-decode")
+        cv2.setNumThreads(1)  # OpenCV's own would wait for work at full speed beside these
         self._limits = limits
         self._clock = clock
         self._references = references or NoReferences()

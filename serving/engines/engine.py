@@ -26,11 +26,13 @@ def no_files(name: str) -> bytes:
 
 
 class Engine(Protocol):
-    """Judges batches of mixed categories. `detect` is called by one thread at a time, `load` by others meanwhile."""
+    """Judges batches of mixed categories. `load` is called while batches are under way, by other threads."""
 
     spec: BackboneSpec
     copies: int
     """How often a version's float32 weights are in this process while it is ready."""
+    concurrent_batches: int
+    """How many threads may call `detect` at once; more than one where a batch leaves cores idle at its end."""
 
     def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> Loaded:
         """Make a version ready and warm it up. May take seconds.

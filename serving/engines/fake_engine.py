@@ -21,6 +21,7 @@ class FakeEngine:
         spec: What the engine says that its backbone is.
     """
 
+    concurrent_batches = 1
     copies = 0
 
     def __init__(self, spec: BackboneSpec) -> None:

@@ -1,22 +1,25 @@
 """ncnn on a CPU: the fastest there in float32, for one category and for many. Extra `ncnn`, better with `openvino`.
 
-Heads run in ncnn, image by image, so that a batch of many categories costs what a batch of one does. The backbone runs
-in ncnn where it is mostly 3x3 convolutions, as a ResNet is, and else in OpenVINO if that is installed. Versions with a
-proven int8 graph run in that, where the CPU has instructions for it.
+Each image has a thread of its own through backbone and head, so that no core waits for another, and a batch of many
+categories costs what a batch of one does. Heads run in ncnn. The backbone runs in ncnn where it is mostly 3x3
+convolutions, as a ResNet is, and else in OpenVINO if that is installed. Versions with a proven int8 graph run in that,
+where the CPU has instructions for it.
 
 Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from flawstream.array_normalisation import array_normaliser
-from flawstream.compiled import CompiledModule, openvino_is_installed
+from flawstream.compiled import ImageGraph, openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.int8 import Int8Flows
@@ -26,9 +29,6 @@ from serving.engines.engine import Read, no_files
 from serving.engines.int8_versions import Int8Version, detect_apart, load_int8
 
 Grid = NDArray[np.float32]
-
-_SHARES = 4
-"""Of a batch, for each thread and scale: a core that others use as well holds nobody up for long."""
 
 
 class NcnnEngine:
@@ -42,6 +42,7 @@ class NcnnEngine:
         ConfigError: ncnn is not installed, or cannot run the network and OpenVINO is not installed either.
     """
 
+    concurrent_batches = 2  # the next one's images begin while the last of this one are judged
     copies = 3
     """Measured 1.6 for the default preset and 2.6 for `resnet18`: what Winograd's algorithm makes of 3x3 weights."""
 
@@ -51,20 +52,19 @@ class NcnnEngine:
         self.spec = backbone.spec
         self._threads = os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._threads, "ncnn")
+        self._under_way, self._counting = 0, threading.Lock()
         if openvino_is_installed() and not is_mostly_3x3(backbone):
             side = self.spec.input_size
-            self._backbone: Callable[[NDArray[np.uint8]], list[Grid]] = CompiledModule(
-                backbone, [(side, side, 3)], dtype=torch.uint8
-            )
+            self._backbone: _Backbone = ImageGraph(backbone, (side, side, 3), dtype=torch.uint8, threads=self._threads)
         else:
-            self._backbone = _BackboneGraphs(backbone, self._pool, self._threads)
+            self._backbone = _BackboneGraphs(backbone, self._threads)
 
     def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Head | Int8Version":
         """Fold a head, write it down as graphs and run them once."""
         if self._int8 and (version := load_int8(head, manifest, read)) is not None:
             return version
         loaded = _Head(FoldedHead(head), self._threads)
-        features = [np.zeros((1, *shape), np.float32) for shape in self.spec.feature_shapes]
+        features = [np.zeros(shape, np.float32) for shape in self.spec.feature_shapes]
         loaded.judge_alone(features, self._pool)
         for scale, values in enumerate(features):
             loaded.judge(scale, values)
@@ -73,51 +73,67 @@ class NcnnEngine:
     def detect(
         self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head | Int8Version", NDArray[np.int64]]]
     ) -> list[Grid]:
-        """Run the backbone, then each head on its rows; see `Engine`."""
-        return detect_apart(images, heads, self.spec, self._detect)
+        """Run backbone and head image by image, each on a thread of its own; see `Engine`."""
+        with self._counting:
+            self._under_way += 1
+        try:
+            return detect_apart(np.ascontiguousarray(images), heads, self.spec, self._detect)
+        finally:
+            with self._counting:
+                self._under_way -= 1
 
     def _detect(
         self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]
     ) -> list[Grid]:
-        features = self._backbone(np.ascontiguousarray(images))
-        if len(images) == 1:
-            (head, _), *_ = heads
-            return head(features) if isinstance(head, Int8Flows) else head.judge_alone(features, self._pool)
         grids = [np.empty((len(images), side, side), np.float32) for side in self.spec.grid_sizes]
-        share = -(-len(images) // (_SHARES * self._threads))
 
-        def run(scale: int, head: "_Head", rows: NDArray[np.int64]) -> None:
-            grids[scale][rows] = head.judge(scale, features[scale][rows])
+        def judge(place: tuple[int, "_Head"]) -> None:
+            row, head = place
+            for scale, values in enumerate(self._backbone.beside(images[row])):
+                grids[scale][row] = head.judge(scale, values)
 
-        work = [
-            (scale, head, rows[start : start + share])
-            for scale in range(len(features))
-            for head, rows in heads
-            if isinstance(head, _Head)
-            for start in range(0, len(rows), share)
-        ]
-        list(self._pool.map(run, *zip(*work, strict=True)))
-        for head, rows in heads:
-            if isinstance(head, Int8Flows):
-                for whole, part in zip(grids, head([scale[rows] for scale in features]), strict=True):
-                    whole[rows] = part
+        places = [(row, head) for head, rows in heads if isinstance(head, _Head) for row in rows.tolist()]
+        is_one_over = len(places) % self._threads == 1 and self._under_way == 1
+        lone = [places.pop()] if is_one_over else []
+        for _ in self._pool.map(judge, places):  # raises what one of them raised
+            pass
+        for row, head in lone:
+            found = head.judge_alone(self._backbone.alone(images[row]), self._pool)
+            for grid, values in zip(grids, found, strict=True):
+                grid[row] = values
+        for flows, rows in heads:
+            if isinstance(flows, Int8Flows):
+                features = self._features(images[rows])
+                for grid, values in zip(grids, flows(features), strict=True):
+                    grid[rows] = values
         return grids
+
+    def _features(self, images: NDArray[np.uint8]) -> list[Grid]:
+        """Map (B, S, S, 3) images to one (B, C_s, H_s, W_s) array per scale."""
+        if len(images) == 1 == self._under_way:
+            return [scale[None] for scale in self._backbone.alone(images[0])]
+        found = self._pool.map(self._backbone.beside, images)
+        return [np.stack(scale) for scale in zip(*found, strict=True)]
+
+
+class _Backbone(Protocol):
+    """A backbone for one image at a time: (S, S, 3) uint8 to one (C_s, H_s, W_s) array per scale."""
+
+    def alone(self, image: NDArray[np.uint8], /) -> list[Grid]:
+        """Run it on all threads."""
+        ...
+
+    def beside(self, image: NDArray[np.uint8], /) -> list[Grid]:
+        """Run it on one thread; as many as there are may do so at once."""
+        ...
 
 
 class _BackboneGraphs:
-    """A backbone in ncnn: images side by side on a thread each, or one after the other on all where they are fewer."""
+    """A backbone in ncnn."""
 
-    def __init__(self, backbone: Backbone, pool: Executor, threads: int) -> None:
-        self._beside, self._alone = backbone_graphs(backbone, [1, threads])
-        self._pool, self._threads = pool, threads
-
-    def __call__(self, images: NDArray[np.uint8]) -> list[Grid]:
-        """Map (B, S, S, 3) images to one (B, C_s, H_s, W_s) array per scale."""
-        if len(images) < self._threads:
-            found = [self._alone.of_pixels(image) for image in images]
-        else:
-            found = list(self._pool.map(self._beside.of_pixels, images))
-        return [np.stack(scale) for scale in zip(*found, strict=True)]
+    def __init__(self, backbone: Backbone, threads: int) -> None:
+        beside, alone = backbone_graphs(backbone, [1, threads])
+        self.beside, self.alone = beside.of_pixels, alone.of_pixels
 
 
 class _Head:
@@ -135,14 +151,14 @@ class _Head:
         self._alone = [alone for _, *rest in graphs for alone in rest]
 
     def judge(self, scale: int, features: Grid) -> Grid:
-        """Map one scale's (B, C, H, W) features to (B, H, W), on this thread."""
+        """Map one scale's (C, H, W) features to (H, W), on this thread."""
         return self._run(self._graphs[scale], scale, features)
 
     def judge_alone(self, features: Sequence[Grid], pool: Executor) -> list[Grid]:
-        """Map one image's (1, C_s, H_s, W_s) features per scale to (1, H_s, W_s)."""
+        """Map one (C_s, H_s, W_s) array of features per scale to one (H_s, W_s) grid, on all threads."""
         if self._alone:
             return list(map(self._run, self._alone, range(len(features)), features))
         return list(pool.map(self.judge, range(len(features)), features))
 
     def _run(self, graph: NcnnGraph, scale: int, features: Grid) -> Grid:
-        return np.stack([graph(image)[0] for image in self._normalise[scale](features)])
+        return graph(self._normalise[scale](features[None])[0])[0]

@@ -25,6 +25,7 @@ class TorchEngine:
         half: In what convolutions compute; None is float32. Normalisation and scores are float32 in any case.
     """
 
+    concurrent_batches = 1
     copies = 1
 
     def __init__(self, backbone: Backbone, half: torch.dtype | None = None) -> None:

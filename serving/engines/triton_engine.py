@@ -34,6 +34,7 @@ class TritonEngine:
         TransientError: It does not answer.
     """
 
+    concurrent_batches = 1
     copies = 0  # they are at the server
 
     def __init__(self, url: str, timeout_s: float) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.int8 import Int8Flows, Int8Graph, int8_pays
 from schemas.manifest import FlowSpec, Int8Trial
 from schemas.settings import ModelSettings
+from serving.engines import ncnn_engine
 from serving.engines.engine import Engine, Loaded
 from serving.engines.fake_engine import FakeEngine
 from serving.engines.ncnn_engine import NcnnEngine
@@ -203,6 +205,15 @@ class EngineContract(ABC):
         other.join()
         assert_same(judge(engine, again[0], images), expected)
 
+    def test_threads_that_judge_at_once_get_what_each_gets_alone(self, engine: Engine, loaded: list[Loaded]) -> None:
+        count = engine.concurrent_batches
+        jobs = [(loaded[k % len(loaded)], make_images(1 + k % 4, seed=k)) for k in range(4 * count)]
+        expected = [judge(engine, version, images) for version, images in jobs]
+        with ThreadPoolExecutor(count) as threads:
+            found = list(threads.map(lambda job: judge(engine, *job), jobs))
+        for grids, alone in zip(found, expected, strict=True):
+            assert_same(grids, alone, self.tolerance)
+
 
 class TestTorchEngine(EngineContract):
     @classmethod
@@ -243,6 +254,17 @@ class TestNcnnEngineOnThreeScales(TestNcnnEngine):
     """With two CPUs one scale is left over, which a lone image runs on both."""
 
     strides = (4, 8, 16)
+
+
+class TestNcnnEngineBehindOpenvino(TestNcnnEngine):
+    """A backbone of other convolutions than ncnn is fast at."""
+
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        pytest.importorskip("openvino")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ncnn_engine, "is_mostly_3x3", lambda _: False)
+            return super().make_engine(settings, reference)
 
 
 class TestFakeEngine(EngineContract):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -61,9 +62,14 @@ def expected(*numbers: int) -> Outputs:
 
 @asynccontextmanager
 async def batching(
-    run: Run, *, max_batch_images: int = 4, max_queue_images: int = 100
+    run: Run, *, concurrent_batches: int = 1, max_batch_images: int = 4, max_queue_images: int = 100
 ) -> AsyncIterator[DrainBatcher[str, tuple[int, str]]]:
-    batcher = DrainBatcher(run, max_batch_images=max_batch_images, max_queue_images=max_queue_images)
+    batcher = DrainBatcher(
+        run,
+        concurrent_batches=concurrent_batches,
+        max_batch_images=max_batch_images,
+        max_queue_images=max_queue_images,
+    )
     batcher.start()
     try:
         yield batcher
@@ -108,10 +114,15 @@ async def test_what_arrives_while_a_batch_runs_becomes_one_batch() -> None:
 @given(
     calls=st.lists(st.lists(st.integers(0, 255), max_size=9), max_size=12),
     max_batch_images=st.integers(1, 6),
+    concurrent_batches=st.integers(1, 3),
 )
-async def test_outputs_come_back_to_their_caller_in_order(calls: list[list[int]], max_batch_images: int) -> None:
+async def test_outputs_come_back_to_their_caller_in_order(
+    calls: list[list[int]], max_batch_images: int, concurrent_batches: int
+) -> None:
     run = Run()
-    async with batching(run, max_batch_images=max_batch_images, max_queue_images=1000) as batcher:
+    async with batching(
+        run, concurrent_batches=concurrent_batches, max_batch_images=max_batch_images, max_queue_images=1000
+    ) as batcher:
         outputs = await asyncio.gather(*(submit(batcher, *numbers) for numbers in calls))
     assert outputs == [expected(*numbers) for numbers in calls]
     assert all(len(batch) <= max_batch_images for batch in run.batches)
@@ -123,6 +134,54 @@ async def test_call_larger_than_a_batch_is_split_and_put_together() -> None:
     async with batching(run, max_batch_images=4) as batcher:
         assert await submit(batcher, *range(10)) == expected(*range(10))
     assert run.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+async def test_second_batch_begins_while_the_first_runs_and_what_comes_then_waits() -> None:
+    run = Run()
+    run.gate.clear()
+    async with batching(run, concurrent_batches=2) as batcher:
+        under_way = [await submitted(batcher, 1)]
+        await run.begun()
+        under_way.append(await submitted(batcher, 2))
+        await run.begun()
+        waiting = [await submitted(batcher, 3), await submitted(batcher, 4)]
+        await asyncio.sleep(0)
+        assert batcher.queued_images == 2
+        run.gate.set()
+        assert await asyncio.gather(*under_way, *waiting) == [expected(number) for number in (1, 2, 3, 4)]
+    assert run.batches == [[1], [2], [3, 4]]
+    assert (batcher.batches, batcher.images) == (3, 4)
+
+
+async def test_split_call_whose_last_part_is_done_first_is_put_together_in_order() -> None:
+    first_may_end = threading.Event()
+
+    def run(images: NDArray[np.uint8], tags: Sequence[str]) -> Outputs:
+        numbers = [int(image[0, 0, 0]) for image in images]
+        if 0 in numbers:
+            first_may_end.wait()
+        else:
+            first_may_end.set()
+        return list(zip(numbers, tags, strict=True))
+
+    batcher = DrainBatcher(run, concurrent_batches=2, max_batch_images=2, max_queue_images=100)
+    batcher.start()
+    assert await submit(batcher, *range(4)) == expected(*range(4))
+    await batcher.stop()
+
+
+async def test_time_of_batches_that_run_at_once_counts_once() -> None:
+    run = Run()
+    run.gate.clear()
+    began_s = time.perf_counter()
+    async with batching(run, concurrent_batches=2) as batcher:
+        calls = [await submitted(batcher, 1), await submitted(batcher, 2)]
+        await run.begun()
+        await run.begun()
+        await asyncio.sleep(0.05)
+        run.gate.set()
+        await asyncio.gather(*calls)
+    assert 0.05 <= batcher.detect_s <= time.perf_counter() - began_s
 
 
 async def test_call_larger_than_the_queue_is_taken_where_nothing_waits() -> None:
@@ -259,6 +318,22 @@ async def test_call_before_the_start_is_refused() -> None:
     with pytest.raises(DetectorOverloadedError, match="does not run"):
         await submit(batcher, 1)
     await batcher.stop()
+
+
+async def test_stop_finishes_all_batches_under_way() -> None:
+    run = Run()
+    run.gate.clear()
+    batcher = DrainBatcher(run, concurrent_batches=2, max_batch_images=2, max_queue_images=100)
+    batcher.start()
+    under_way = [await submitted(batcher, 1), await submitted(batcher, 2)]
+    await run.begun()
+    await run.begun()
+    stopping = asyncio.create_task(batcher.stop())
+    await asyncio.sleep(0)
+    run.gate.set()
+    await stopping
+    assert await asyncio.gather(*under_way) == [expected(1), expected(2)]
+    assert not batcher.alive
 
 
 @given(fits=st.integers(1, 9), count=st.integers(1, 40))
