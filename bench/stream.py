@@ -288,8 +288,8 @@ async def measure(backbone: str, rounds: int, seconds: float, folder: Path) -> M
                         rate = await generator.sustain(CATEGORIES if mixed else CATEGORIES[:1], seconds)
                         found.streams.setdefault((layout, mixed), []).append(rate)
                     if layout == "serve":
-                        rate = LOAD * found.streams[layout, True][-1]
-                        found.latencies_s += await generator.offer(CATEGORIES, rate, seconds)
+                        offered = LOAD * found.streams[layout, True][-1]
+                        found.latencies_s += await generator.offer(CATEGORIES, offered, seconds)
                     err.print(
                         f"  round {turn + 1} of {rounds}: engine {found.engine[-1]:.1f}, one category "
                         f"{found.streams[layout, False][-1]:.1f}, mixed {found.streams[layout, True][-1]:.1f} img/s"

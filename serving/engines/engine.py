@@ -87,8 +87,20 @@ def run_heads(
     if len(heads) == 1:
         return heads[0][0](features)
     count = sum(len(rows) for _, rows in heads)
-    grids = [np.empty((count, side, side), np.float32) for side in spec.grid_sizes]
+    grids = empty_grids(count, spec)
     for run, rows in heads:
-        for whole, part in zip(grids, run([scale[rows] for scale in features]), strict=True):
-            whole[rows] = part
+        fill_rows(grids, rows, run([scale[rows] for scale in features]))
     return grids
+
+
+def empty_grids(count: int, spec: BackboneSpec) -> list[NDArray[np.float32]]:
+    """Make room for the grids of so many images: one (B, H_s, W_s) float32 array per scale."""
+    return [np.empty((count, side, side), np.float32) for side in spec.grid_sizes]
+
+
+def fill_rows(
+    grids: Sequence[NDArray[np.float32]], rows: NDArray[np.int64] | int, parts: Sequence[NDArray[np.float32]]
+) -> None:
+    """Put in the grids of a batch's rows, or of one row, scale by scale."""
+    for whole, part in zip(grids, parts, strict=True):
+        whole[rows] = part

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.int8 import CONSTANTS_FILE, GRAPH_FILE, Int8Flows, Int8Graph
 from schemas.manifest import BackboneSpec, ModelManifest
-from serving.engines.engine import Read
+from serving.engines.engine import Read, empty_grids, fill_rows
 
 Images = NDArray[np.uint8]
 Grids = list[NDArray[np.float32]]
@@ -55,7 +55,7 @@ def detect_apart(images: Images, heads: Heads, spec: BackboneSpec, judge: Callab
         return judge(images, heads)
     if len(heads) == 1:
         return whole[0][0](images)
-    grids = [np.empty((len(images), side, side), np.float32) for side in spec.grid_sizes]
+    grids = empty_grids(len(images), spec)
     done = [(rows, graph(images[rows])) for graph, rows in whole]
     others = [(head, rows) for head, rows in heads if not isinstance(head, Int8Graph)]
     if others:
@@ -66,6 +66,5 @@ def detect_apart(images: Images, heads: Heads, spec: BackboneSpec, judge: Callab
         ]
         done.append((taken, judge(images[taken], renumbered)))
     for rows, parts in done:
-        for grid, part in zip(grids, parts, strict=True):
-            grid[rows] = part
+        fill_rows(grids, rows, parts)
     return grids

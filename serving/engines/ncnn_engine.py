@@ -25,7 +25,7 @@ from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.int8 import Int8Flows
 from flawstream.ncnn_graphs import NcnnGraph, backbone_graphs, flow_graphs, is_mostly_3x3, require_ncnn
 from schemas.manifest import ModelManifest
-from serving.engines.engine import Read, no_files
+from serving.engines.engine import Read, empty_grids, fill_rows, no_files
 from serving.engines.int8_versions import Int8Version, detect_apart, load_int8
 
 Grid = NDArray[np.float32]
@@ -85,27 +85,24 @@ class NcnnEngine:
     def _detect(
         self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]
     ) -> list[Grid]:
-        grids = [np.empty((len(images), side, side), np.float32) for side in self.spec.grid_sizes]
+        grids = empty_grids(len(images), self.spec)
 
         def judge(place: tuple[int, "_Head"]) -> None:
             row, head = place
-            for scale, values in enumerate(self._backbone.beside(images[row])):
-                grids[scale][row] = head.judge(scale, values)
+            features = self._backbone.beside(images[row])
+            fill_rows(grids, row, list(map(head.judge, range(len(features)), features)))
 
         places = [(row, head) for head, rows in heads if isinstance(head, _Head) for row in rows.tolist()]
         is_one_over = len(places) % self._threads == 1 and self._under_way == 1
-        lone = [places.pop()] if is_one_over else []
+        last = places.pop() if is_one_over else None
         for _ in self._pool.map(judge, places):  # raises what one of them raised
             pass
-        for row, head in lone:
-            found = head.judge_alone(self._backbone.alone(images[row]), self._pool)
-            for grid, values in zip(grids, found, strict=True):
-                grid[row] = values
+        if last is not None:
+            row, head = last
+            fill_rows(grids, row, head.judge_alone(self._backbone.alone(images[row]), self._pool))
         for flows, rows in heads:
             if isinstance(flows, Int8Flows):
-                features = self._features(images[rows])
-                for grid, values in zip(grids, flows(features), strict=True):
-                    grid[rows] = values
+                fill_rows(grids, rows, flows(self._features(images[rows])))
         return grids
 
     def _features(self, images: NDArray[np.uint8]) -> list[Grid]:
