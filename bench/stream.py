@@ -35,6 +35,7 @@ import timm
 import torch
 from numpy.typing import NDArray
 from redis.asyncio import Redis
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tiny_models import write_version  # type: ignore[import-not-found]  # tests/, which is not checked
@@ -62,7 +63,7 @@ MOST_BATCH_TIMES = 3.0
 WARM_UP_S = 4.0
 LAYOUTS = ("serve", "worker")
 
-err = Console(stderr=True)
+err = Console(stderr=True, soft_wrap=True)
 
 
 @dataclass(slots=True)
@@ -299,9 +300,12 @@ async def measure(backbone: str, rounds: int, seconds: float, folder: Path) -> M
 
 def show(found: dict[str, Measured]) -> Table:
     """Put everything into a table."""
-    table = Table(title="Medians over the rounds", title_justify="left")
-    for column in ("backbone", "engine img/s", "through", "one category", "32 mixed", "efficiency", "mixed ratio"):
-        table.add_column(column, justify="left" if column in ("backbone", "through") else "right")
+    table = Table(title="Medians over the rounds, img/s", title_justify="left", box=box.SIMPLE)
+    for column in ("backbone", "engine", "through", "one category", "32 mixed", "efficiency", "mixed ratio"):
+        text = column in ("backbone", "through")
+        table.add_column(
+            column, justify="left" if text else "right", no_wrap=text, min_width=len(max(column.split(), key=len))
+        )
     for backbone, one in found.items():
         for layout in LAYOUTS:
             table.add_row(

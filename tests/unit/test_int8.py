@@ -10,7 +10,7 @@ import torch
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from flawstream.int8 import CONSTANTS_FILE, GRAPH_FILE, Faster, Int8Flows, Int8Graph, int8_pays
+from flawstream.int8 import CONSTANTS_FILE, GRAPH_FILE, Faster, Int8Flows, Int8Graph, cut, int8_pays
 from schemas.manifest import FlowSpec
 from schemas.settings import LimitSettings, ModelSettings
 from training import int8
@@ -138,6 +138,24 @@ def test_whole_version_maps_pixels_to_grids(extractor: FeatureExtractor, paths: 
         assert np.corrcoef(grid.ravel(), other.ravel())[0, 1] > 0.9
 
 
+def test_graph_with_features_in_planes_gives_what_it_gave(extractor: FeatureExtractor, paths: list[Path]) -> None:
+    openvino = pytest.importorskip("openvino")
+    images = extractor.pixels(paths[:1])
+    files = write_version(extractor.backbone, make_head(extractor), images)
+    core = openvino.Core()
+    graph = core.read_model(files[GRAPH_FILE], files[CONSTANTS_FILE])
+    scales = len(graph.outputs) // 2
+    whole, _, _ = cut(graph)
+    before, after = (
+        [operation.get_type_name() for operation in one.get_ops()].count("Transpose") for one in (graph, whole)
+    )
+    assert after - before == 2 * scales
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    found, expected = (list(core.compile_model(one, "CPU", exact)(images).values()) for one in (whole, graph))
+    for grid, other in zip(found, expected[:scales], strict=True):
+        np.testing.assert_allclose(grid, other, rtol=1e-4, atol=1e-5)
+
+
 def test_damaged_graph_is_an_error_and_no_crash(extractor: FeatureExtractor) -> None:
     del extractor
     with pytest.raises(RuntimeError):
@@ -163,6 +181,13 @@ def test_of_two_ways_the_one_that_is_faster_now_is_taken() -> None:
         faster([])
     assert taken[:2] == ["one", "other"]
     assert 1 < taken.count("other") < 6
+    takes_s["one"] = 9.0  # after a pause
+    faster([])
+    takes_s["one"] = 2.0
+    taken.clear()
+    for _ in range(20):
+        faster([])
+    assert taken.count("one") >= 19
     takes_s["one"] = 5.0
     taken.clear()
     for _ in range(100):
