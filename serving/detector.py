@@ -93,8 +93,8 @@ class DetectorService:
             "images": self._batcher.images,
             "halvings": self._batcher.halvings,
             "queued_images": self._batcher.queued_images,
-            "detect_s": round(self._batcher.detect_s, 6),
-            "calls_s": round(self._batcher.calls_s, 6),
+            "detect_s": self._batcher.detect_s,
+            "calls_s": self._batcher.calls_s,
         }
 
     async def input_size(self) -> int:
