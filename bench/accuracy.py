@@ -4,11 +4,11 @@
                                          two sets without a pose
     make bench-accuracy ARGS=--quick     one seed of one set, 3 epochs, in minutes
 
-Same backbone weights (EfficientNet-Lite0), same 256 x 256 images, same number of epochs. Ours is `training.job.run_job`
-with the default recipe, nothing set per category: a fifth of the training images is held out and calibrates, and the
-last epoch counts. The peers train on all of them, with anomalib's own model, loss, optimiser and image score (the
-highest value of the map); the mean of the top 1 % of their map is shown beside it. Finished runs are kept, keyed by all
-they depend on: an interrupted benchmark resumes. The last line is JSON.
+Same backbone weights (EfficientNet-Lite0), same 256 x 256 images, same number of epochs. Ours is
+`training.pipeline.run_job` with the default recipe, nothing set per category: a fifth of the training images is held
+out and calibrates, and the last epoch counts. The peers train on all of them, with anomalib's own model, loss,
+optimiser and image score (the highest value of the map); the mean of the top 1 % of their map is shown beside it.
+Finished runs are kept, keyed by all they depend on: an interrupted benchmark resumes. The last line is JSON.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _EPOCHS, _QUICK_EPOCHS = 8, 3
 _FALSE_ALARM_RATE = 0.05
 _RECIPE_SOURCES = (
     *(f"flawstream/fastflow/{name}.py" for name in ("backbone", "flow", "head", "loss", "score", "statistics")),
-    *("flawstream/images.py", "training/fit.py", "training/features.py"),
+    *("flawstream/imaging/decode.py", "training/steps/fit.py", "training/steps/features.py"),
 )
 _ROOT = Path(__file__).parents[1]
 _PEER = _ROOT / "bench/peers/anomalib_accuracy.py"

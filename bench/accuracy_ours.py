@@ -10,12 +10,12 @@ import torch
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import WEIGHTS_FILE, Registry
+from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from schemas.settings import LimitSettings, ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
-from training.evaluate import ImageScorer
-from training.features import FeatureExtractor
-from training.job import Job, Stage, run_job
+from training.pipeline import Job, Stage, run_job
+from training.steps.evaluate import ImageScorer
+from training.steps.features import FeatureExtractor
 
 
 def main(job_file: str, result_file: str) -> None:

@@ -28,9 +28,9 @@ import torch
 from scipy.stats import spearmanr
 
 from bench.engine_ours import ENGINES, maps_of, scores_of
+from flawstream.engines.openvino.int8_graph import int8_pays
 from flawstream.fastflow.anomalib import read_anomalib
 from flawstream.fastflow.head import FoldedHead
-from flawstream.int8 import int8_pays
 from schemas.settings import ModelSettings
 
 BATCHES = (1, 8, 32)

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flawstream.engines.choose import make_engine
 from flawstream.fastflow.anomalib import read_anomalib
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.score import image_scores
-from flawstream.maps import upsample
+from flawstream.imaging.maps import upsample
 from schemas.manifest import FlowSpec, Int8Trial, ModelManifest
 from schemas.settings import DetectorSettings
-from serving.engines.choose import make_engine
-from training.int8 import write_version
+from training.steps.quantise import write_version
 
 ENGINES = ("torch f32", "openvino f32", "openvino bf16", "ncnn f32", "openvino int8")
 

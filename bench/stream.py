@@ -41,14 +41,14 @@ from rich.table import Table
 from tiny_models import write_version  # type: ignore[import-not-found]  # tests/, which is not checked
 
 from bench.stream_plot import Drawn, draw
+from flawstream.engines.choose import make_engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.manifest import FlowSpec
 from schemas.settings import ModelSettings, RedisSettings, Settings
-from serving.engines.choose import make_engine
-from workers.connection import make_client
-from workers.embedded import EmbeddedServer, free_port
+from workers.redis.embedded import EmbeddedServer, free_port
+from workers.redis.scripts import make_client
 
 CATEGORIES = [f"part-{k:02}" for k in range(32)]
 PHOTOGRAPHS = 32

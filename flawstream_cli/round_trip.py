@@ -14,10 +14,10 @@ from schemas.manifest import Metrics
 from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import Settings
 from training.datasets.samples import Sample
-from training.evaluate import summarise
-from workers.connection import make_client
-from workers.producer import Producer
-from workers.results import DeadLetterReader, ResultReader
+from training.steps.evaluate import summarise
+from workers.outcomes.results import DeadLetterReader, ResultReader
+from workers.produce.producer import Producer
+from workers.redis.scripts import make_client
 
 _WINDOW = 32
 """Images under way at once: two batches of a worker, so that latency is not the length of a queue."""

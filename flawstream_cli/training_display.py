@@ -6,8 +6,8 @@ from typing import Self
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flawstream_cli.terminal import err, printable, say
-from training.job import Progress as JobProgress
-from training.job import Stage
+from training.pipeline import Progress as JobProgress
+from training.pipeline import Stage
 
 
 class TrainingDisplay:

@@ -28,7 +28,7 @@ class Verdict(StrEnum):
 
 
 class MapCodec(StrEnum):
-    """How an anomaly map is written into bytes; `flawstream.maps` reads and writes them all."""
+    """How an anomaly map is written into bytes; `flawstream.imaging.maps` reads and writes them all."""
 
     GRID_F16 = "grid-f16"
     F16 = "f16"

@@ -19,14 +19,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.errors import ConfigError
 from schemas.settings import ApiSettings, DetectorSettings, RedisSettings, Settings, WorkerSettings
+from serving.api.security import Tokens, warn_if_open
 from serving.autoscaling import autoscaling_config
 from serving.deployments import ApiDeployment, DetectorDeployment, StreamWorkerDeployment
 from serving.detector import newest_manifest
-from serving.security import Tokens, warn_if_open
-from workers.connection import make_client, require_server
+from workers.redis.scripts import make_client, require_server
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 
 from schemas.errors import ConfigError, FlawstreamError
 from schemas.settings import DetectorSettings, WorkerSettings
-from workers.backlog import Backlog
+from workers.observe.backlog import Backlog
 
 IMAGES_WAITING = "images_waiting"
 """The metric that replicas report and the policy reads."""

@@ -22,15 +22,15 @@ from flawstream.telemetry.ray_metrics import RayMetrics
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError, StreamUnavailableError
 from schemas.keys import all_keys
 from schemas.settings import Settings
-from serving.api import build_api
+from serving.api.api import build_api
 from serving.autoscaling import autoscaling_stats
 from serving.detector import make_detector
-from workers.backlog import Backlog
-from workers.connection import make_client, require_server
+from workers.consume.sharded import ShardedWorker
+from workers.observe.backlog import Backlog
+from workers.observe.stream_gauges import StreamGauges, report_for_ever
 from workers.ports import Detection, Refusal
-from workers.producer import Producer
-from workers.sharded import ShardedWorker
-from workers.stream_gauges import StreamGauges, report_for_ever
+from workers.produce.producer import Producer
+from workers.redis.scripts import make_client, require_server
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def _first_line(error: Exception) -> str:
 
 @serve.ingress()
 class ApiDeployment:
-    """Hosts the HTTP API; what it answers is defined in `serving.api`."""
+    """Hosts the HTTP API; what it answers is defined in `serving.api.api`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, detector: DeploymentHandle, worker: DeploymentHandle | None

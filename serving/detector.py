@@ -14,19 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from flawstream.calibration import p_values
+from flawstream.engines.choose import make_engine
+from flawstream.engines.protocol import Engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.score import image_scores
-from flawstream.maps import bounded
-from flawstream.registry import Registry
+from flawstream.imaging.maps import bounded
+from flawstream.registry.registry import Registry
+from flawstream.registry.versions import open_backbone
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from flawstream.versions import open_backbone
 from schemas.errors import Reason, RegistryError, ShapeError, TransientError, UnknownCategoryError
 from schemas.manifest import ModelManifest
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.batching import DrainBatcher
-from serving.engines.choose import make_engine
-from serving.engines.engine import Engine
 from serving.model_store import ModelStore, ResidentModel
 from workers.ports import Detection, Refusal
 

@@ -14,13 +14,13 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from flawstream.engines.protocol import Engine, Loaded
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import WEIGHTS_FILE, Registry
+from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import RegistryError, UnknownCategoryError
 from schemas.manifest import BackboneSpec, ModelManifest
-from serving.engines.engine import Engine, Loaded
 
 log = logging.getLogger(__name__)
 

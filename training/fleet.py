@@ -17,9 +17,9 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import FlawstreamError
 from schemas.settings import LimitSettings, ModelSettings
-from training.features import FeatureExtractor
-from training.job import Job, Progress, Stage, run_job
-from training.recorded import recorded
+from training.pipeline import Job, Progress, Stage, run_job
+from training.progress_metrics import recorded
+from training.steps.features import FeatureExtractor
 
 _log = logging.getLogger(__name__)
 

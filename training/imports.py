@@ -9,17 +9,17 @@ from pathlib import Path
 
 from flawstream.calibration import shortage
 from flawstream.fastflow.anomalib import AnomalibModel
-from flawstream.versions import BACKBONE_FILE, backbone_file
+from flawstream.registry.versions import BACKBONE_FILE, backbone_file
 from schemas.errors import ConfigError, DatasetError
 from schemas.manifest import ImportRecord, Metrics
 from schemas.messages import CATEGORY_PATTERN
 from schemas.settings import LimitSettings
 from training.datasets.folders import list_images
 from training.datasets.samples import CategoryData
-from training.evaluate import ImageScorer
-from training.features import FeatureExtractor
-from training.int8 import Material, try_int8
-from training.job import Progress, Stage, calibrate_on, publish
+from training.pipeline import Progress, Stage, calibrate_on, publish
+from training.steps.evaluate import ImageScorer
+from training.steps.features import FeatureExtractor
+from training.steps.quantise import Material, try_int8
 
 
 @dataclass(frozen=True, slots=True)

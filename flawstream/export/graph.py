@@ -149,7 +149,7 @@ class _Whole(nn.Module):
 
 
 def _upsample(grids: Sequence[Tensor], size: int) -> Tensor:
-    """Average the scales at full size: what `flawstream.maps.upsample` does to arrays."""
+    """Average the scales at full size: what `flawstream.imaging.maps.upsample` does to arrays."""
     scales = [
         functional.interpolate(grid[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
         for grid in grids

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flawstream.compiled import convert
+from flawstream.engines.openvino.compile import convert
 from flawstream.export.graph import Graph
 
 

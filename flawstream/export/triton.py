@@ -31,7 +31,7 @@ from flawstream.export.graph import (
 from flawstream.export.onnx import to_onnx
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import WEIGHTS_FILE
+from flawstream.registry.registry import WEIGHTS_FILE
 from schemas.errors import ConfigError
 from schemas.manifest import BackboneSpec, ModelManifest
 

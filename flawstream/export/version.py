@@ -13,8 +13,8 @@ from flawstream.export.onnx import to_onnx
 from flawstream.export.openvino import write_openvino
 from flawstream.export.triton import Server, write_triton
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import WEIGHTS_FILE, Registry
-from flawstream.versions import open_backbone
+from flawstream.registry.registry import WEIGHTS_FILE, Registry
+from flawstream.registry.versions import open_backbone
 from schemas.errors import ConfigError
 from schemas.manifest import ModelManifest
 from schemas.settings import ModelSettings

@@ -235,7 +235,7 @@ def load_trained_backbone(
     Args:
         spec: The version's.
         settings: Its `weights` may name a file with the version's weights; it must where they came from one.
-        tensors: The version's weights, where they lie beside it: `flawstream.versions`.
+        tensors: The version's weights, where they lie beside it: `flawstream.registry.versions`.
 
     Raises:
         ConfigError: The installed timm has no such network.

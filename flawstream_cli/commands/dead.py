@@ -27,8 +27,8 @@ from flawstream_cli.terminal import (
 )
 from schemas.errors import BacklogFullError, MessageError, Reason
 from schemas.settings import Settings
-from workers.connection import make_client
-from workers.dead_letter_box import DeadEntry, DeadLetterBox
+from workers.outcomes.dead_letters import DeadEntry, DeadLetterBox
+from workers.redis.scripts import make_client
 
 _WAIT_FOR_ROOM_S = 60.0
 _PAGE = 8

@@ -15,8 +15,8 @@ from flawstream_cli.terminal import ExitCode, err, print_json, read_settings, sa
 from schemas.manifest import Metrics
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
-from training.report import JudgedImage, write_report
-from workers.embedded import EmbeddedServer, free_port
+from training.report.report import JudgedImage, write_report
+from workers.redis.embedded import EmbeddedServer, free_port
 
 _API_PORT = 8000
 _EPOCHS = 6

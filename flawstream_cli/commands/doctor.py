@@ -13,8 +13,9 @@ import typer
 from pydantic import BaseModel
 from rich.text import Text
 
+from flawstream.engines.choose import resolve_engine
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,
@@ -28,9 +29,8 @@ from flawstream_cli.terminal import (
 )
 from schemas.errors import FlawstreamError
 from schemas.settings import ENV_PREFIX, Settings
-from serving.engines.choose import resolve_engine
-from workers.connection import make_client, require_server
-from workers.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer
+from workers.redis.scripts import make_client, require_server
 
 _PACKAGES = (
     "flawstream",

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from flawstream.calibration import shortage_of
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.maps import bounded, encode_map
-from flawstream.registry import WEIGHTS_FILE, Registry
-from flawstream.versions import open_backbone
+from flawstream.imaging.maps import bounded, encode_map
+from flawstream.registry.registry import WEIGHTS_FILE, Registry
+from flawstream.registry.versions import open_backbone
 from flawstream_cli.data_sets import CategoryOption, LayoutOption
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -32,9 +32,9 @@ from schemas.manifest import BackboneSpec, DefectMetrics, Metrics, ModelManifest
 from schemas.messages import MapCodec
 from training.datasets.open import Layout, open_dataset
 from training.datasets.samples import CategoryData, Sample
-from training.evaluate import METRIC_NAMES, Evaluation, ImageScorer, ScoredImage, Spread, spread
-from training.features import FeatureExtractor
-from training.report import JudgedImage, write_report
+from training.report.report import JudgedImage, write_report
+from training.steps.evaluate import METRIC_NAMES, Evaluation, ImageScorer, ScoredImage, Spread, spread
+from training.steps.features import FeatureExtractor
 
 _MEASURED = {"seed", "final_loss", "duration_s"}
 """What may differ in the training of versions that are one recipe's."""

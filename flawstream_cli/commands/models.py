@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import Histogram, NoMetrics
 from flawstream_cli.commands.serve import running, with_redis
@@ -36,11 +36,11 @@ from serving.app import detector_handle
 from serving.deployments import HandleDetector
 from serving.detector import make_detector
 from training.datasets.folders import IMAGE_SUFFIXES, image_files
-from workers.connection import make_client
-from workers.embedded import EmbeddedServer, free_port
+from workers.consume.sharded import ShardedWorker
 from workers.ports import Detector
-from workers.producer import Producer
-from workers.sharded import ShardedWorker
+from workers.produce.producer import Producer
+from workers.redis.embedded import EmbeddedServer, free_port
+from workers.redis.scripts import make_client
 
 _WARM_UP_BATCHES = 4
 _BAR_CELLS = 24

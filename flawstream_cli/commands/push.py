@@ -27,8 +27,8 @@ from schemas.errors import ConfigError, MessageError, TransientError
 from schemas.messages import DetectionResult
 from schemas.settings import Settings
 from training.datasets.folders import IMAGE_SUFFIXES, image_files
-from workers.producer import Producer
-from workers.results import DeadLetterReader, ResultReader
+from workers.outcomes.results import DeadLetterReader, ResultReader
+from workers.produce.producer import Producer
 
 _WAIT_FOR_ROOM_S = 60.0
 

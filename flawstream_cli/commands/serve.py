@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from flawstream.cluster import Cluster
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, busy, print_json, read_settings, say
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
-from workers.embedded import EmbeddedServer, free_port
+from workers.redis.embedded import EmbeddedServer, free_port
 
 DATA_DIR = Path(".flawstream/valkey")
 _REDIS_PORT = 6379

@@ -29,7 +29,7 @@ from schemas.settings import Settings
 from training.datasets.open import Layout, open_dataset
 from training.datasets.samples import CategoryData
 from training.fleet import train_fleet
-from training.job import Job, Stage
+from training.pipeline import Job, Stage
 
 
 def train(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from flawstream.maps import decode_map, encode_jpeg, paint
+from flawstream.imaging.maps import decode_map, encode_jpeg, paint
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
@@ -22,7 +22,7 @@ from flawstream_cli.terminal import (
 from schemas.errors import MessageError
 from schemas.messages import DetectionResult, MapCodec, Verdict
 from schemas.settings import Settings
-from workers.results import ResultReader
+from workers.outcomes.results import ResultReader
 
 
 def watch(

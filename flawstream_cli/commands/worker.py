@@ -24,8 +24,8 @@ from flawstream_cli.terminal import (
 )
 from schemas.settings import Settings
 from serving.detector import DetectorService, make_detector
-from workers.connection import make_client, require_server
-from workers.sharded import ShardedWorker
+from workers.consume.sharded import ShardedWorker
+from workers.redis.scripts import make_client, require_server
 
 _TELL_S = 10.0
 

@@ -30,11 +30,11 @@ from rendered import CHART, NAMESPACE, RELEASE, Body, merged, owner, pods, rende
 from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.settings import ApiSettings, LimitSettings, RedisSettings, Settings
-from serving.api import build_api
-from workers.embedded import EmbeddedServer
-from workers.producer import Producer
+from serving.api.api import build_api
+from workers.produce.producer import Producer
+from workers.redis.embedded import EmbeddedServer
 
 HOME = CHART.parents[1]
 PAGE = (HOME / "docs" / "deploy.md").read_text()

@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 from tiny_models import make_manifest
 
+from flawstream.engines.fake_engine import FakeEngine
+from flawstream.engines.ncnn import engine as ncnn_engine
+from flawstream.engines.ncnn.engine import NcnnEngine
+from flawstream.engines.openvino.engine import OpenvinoEngine
+from flawstream.engines.openvino.int8_graph import Int8Flows, Int8Graph, int8_pays
+from flawstream.engines.protocol import Engine, Loaded
+from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from flawstream.int8 import Int8Flows, Int8Graph, int8_pays
 from schemas.manifest import FlowSpec, Int8Trial
 from schemas.settings import ModelSettings
-from serving.engines import ncnn_engine
-from serving.engines.engine import Engine, Loaded
-from serving.engines.fake_engine import FakeEngine
-from serving.engines.ncnn_engine import NcnnEngine
-from serving.engines.openvino_engine import OpenvinoEngine
-from serving.engines.torch_engine import TorchEngine
-from training.int8 import write_flows, write_version
+from training.steps.quantise import write_flows, write_version
 
 pytestmark = pytest.mark.contracts
 

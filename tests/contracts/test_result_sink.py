@@ -12,10 +12,10 @@ from schemas.keys import StreamKeys
 from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import parse_dead_letter, parse_result
-from workers.connection import make_client
+from workers.consume.reader import RedisStreamReader
+from workers.consume.sink import RedisResultSink
 from workers.ports import Ending, ResultSink
-from workers.reader import RedisStreamReader
-from workers.sink import RedisResultSink
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
 

@@ -11,9 +11,9 @@ from redis.asyncio import Redis
 
 from schemas.keys import StreamKeys
 from schemas.settings import RedisSettings
-from workers.connection import Script, make_client
+from workers.consume.reader import RedisStreamReader
 from workers.ports import Entry, StreamReader
-from workers.reader import RedisStreamReader
+from workers.redis.scripts import Script, make_client
 
 pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
 

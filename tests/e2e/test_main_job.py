@@ -17,7 +17,7 @@ import httpx
 import pytest
 from raw_redis import RawRedis
 
-from flawstream.maps import decode_map
+from flawstream.imaging.maps import decode_map
 from schemas.messages import AnomalyMap
 from training.datasets.elpv import export_elpv
 

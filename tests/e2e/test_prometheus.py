@@ -30,13 +30,13 @@ from raw_redis import RawRedis
 from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.prometheus import serve_metrics
 from schemas.errors import BacklogFullError
 from schemas.settings import BacklogSettings, MetricsSettings, RedisSettings, Settings
-from workers.embedded import EmbeddedServer, free_port
-from workers.producer import Producer
+from workers.produce.producer import Producer
+from workers.redis.embedded import EmbeddedServer, free_port
 
 pytestmark = [pytest.mark.e2e, needs_prometheus]
 

@@ -24,20 +24,21 @@ from flawstream_cli.terminal import ExitCode
 from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys
 from schemas.settings import BacklogSettings, RedisSettings, Settings, WorkerSettings
-from workers import reader as reader_module
 from workers.acl import HASH_PLACEHOLDER, Role, access_rules, user_line
-from workers.backlog import Backlog
-from workers.connection import make_client
-from workers.dead_letter_box import DeadLetterBox
-from workers.embedded import EmbeddedServer
-from workers.producer import Producer
-from workers.results import DeadLetterReader, ResultReader
-from workers.sharded import ShardedWorker
+from workers.consume import reader as reader_module
+from workers.consume.sharded import ShardedWorker
+from workers.observe.backlog import Backlog
+from workers.outcomes.dead_letters import DeadLetterBox
+from workers.outcomes.results import DeadLetterReader, ResultReader
+from workers.produce.producer import Producer
+from workers.redis import scripts as scripts_module
+from workers.redis.embedded import EmbeddedServer
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 
 PASSWORD = "correct horse battery staple"  # noqa: S105 - of a server that lives for this test
-SCRIPTS = Path(reader_module.__file__).parent
+SCRIPTS = Path(scripts_module.__file__).parent / "lua"
 WHO_RUNS = {
     "ask.lua": (Role.PRODUCER, Role.SERVICE),
     "backlog.lua": (Role.WORKER, Role.SERVICE),

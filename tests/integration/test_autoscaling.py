@@ -15,11 +15,11 @@ from tiny_models import write_version
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.settings import Settings
 from serving import app as service
 from serving import autoscaling
-from workers.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.integration
 

@@ -9,8 +9,8 @@ from redis.asyncio import Redis
 from schemas.errors import StreamUnavailableError
 from schemas.keys import all_keys
 from schemas.settings import RedisSettings
-from workers.backlog import Backlog
-from workers.connection import make_client
+from workers.observe.backlog import Backlog
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -16,9 +16,9 @@ from schemas.keys import StreamKeys
 from schemas.messages import DeadLetter
 from schemas.settings import BacklogSettings, RedisSettings
 from schemas.wire import dead_letter_fields
-from workers.connection import make_client
-from workers.dead_letter_box import DeadLetterBox
-from workers.producer import Producer
+from workers.outcomes.dead_letters import DeadLetterBox
+from workers.produce.producer import Producer
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

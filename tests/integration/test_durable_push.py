@@ -11,10 +11,10 @@ from redis_servers import Server, cluster
 from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys
 from schemas.settings import BacklogSettings, RedisSettings
-from workers.connection import make_client
-from workers.dead_letter_box import DeadLetterBox
-from workers.embedded import EmbeddedServer
-from workers.producer import Producer
+from workers.outcomes.dead_letters import DeadLetterBox
+from workers.produce.producer import Producer
+from workers.redis.embedded import EmbeddedServer
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import ConfigError
-from workers.embedded import EmbeddedServer, free_port
+from workers.redis.embedded import EmbeddedServer, free_port
 
 pytestmark = pytest.mark.integration
 
 _PARENT = """
 import sys
-from workers.embedded import EmbeddedServer, free_port
+from workers.redis.embedded import EmbeddedServer, free_port
 server = EmbeddedServer()
 server.start()
 print(server.port, flush=True)

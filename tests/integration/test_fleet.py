@@ -19,12 +19,12 @@ from ray.util.state import list_actors
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import WEIGHTS_FILE, Registry
+from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from schemas.settings import LimitSettings, ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
-from training.features import FeatureExtractor
 from training.fleet import share_cluster, train_fleet
-from training.job import Job, Progress, Stage, run_job
+from training.pipeline import Job, Progress, Stage, run_job
+from training.steps.features import FeatureExtractor
 
 pytestmark = pytest.mark.integration
 

@@ -10,13 +10,13 @@ import timm
 import torch
 from tiny_models import FLOW, write_version
 
+from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.fastflow.score import image_scores
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.detector import DetectorService
-from serving.engines.torch_engine import TorchEngine
 from workers.ports import Detection
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]

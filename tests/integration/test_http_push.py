@@ -12,10 +12,10 @@ from PIL import Image
 from pydantic import SecretStr
 
 from schemas.settings import ApiSettings, BacklogSettings, LimitSettings, RedisSettings
-from serving.api import build_api
+from serving.api.api import build_api
 from workers.acl import Role, access_rules
-from workers.connection import make_client
-from workers.producer import Producer
+from workers.produce.producer import Producer
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

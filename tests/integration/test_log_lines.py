@@ -14,9 +14,9 @@ from raw_redis import RawRedis
 from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.settings import Settings
-from workers.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.settings import Settings
 
 pytestmark = pytest.mark.integration

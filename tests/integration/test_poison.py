@@ -10,7 +10,7 @@ from deadly_worker import DEADLY, MAX_DELIVERIES
 from fakes import png
 from raw_redis import RawRedis
 
-from workers.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.integration
 

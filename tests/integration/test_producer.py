@@ -12,8 +12,8 @@ from schemas.errors import BacklogFullError, ConfigError, MessageError, Reason, 
 from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
-from workers.connection import make_client
-from workers.producer import Producer
+from workers.produce.producer import Producer
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -18,15 +18,15 @@ from tiny_models import write_version
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import ALL, Metric
 from flawstream.telemetry.ray_metrics import PREFIX, RayMetrics
 from schemas.settings import Settings
 from serving import app as service
-from training.job import Progress, Stage
-from training.recorded import recorded
-from workers.embedded import EmbeddedServer
+from training.pipeline import Progress, Stage
+from training.progress_metrics import recorded
+from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.integration
 

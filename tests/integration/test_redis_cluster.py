@@ -14,11 +14,11 @@ from stream_work import ended, push_surely, until, working
 from schemas.errors import ConfigError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import RedisSettings, Settings, WorkerSettings
-from workers.connection import create_group, make_client, read_group, require_server, stream_errors
-from workers.embedded import EmbeddedServer
-from workers.producer import Producer
-from workers.results import DeadLetterReader, ResultReader
-from workers.sharded import ShardedWorker
+from workers.consume.sharded import ShardedWorker
+from workers.outcomes.results import DeadLetterReader, ResultReader
+from workers.produce.producer import Producer
+from workers.redis.embedded import EmbeddedServer
+from workers.redis.scripts import create_group, make_client, read_group, require_server, stream_errors
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -15,9 +15,9 @@ from redis.asyncio import Redis
 from schemas.errors import MessageError, Reason, StreamUnavailableError
 from schemas.settings import LimitSettings, RedisSettings, ReferenceSettings
 from workers.clock import SystemClock
-from workers.connection import make_client
-from workers.decode import Decoder, Job
+from workers.consume.decode import Decoder, Job
 from workers.ports import Entry
+from workers.redis.scripts import make_client
 from workers.references import ReferenceFetcher
 from workers.references.http import HttpSource
 

@@ -11,12 +11,12 @@ import pytest
 from fakes import png
 from moto.server import ThreadedMotoServer
 
-from flawstream.registry import WEIGHTS_FILE, Registry
+from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from schemas.errors import ConfigError, MessageError, Reason, RegistryError
 from schemas.manifest import BackboneSpec, Calibration, FlowSpec, ModelManifest, TrainingRecord
 from schemas.settings import LimitSettings, RedisSettings, ReferenceSettings
 from workers.clock import SystemClock
-from workers.connection import make_client
+from workers.redis.scripts import make_client
 from workers.references import ReferenceFetcher
 from workers.references import s3 as s3_module
 

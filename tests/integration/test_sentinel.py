@@ -12,10 +12,10 @@ from stream_work import ended, push_surely, until, working
 
 from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings, Settings, WorkerSettings
-from workers.connection import StreamConnection, make_client, require_server, stream_errors
-from workers.producer import Producer
-from workers.results import ResultReader
-from workers.sharded import ShardedWorker
+from workers.consume.sharded import ShardedWorker
+from workers.outcomes.results import ResultReader
+from workers.produce.producer import Producer
+from workers.redis.scripts import StreamConnection, make_client, require_server, stream_errors
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -19,11 +19,11 @@ from tiny_models import write_version
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
-from workers.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.integration
 

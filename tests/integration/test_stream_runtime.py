@@ -16,16 +16,16 @@ from schemas.messages import DetectionResult
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings, WorkerSettings
 from schemas.wire import parse_dead_letter, parse_result
 from workers.clock import SystemClock
-from workers.connection import make_client
-from workers.consumer import StreamWorker
-from workers.decode import Decoder
-from workers.embedded import EmbeddedServer
+from workers.consume.decode import Decoder
+from workers.consume.reader import RedisStreamReader
+from workers.consume.sink import RedisResultSink
+from workers.consume.worker import StreamWorker
+from workers.outcomes.results import DeadLetterReader, ResultReader
+from workers.outcomes.retention import RedisRetention
 from workers.ports import Ending
-from workers.producer import Producer
-from workers.reader import RedisStreamReader
-from workers.results import DeadLetterReader, ResultReader
-from workers.retention import RedisRetention
-from workers.sink import RedisResultSink
+from workers.produce.producer import Producer
+from workers.redis.embedded import EmbeddedServer
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

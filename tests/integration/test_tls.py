@@ -12,8 +12,8 @@ import trustme
 
 from schemas.errors import ConfigError, StreamUnavailableError
 from schemas.settings import RedisSettings
-from workers.connection import make_client, require_server
-from workers.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer
+from workers.redis.scripts import make_client, require_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

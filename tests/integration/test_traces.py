@@ -17,9 +17,9 @@ from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.traces import NO_TRACER, Tracer
 from schemas.errors import ConfigError
 from schemas.settings import RedisSettings, Settings, TracingSettings
-from workers.connection import make_client
-from workers.producer import Producer
-from workers.sharded import ShardedWorker
+from workers.consume.sharded import ShardedWorker
+from workers.produce.producer import Producer
+from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 
@@ -142,7 +142,7 @@ async def test_a_collector_that_is_away_harms_no_image(redis_settings: RedisSett
 
 def test_where_no_endpoint_is_set_nothing_of_tracing_is_imported() -> None:
     program = (
-        "import sys, workers.producer, workers.sharded\n"
+        "import sys, workers.produce.producer, workers.consume.sharded\n"
         "from flawstream.telemetry.choose_tracer import open_tracer\n"
         "from schemas.settings import TracingSettings\n"
         "with open_tracer(TracingSettings()): pass\n"

@@ -29,6 +29,9 @@ from triton_server import PYTHON, TritonServer
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
+from flawstream.engines.protocol import Loaded
+from flawstream.engines.torch_engine import TorchEngine
+from flawstream.engines.triton_engine import TritonEngine
 from flawstream.export.graph import Extras
 from flawstream.export.triton import BACKBONE, FRONT, Server, write_triton
 from flawstream.fastflow.backbone import Backbone
@@ -36,9 +39,6 @@ from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.score import image_scores
 from schemas.errors import ConfigError, RegistryError, TransientError
 from schemas.settings import ModelSettings
-from serving.engines.engine import Loaded
-from serving.engines.torch_engine import TorchEngine
-from serving.engines.triton_engine import TritonEngine
 
 pytestmark = [
     pytest.mark.integration,

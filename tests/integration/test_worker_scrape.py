@@ -15,13 +15,13 @@ from scraped import Scraped, scrape
 from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.prometheus import serve_metrics
 from schemas.errors import BacklogFullError, ConfigError
 from schemas.settings import BacklogSettings, MetricsSettings, RedisSettings, Settings
-from workers.embedded import EmbeddedServer
-from workers.producer import Producer
+from workers.produce.producer import Producer
+from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.integration
 

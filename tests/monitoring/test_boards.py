@@ -11,8 +11,8 @@ from boards import Asked, alerts, boards, filled_in, panels, parts, queries, vec
 from flawstream.telemetry.metrics import ALL, Histogram
 from k8s.boards.__main__ import FOLDER, make
 from schemas.settings import Settings
-from training.job import Stage
-from workers.quality import QUANTILES
+from training.pipeline import Stage
+from workers.observe.drift import QUANTILES
 
 pytestmark = pytest.mark.unit
 

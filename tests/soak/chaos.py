@@ -37,15 +37,15 @@ from tiny_models import write_version
 
 from flawstream import cluster
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.errors import TransientError
 from schemas.settings import RedisSettings, Settings
 from serving import app as service
 from soak.endings import read_endings
 from soak.proxy import CuttingProxy
-from workers.embedded import free_port
-from workers.producer import Producer
-from workers.results import ResultReader
+from workers.outcomes.results import ResultReader
+from workers.produce.producer import Producer
+from workers.redis.embedded import free_port
 
 _CATEGORIES = ("bottle", "cable", "cap")
 _INPUT_PX = 64

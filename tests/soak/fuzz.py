@@ -23,7 +23,7 @@ from redis import Redis
 
 from soak.fuzz_corpus import MAX_IMAGE_BYTES, FuzzEntry, corpus
 from soak.fuzz_line import TrapServer, WorkerProcess, write_model
-from workers.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer
 
 MOST_GROWTH_MB = 96.0
 """How much more memory the worker may have at the end than after the first `WARM_UP` entries."""

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.settings import ModelSettings
 from soak.fuzz_corpus import CATEGORY, KEY_PREFIX, MAX_IMAGE_BYTES, S3_PREFIX, WEB_PATH
 

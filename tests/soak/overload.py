@@ -35,11 +35,11 @@ from rich.table import Table
 from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.errors import BacklogFullError
 from schemas.settings import BacklogSettings, RedisSettings, Settings
-from workers.producer import Producer
-from workers.results import ResultReader
+from workers.outcomes.results import ResultReader
+from workers.produce.producer import Producer
 
 _TIMES_CAPACITY = 3.0
 _MAX_IMAGES = 200

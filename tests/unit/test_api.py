@@ -17,7 +17,7 @@ import pytest
 from fakes import FakeDetector, png
 from pydantic import SecretStr
 
-from flawstream.maps import decode_map
+from flawstream.imaging.maps import decode_map
 from schemas.errors import (
     BacklogFullError,
     ConfigError,
@@ -28,8 +28,8 @@ from schemas.errors import (
 )
 from schemas.messages import AnomalyMap, MapCodec
 from schemas.settings import ApiSettings, LimitSettings
-from serving.api import build_api
-from serving.security import warn_if_open
+from serving.api.api import build_api
+from serving.api.security import warn_if_open
 from workers.ports import Refusal
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]

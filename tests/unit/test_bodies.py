@@ -9,8 +9,8 @@ import pytest
 from starlette.requests import Request
 
 from schemas.errors import MessageError
-from serving.bodies import Bodies
-from serving.problems import RequestRefusedError
+from serving.api.bodies import Bodies
+from serving.api.problems import RequestRefusedError
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 

@@ -21,7 +21,7 @@ from training.datasets.decoding import count_files, decode_files
 from training.datasets.magnetic_tile import load_magnetic_tile
 from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import CategoryData, Sample
-from training.fit import split_rows
+from training.steps.fit import split_rows
 
 pytestmark = pytest.mark.unit
 

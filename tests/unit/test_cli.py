@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny_models import write_version
 
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream_cli import terminal
 from flawstream_cli.main import COMMANDS, load_command
 

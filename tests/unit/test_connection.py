@@ -12,8 +12,8 @@ from redis.asyncio.sentinel import MasterNotFoundError, SlaveNotFoundError
 
 from schemas.errors import ConfigError, StreamUnavailableError
 from schemas.settings import RedisSettings
-from workers.clients import PasswordFile
-from workers.connection import address, make_client, require_server, stream_errors
+from workers.redis.clients import PasswordFile
+from workers.redis.scripts import address, make_client, require_server, stream_errors
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 

@@ -18,8 +18,8 @@ from fakes import (
 from schemas.errors import DetectorOverloadedError, Reason, StreamUnavailableError
 from schemas.messages import DeadLetter, DetectionResult, Verdict
 from schemas.settings import LimitSettings, WorkerSettings
-from workers.consumer import StreamWorker
-from workers.decode import Decoder
+from workers.consume.decode import Decoder
+from workers.consume.worker import StreamWorker
 from workers.ports import Detection, Entry, Refusal
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]

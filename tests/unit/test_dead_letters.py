@@ -6,7 +6,7 @@ from fakes import ARRIVED, entry_id, image_entry
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 from schemas.wire import MAX_FIELDS, dead_letter_fields, parse_dead_letter, parse_image
-from workers.dead_letters import bury
+from workers.outcomes.dead_letter import bury
 from workers.ports import Entry, Refusal
 
 pytestmark = pytest.mark.unit

@@ -21,7 +21,7 @@ from tiny_models import (
     write_version,
 )
 
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.errors import Reason, RegistryError, ShapeError
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings

@@ -13,14 +13,14 @@ import pytest
 from command_line import Run, make_run
 from tiny_models import SPEC, write_version
 
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from flawstream_cli.commands import evaluate, train
 from flawstream_cli.commands.train import train_all
 from flawstream_cli.terminal import read_settings
 from schemas.manifest import ModelManifest
 from training.datasets.mvtec import load_mvtec
-from training.evaluate import ScoredImage
-from training.job import Job, Progress, Stage
+from training.pipeline import Job, Progress, Stage
+from training.steps.evaluate import ScoredImage
 
 pytestmark = pytest.mark.unit
 

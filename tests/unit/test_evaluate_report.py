@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import recall_score, roc_auc_score
 
-from flawstream.maps import encode_map
+from flawstream.imaging.maps import encode_map
 from schemas.errors import DatasetError
 from schemas.manifest import DefectMetrics, Metrics
 from schemas.messages import MapCodec
 from training.datasets.samples import Sample
-from training.evaluate import Evaluation, ScoredImage, Spread, spread, summarise
-from training.metrics import rate_interval
-from training.plots import BOTTOM, LEFT, RIGHT, TOP, plot_scores
-from training.report import JudgedImage, overlay, write_report
+from training.report.metrics import rate_interval
+from training.report.plots import BOTTOM, LEFT, RIGHT, TOP, plot_scores
+from training.report.report import JudgedImage, overlay, write_report
+from training.steps.evaluate import Evaluation, ScoredImage, Spread, spread, summarise
 
 pytestmark = pytest.mark.unit
 

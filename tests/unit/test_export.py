@@ -27,8 +27,8 @@ from flawstream.export.version import ExportFormat, ExportOptions, export_versio
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.fastflow.score import image_scores
-from flawstream.maps import upsample
-from flawstream.registry import Registry
+from flawstream.imaging.maps import upsample
+from flawstream.registry.registry import Registry
 from schemas.errors import ConfigError
 from schemas.manifest import BackboneSpec, ModelManifest
 from schemas.settings import ModelSettings

@@ -17,8 +17,8 @@ from flawstream.fastflow.head import FastFlowHead
 from schemas.errors import ConfigError, DatasetError
 from schemas.manifest import FlowSpec
 from schemas.settings import LimitSettings, ModelSettings, TrainingSettings
-from training.features import FeatureCache, FeatureExtractor
-from training.fit import Step, fit_head, split_rows
+from training.steps.features import FeatureCache, FeatureExtractor
+from training.steps.fit import Step, fit_head, split_rows
 
 pytestmark = pytest.mark.unit
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from soak.fuzz_corpus import corpus
 
-from flawstream.images import decode_image
+from flawstream.imaging.decode import decode_image
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 from schemas.wire import parse_image

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from flawstream import images
-from flawstream.images import decode_image
+from flawstream.imaging import decode as images
+from flawstream.imaging.decode import decode_image
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 

@@ -17,16 +17,16 @@ from command_line import Run, make_run
 from small_backbones import SIDE, shrink
 from torch import Tensor
 
+from flawstream.engines.openvino.engine import OpenvinoEngine
+from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.anomalib import ANOMALIB_BACKBONES, AnomalibModel, read_anomalib
 from flawstream.fastflow.head import FoldedHead
 from flawstream.fastflow.score import likelihood_map
-from flawstream.registry import Registry
-from flawstream.versions import BACKBONE_FILE, open_backbone
+from flawstream.registry.registry import Registry
+from flawstream.registry.versions import BACKBONE_FILE, open_backbone
 from schemas.errors import ConfigError, WeightsError
 from schemas.manifest import FlowSpec, ImportRecord
 from schemas.settings import ModelSettings
-from serving.engines.openvino_engine import OpenvinoEngine
-from serving.engines.torch_engine import TorchEngine
 from serving.model_store import ModelStore
 
 pytestmark = pytest.mark.unit

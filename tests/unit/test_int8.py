@@ -8,15 +8,23 @@ import numpy as np
 import pytest
 import torch
 
+from flawstream.engines.openvino.int8_graph import (
+    CONSTANTS_FILE,
+    GRAPH_FILE,
+    Faster,
+    Int8Flows,
+    Int8Graph,
+    cut,
+    int8_pays,
+)
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from flawstream.int8 import CONSTANTS_FILE, GRAPH_FILE, Faster, Int8Flows, Int8Graph, cut, int8_pays
 from schemas.manifest import FlowSpec
 from schemas.settings import LimitSettings, ModelSettings
-from training import int8
 from training.datasets.samples import Sample
-from training.features import FeatureExtractor
-from training.int8 import Material, try_int8, write_flows, write_version
+from training.steps import quantise as int8
+from training.steps.features import FeatureExtractor
+from training.steps.quantise import Material, try_int8, write_flows, write_version
 
 pytestmark = [
     pytest.mark.unit,

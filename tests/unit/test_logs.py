@@ -14,8 +14,8 @@ from flawstream.telemetry import logs
 from flawstream.telemetry.logs import set_up_logging
 from schemas.errors import DetectorOverloadedError
 from schemas.settings import LimitSettings, LoggingSettings, WorkerSettings
-from workers.consumer import StreamWorker
-from workers.decode import Decoder
+from workers.consume.decode import Decoder
+from workers.consume.worker import StreamWorker
 from workers.ports import Entry
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]

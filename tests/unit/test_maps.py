@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from flawstream.maps import decode_map, encode_jpeg, encode_map, find_boxes, paint, upsample
+from flawstream.imaging.maps import decode_map, encode_jpeg, encode_map, find_boxes, paint, upsample
 from schemas.errors import MessageError, Reason
 from schemas.messages import AnomalyMap, MapCodec
 

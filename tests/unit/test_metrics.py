@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import (
     binary_precision_recall_curve,
 )
 
-from training.metrics import CONFIDENCE, PixelTally, aupro, auroc, image_metrics, rate_interval
+from training.report.metrics import CONFIDENCE, PixelTally, aupro, auroc, image_metrics, rate_interval
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ from tiny_models import FLOW, SPEC, TinyEngine, write_version
 
 import serving.model_store
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry import Registry
+from flawstream.registry.registry import Registry
 from schemas.errors import RegistryError, UnknownCategoryError
 from serving.model_store import ModelStore
 

@@ -12,7 +12,7 @@ from scraped import collected
 from flawstream.calibration import p_values
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.prometheus import PrometheusMetrics
-from workers.quality import Quality, distance_from_uniform
+from workers.observe.drift import Quality, distance_from_uniform
 
 pytestmark = pytest.mark.unit
 

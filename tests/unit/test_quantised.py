@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flawstream.quantised import QuantisedConv, fold_batch_norms, quantise
+from flawstream.engines.openvino.quantise import QuantisedConv, fold_batch_norms, quantise
 
 pytestmark = pytest.mark.unit
 

@@ -14,7 +14,7 @@ from fsspec.registry import known_implementations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flawstream.registry import Registry, new_version
+from flawstream.registry.registry import Registry, new_version
 from schemas.errors import ConfigError, RegistryError
 from schemas.manifest import MANIFEST_FORMAT, BackboneSpec, Calibration, FlowSpec, ModelManifest, TrainingRecord
 

@@ -23,15 +23,15 @@ from flawstream.telemetry.prometheus import PrometheusMetrics
 from schemas.errors import DetectorOverloadedError, Reason, StreamUnavailableError
 from schemas.settings import LimitSettings, WorkerSettings
 from serving.batching import DrainBatcher
-from training.job import Progress, Stage
-from training.recorded import recorded
-from workers.backlog import BacklogState
-from workers.consumer import StreamWorker
-from workers.decode import Decoder
+from training.pipeline import Progress, Stage
+from training.progress_metrics import recorded
+from workers.consume.decode import Decoder
+from workers.consume.worker import StreamWorker
+from workers.observe.backlog import BacklogState
+from workers.observe.drift import Quality
+from workers.observe.stream_gauges import StreamGauges
+from workers.observe.tally import Tally
 from workers.ports import Refusal
-from workers.quality import Quality
-from workers.stream_gauges import StreamGauges
-from workers.tally import Tally
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 

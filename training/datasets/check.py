@@ -119,7 +119,7 @@ def check_listing(data: CategoryData, settings: TrainingSettings) -> list[Findin
 
 
 def calibration_count(train_images: int, fraction: float) -> int:
-    """Tell how many of the normal images are held out to calibrate, as `training.fit.split_rows` does."""
+    """Tell how many of the normal images are held out to calibrate, as `training.steps.fit.split_rows` does."""
     return max(1, round(train_images * fraction))
 
 

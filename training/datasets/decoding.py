@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from flawstream.images import decode_image
+from flawstream.imaging.decode import decode_image
 from schemas.errors import MessageError
 from schemas.settings import LimitSettings
 from training.datasets.samples import CategoryData

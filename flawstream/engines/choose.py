@@ -1,0 +1,81 @@
+"""Which engine a setting names on this machine."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from flawstream.engines.ncnn.engine import NcnnEngine
+from flawstream.engines.ncnn.graphs import ncnn_is_installed, require_ncnn
+from flawstream.engines.openvino.compile import openvino_is_installed
+from flawstream.engines.openvino.engine import OpenvinoEngine
+from flawstream.engines.openvino.int8_graph import int8_pays
+from flawstream.engines.protocol import Engine
+from flawstream.engines.torch_engine import TorchEngine
+from flawstream.fastflow.backbone import Backbone
+from schemas.errors import ConfigError
+from schemas.settings import DetectorSettings
+
+
+def resolve_engine(name: str) -> str:
+    """Turn `auto` into the fastest engine present: torch on a GPU, else ncnn, openvino or torch, the first installed.
+
+    Raises:
+        ConfigError: The engine named is not installed.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "torch"
+        return "ncnn" if ncnn_is_installed() else "openvino" if openvino_is_installed() else "torch"
+    if name == "ncnn":
+        require_ncnn()
+    if name == "openvino" and not openvino_is_installed():
+        raise ConfigError("detector.engine=openvino is not installed; pip install 'flawstream[openvino]', or use auto")
+    if name == "triton" and importlib.util.find_spec("tritonclient") is None:
+        raise ConfigError("detector.engine=triton needs a client; pip install 'flawstream[triton]', or use auto")
+    return name
+
+
+def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone]) -> Engine:
+    """Start the engine that the settings name.
+
+    Args:
+        settings: Which engine, and where it is if it is elsewhere.
+        open_backbone: Loads the frozen network; not called where the engine is elsewhere and has its own.
+
+    Raises:
+        ConfigError: The engine named is not installed or cannot run the backbone, or its server has no models of ours.
+        WeightsError: The backbone's weights cannot be had.
+        RegistryError: The backbone's weights are damaged.
+        TransientError: The engine is elsewhere and does not answer.
+    """
+    int8 = settings.precision == "auto" and int8_pays()
+    name = resolve_engine(settings.engine)
+    if settings.precision == "bf16" and name in ("ncnn", "triton"):
+        raise ConfigError(
+            f"detector.precision=bf16 is for the engines openvino and torch, and detector.engine is {name}"
+        )
+    if name in ("ncnn", "openvino"):
+        torch.set_num_threads(
+            1
+        )  # it has only scores to compute, and its threads wait for more at full speed: 5 ms a batch
+    match name:
+        case "triton":
+            from flawstream.engines.triton_engine import TritonEngine  # noqa: PLC0415 - an optional extra
+
+            return TritonEngine(settings.triton_url, settings.triton_timeout_s)
+        case "ncnn":
+            return NcnnEngine(open_backbone(), int8=int8)
+        case "openvino":
+            precision: Literal["f32", "bf16"] = "bf16" if settings.precision == "bf16" else "f32"
+            return OpenvinoEngine(open_backbone(), precision=precision, int8=int8)
+        case _:
+            return TorchEngine(open_backbone(), _half_precision(settings))
+
+
+def _half_precision(settings: DetectorSettings) -> torch.dtype | None:
+    """Tell in what torch computes convolutions: float16 on a GPU unless told otherwise, float32 on a CPU."""
+    if settings.precision == "bf16":
+        return torch.bfloat16
+    return torch.float16 if settings.precision == "auto" and torch.cuda.is_available() else None

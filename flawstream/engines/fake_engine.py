@@ -1,0 +1,51 @@
+"""No model at all: for load tests of everything around it, and for tests of serving. The same images, the same grids.
+
+Shape legend: B images, S side of an image in pixels, H W height and width of a scale's grid.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawstream.engines.protocol import Read, no_files
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.fastflow.statistics import FeatureStatistics
+from schemas.manifest import BackboneSpec, ModelManifest
+
+
+class FakeEngine:
+    """Calls a cell of the grid anomalous by how bright it is, less what the head has for its mean.
+
+    Args:
+        spec: What the engine says that its backbone is.
+    """
+
+    concurrent_batches = 1
+    copies = 0
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        self.spec = spec
+
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> list[np.float32]:
+        """Keep one number of a head per scale, so that categories differ."""
+        del manifest, read
+        return [
+            np.float32(statistics.mean.mean()) if isinstance(statistics, FeatureStatistics) else np.float32(0)
+            for statistics in head.statistics
+        ]
+
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple[list[np.float32], NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        """Average each cell of the images and subtract what the row's head has; see `Engine`."""
+        grids = []
+        for scale, side in enumerate(self.spec.grid_sizes):
+            cell = self.spec.input_size // side
+            grid = images.reshape(-1, side, cell, side, cell, 3).mean(axis=(2, 4, 5), dtype=np.float32) / np.float32(
+                255
+            )
+            for means, rows in heads:
+                grid[rows] -= means[scale]
+            grids.append(np.abs(grid))
+        return grids

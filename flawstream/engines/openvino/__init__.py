@@ -1,0 +1,1 @@
+"""OpenVINO on a CPU: the engine, its compiled graphs, and int8."""

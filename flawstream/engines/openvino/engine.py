@@ -1,0 +1,68 @@
+"""OpenVINO on a CPU. Needs the extra `openvino`."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flawstream.engines.openvino.compile import CompiledModule
+from flawstream.engines.openvino.int8_graph import Int8Flows
+from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart, load_int8
+from flawstream.engines.protocol import Read, no_files, run_heads
+from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from schemas.manifest import ModelManifest
+
+
+class OpenvinoEngine:
+    """Runs in float32 or bfloat16 what has no int8 graph.
+
+    Args:
+        backbone: The frozen network.
+        precision: Of backbone and heads.
+        int8: Whether versions are judged in int8 that may be.
+
+    Raises:
+        ConfigError: OpenVINO is not installed.
+    """
+
+    concurrent_batches = 1
+    copies = 4
+    """Measured 3.1 after a batch of one and 3.7 after one of 8: the graph's own, what it repacks, and activations."""
+
+    def __init__(self, backbone: Backbone, *, precision: Literal["f32", "bf16"] = "f32", int8: bool = False) -> None:
+        self.spec = backbone.spec
+        self._precision: Literal["f32", "bf16"] = precision
+        self._int8 = int8
+        side = self.spec.input_size
+        self._backbone = CompiledModule(backbone, [(side, side, 3)], dtype=torch.uint8, precision=precision)
+
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Run | Int8Version":
+        """Fold a head, compile it and run it once."""
+        if self._int8 and (version := load_int8(head, manifest, read)) is not None:
+            return version
+        compiled = CompiledModule(
+            FoldedHead(head), self.spec.feature_shapes, dtype=torch.float32, listed=True, precision=self._precision
+        )
+
+        def run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+            return compiled(*features)
+
+        run([np.zeros((1, *shape), np.float32) for shape in self.spec.feature_shapes])
+        return run
+
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run | Int8Version", NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        """Run the backbone, then each head on its rows; see `Engine`."""
+        return detect_apart(images, heads, self.spec, self._detect)
+
+    def _detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run | Int8Flows", NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        return run_heads(self._backbone(images), heads, self.spec)
+
+
+_Run = Callable[[Sequence[NDArray[np.float32]]], list[NDArray[np.float32]]]

@@ -1,0 +1,88 @@
+"""PyTorch on a GPU or a CPU: the reference that other engines agree with. The GPU path was not run on a GPU."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flawstream.engines.protocol import Read, no_files, run_heads
+from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from schemas.manifest import ModelManifest
+
+_OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive")
+"""What is said on a CPU where memory runs out, by torch's allocator and by oneDNN."""
+
+
+class TorchEngine:
+    """Runs channels last.
+
+    Args:
+        backbone: The frozen network; moved to the GPU where there is one.
+        half: In what convolutions compute; None is float32. Normalisation and scores are float32 in any case.
+    """
+
+    concurrent_batches = 1
+    copies = 1
+
+    def __init__(self, backbone: Backbone, half: torch.dtype | None = None) -> None:
+        self.spec = backbone.spec
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._half = half
+        if self._device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # sizes of batches are few, and shapes fixed
+        self._backbone = backbone.to(self._device)
+        self._backbone.to(memory_format=torch.channels_last)
+
+    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Run":
+        """Fold a head, move it to the device and run it once."""
+        del manifest, read
+        folded = FoldedHead(head).to(self._device)
+        folded.to(memory_format=torch.channels_last)
+
+        @torch.inference_mode()
+        def run(features: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+            white = [normalise(scale) for normalise, scale in zip(folded.statistics, features, strict=True)]
+            with self._convolutions():
+                grids = folded.score(white)
+            return [grid.float().cpu().numpy() for grid in grids]
+
+        run([torch.zeros((1, *shape), device=self._device) for shape in self.spec.feature_shapes])
+        return run
+
+    @torch.inference_mode()
+    def detect(
+        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run", NDArray[np.int64]]]
+    ) -> list[NDArray[np.float32]]:
+        """Run the backbone, then each head on its rows; see `Engine`."""
+        with _memory_errors():
+            with self._convolutions():
+                features: list[Tensor] = self._backbone(self._on_device(images))
+            return run_heads([scale.float() for scale in features], heads, self.spec)
+
+    def _on_device(self, images: NDArray[np.uint8]) -> Tensor:
+        """Copy a batch: arrays from shared memory are read-only, which torch warns of. To a GPU from pinned memory."""
+        copied = torch.tensor(images)
+        if self._device.type == "cuda":
+            return copied.pin_memory().to(self._device, non_blocking=True)
+        return copied
+
+    def _convolutions(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._half or torch.bfloat16, enabled=self._half is not None)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Call it `MemoryError` where memory runs out: torch has a class for it on a GPU and only words for it on a CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise
+
+
+_Run = Callable[[Sequence[Tensor]], list[NDArray[np.float32]]]

@@ -1,0 +1,167 @@
+"""Anomaly maps: from a model's native grids to pixels, to bytes and back, to boxes and to pictures.
+
+Knows no model and no transport. The values are nats per channel throughout (`flawstream.fastflow.score`).
+"""
+
+import struct
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from flawstream.imaging.png import check_chunks
+from schemas.errors import MessageError, Reason
+from schemas.messages import AnomalyMap, Box, MapCodec
+
+Grid = NDArray[np.float16] | NDArray[np.float32]
+
+_HIGHEST = float(np.finfo(np.float16).max)
+_PAINTED_DOUBLINGS = 5
+
+_PNG_RANGE = 64.0
+"""png16 spans 0 to this many nats per channel; a flow's values on normal images are about 0.5."""
+
+_MAX_SIDE_PX = 4096
+"""A larger map is refused before memory is taken for it; models see at most 2048 pixels."""
+
+_F16_MAX = float(np.finfo(np.float16).max)
+
+
+def bounded(grid: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bound values to what float16 holds; what is no number is as anomalous as can be and never passes as normal."""
+    return np.nan_to_num(grid, nan=_HIGHEST, posinf=_HIGHEST, neginf=-_HIGHEST).clip(-_HIGHEST, _HIGHEST)
+
+
+def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Average the scales at full size, as FastFlow does (arXiv 2111.07677, section 3.3).
+
+    Args:
+        grids: One (H_s, W_s) map per feature scale.
+        shape: (height, width) in pixels of the result.
+
+    Returns:
+        (height, width) float32.
+    """
+    height, width = shape
+    total = np.zeros(shape, np.float32)
+    for grid in grids:
+        total += cv2.resize(grid.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    return total / np.float32(len(grids))
+
+
+def encode_map(
+    grids: Sequence[NDArray[np.float16]], shape: tuple[int, int], codec: MapCodec, threshold: float
+) -> AnomalyMap:
+    """Write a map as bytes.
+
+    Args:
+        grids: One (H_s, W_s) map per feature scale.
+        shape: (height, width) in pixels of the map once decoded.
+        codec: How to write it.
+        threshold: What `heatmap-jpeg` sets its colours by, nats per channel.
+    """
+    if codec is MapCodec.NONE:
+        return AnomalyMap(codec=codec)
+    if codec is MapCodec.GRID_F16:
+        data = b"".join(grid.astype("<f2").tobytes() for grid in grids)
+        return AnomalyMap(codec=codec, shape=shape, grids=tuple((g.shape[0], g.shape[1]) for g in grids), data=data)
+    values = upsample(grids, shape)
+    if codec is MapCodec.F16:
+        return AnomalyMap(codec=codec, shape=shape, data=values.astype("<f2").tobytes())
+    if codec is MapCodec.PNG16:
+        levels = np.rint(np.clip(values * (65535 / _PNG_RANGE), 0, 65535)).astype(np.uint16)
+        return AnomalyMap(codec=codec, shape=shape, data=cv2.imencode(".png", levels)[1].tobytes())
+    return AnomalyMap(codec=codec, shape=shape, data=encode_jpeg(paint(values, threshold)))
+
+
+def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
+    """Read a map back.
+
+    Returns:
+        (height, width) float32, nats per channel.
+
+    Raises:
+        MessageError: `malformed`: no map, a picture that no longer holds values, or bytes that do not fit the shape.
+    """
+    height, width = encoded.shape
+    try:
+        if encoded.codec is not MapCodec.NONE and not (0 < height <= _MAX_SIDE_PX and 0 < width <= _MAX_SIDE_PX):
+            raise ValueError(f"a side must have 1 to {_MAX_SIDE_PX} pixels")  # noqa: TRY301 - told like the others below
+        if encoded.codec is MapCodec.GRID_F16:
+            counts = [rows * columns for rows, columns in encoded.grids]
+            flat = np.frombuffer(encoded.data, "<f2")
+            parts = np.split(flat, np.cumsum(counts)[:-1])
+            return upsample(
+                [part.reshape(grid) for part, grid in zip(parts, encoded.grids, strict=True)], encoded.shape
+            )
+        if encoded.codec is MapCodec.F16:
+            return np.frombuffer(encoded.data, "<f2").reshape(encoded.shape).astype(np.float32)
+        if encoded.codec is MapCodec.PNG16:
+            if encoded.data[16:24] != struct.pack(">II", width, height):  # PNG's header: a bomb is not unpacked
+                raise ValueError("the PNG has another size")  # noqa: TRY301 - the same
+            check_chunks(encoded.data)
+            levels = np.asarray(cv2.imdecode(np.frombuffer(encoded.data, np.uint8), cv2.IMREAD_UNCHANGED))
+            if levels.dtype != np.uint16:
+                raise ValueError("no PNG of 16 bits")  # noqa: TRY301 - the same
+            return levels.reshape(encoded.shape).astype(np.float32) * np.float32(_PNG_RANGE / 65535)
+    except (TypeError, ValueError, cv2.error, ZeroDivisionError) as error:
+        raise MessageError(
+            Reason.MALFORMED, f"the {encoded.codec} map does not fit its shape {encoded.shape}: {error}"
+        ) from error
+    raise MessageError(Reason.MALFORMED, f"a map of codec {encoded.codec} holds no values to read")
+
+
+def find_boxes(
+    values: NDArray[np.float32], threshold: float, image_shape: tuple[int, int], most: int = 32
+) -> tuple[Box, ...]:
+    """Find the connected regions above a threshold.
+
+    Args:
+        values: (height, width) anomaly map.
+        threshold: Nats per channel.
+        image_shape: (height, width) of the original image; the boxes are in its pixels.
+        most: At most so many boxes, those with the highest values.
+
+    Returns:
+        The boxes, the highest score first.
+    """
+    count, labels, stats, _ = cv2.connectedComponentsWithStats((values > threshold).astype(np.uint8), connectivity=8)
+    if count == 1:  # the background alone
+        return ()
+    peaks = np.full(count, -np.inf, np.float32)
+    np.maximum.at(peaks, labels.ravel(), values.ravel())
+    peaks[0] = -np.inf
+    return tuple(
+        _box(stats[k], min(float(peaks[k]), _F16_MAX), (values.shape[0], values.shape[1]), image_shape)
+        for k in np.argsort(-peaks)[: min(most, count - 1)]
+    )
+
+
+def _box(stats: NDArray[np.int32], score: float, map_shape: tuple[int, int], image_shape: tuple[int, int]) -> Box:
+    """Scale a region to the image's pixels, outwards to whole ones, so that it stays covered."""
+    left, top = int(stats[cv2.CC_STAT_LEFT]), int(stats[cv2.CC_STAT_TOP])
+    right, bottom = left + int(stats[cv2.CC_STAT_WIDTH]), top + int(stats[cv2.CC_STAT_HEIGHT])
+    x, y = left * image_shape[1] // map_shape[1], top * image_shape[0] // map_shape[0]
+    end_x, end_y = -(-right * image_shape[1] // map_shape[1]), -(-bottom * image_shape[0] // map_shape[0])
+    return Box(x=x, y=y, width=end_x - x, height=end_y - y, score=score)
+
+
+def paint(values: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+    """Paint a map in colours on a logarithmic scale, since gross defects score hundreds of times what fine ones do.
+
+    Half the threshold and less is dark blue, the threshold light blue, 16 times the threshold and more dark red; each
+    fifth of the colours is a doubling.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    doublings = np.log2(np.maximum(values, 1e-6) / max(threshold / 2, 1e-6))
+    levels = np.clip(doublings * (255 / _PAINTED_DOUBLINGS), 0, 255).astype(np.uint8)
+    coloured: NDArray[np.uint8] = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)[:, :, ::-1]
+    return np.ascontiguousarray(coloured)
+
+
+def encode_jpeg(pixels: NDArray[np.uint8], quality: int = 85) -> bytes:
+    """Write an (H, W, 3) uint8 RGB picture as JPEG."""
+    return bytes(cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())

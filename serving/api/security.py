@@ -1,0 +1,169 @@
+"""Who may use the HTTP API, and what every answer of it says to browsers. Knows no route and no stream."""
+
+import hmac
+import logging
+from hashlib import sha256
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from schemas.errors import ConfigError
+from schemas.settings import ApiSettings
+from serving.api.problems import Problem, RequestRefusedError
+
+_log = logging.getLogger(__name__)
+
+DOCUMENTS = ("/docs", "/static-offline-docs")
+"""Pages for people; they have scripts and styles of their own, and no data of anybody."""
+
+_MAX_QUERY_BYTES = 4096
+"""Holds the longest id with every character escaped; a longer query is no mistake of ours to read."""
+
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+_DOCUMENT_HEADERS = {
+    **_HEADERS,
+    "Content-Security-Policy": (
+        "default-src 'none'; connect-src 'self'; img-src 'self' data:; script-src 'self' 'unsafe-inline'; "
+        "style-src 'self' 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
+
+
+class Tokens:
+    """The tokens of which a request must carry one. Only their digests are kept.
+
+    Args:
+        settings: Where they are. A file is read again when it has changed, so that a rotated secret works without a
+            restart; one that cannot be read any more lets nobody in.
+
+    Raises:
+        ConfigError: Two places are named, or the one that is named has no token.
+    """
+
+    def __init__(self, settings: ApiSettings) -> None:
+        if settings.tokens and settings.tokens_file is not None:
+            raise ConfigError("api.tokens and api.tokens_file are both set; leave one of them out")
+        self._file = settings.tokens_file
+        self._version: object = None
+        self._digests = [_digest(token.get_secret_value().encode()) for token in settings.tokens]
+        if any(not token.get_secret_value().strip() for token in settings.tokens):
+            raise ConfigError("one of api.tokens is empty; make one with: openssl rand -hex 32")
+        if self._file is not None:
+            try:
+                self._read(self._file)
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"api.tokens_file={self._file} cannot be read: {error}") from error
+            if not self._digests:
+                raise ConfigError(f"api.tokens_file={self._file} has no token; write one a line")
+
+    @property
+    def required(self) -> bool:
+        """Tell whether a request must carry a token."""
+        return bool(self._digests) or self._file is not None
+
+    def accept(self, given: str) -> bool:
+        """Tell whether this is one of the tokens, in a time that says nothing of how near it came."""
+        if self._file is not None:
+            try:
+                self._read(self._file)
+            except (OSError, UnicodeDecodeError) as error:
+                if self._version is not None:
+                    _log.error("api.tokens_file=%s cannot be read, so nobody is let in: %s", self._file, error)
+                self._digests, self._version = [], None
+        digest = _digest(given.encode("latin-1", "replace"))  # as the header's bytes came
+        return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419 - each is compared
+
+    def _read(self, file: Path) -> None:
+        about = file.stat()
+        version = (about.st_mtime_ns, about.st_ino, about.st_size)
+        if version == self._version:
+            return
+        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        self._digests = [_digest(line.encode()) for line in lines if line and not line.startswith("#")]
+        self._version = version
+
+    async def check(
+        self,
+        given: Annotated[
+            HTTPAuthorizationCredentials | None,
+            Security(
+                HTTPBearer(scheme_name="token", description="Needed where the service has tokens.", auto_error=False)
+            ),
+        ],
+    ) -> None:
+        """Refuse a request that carries no token of ours, where one is required; a dependency of FastAPI.
+
+        Raises:
+            RequestRefusedError: 401.
+        """
+        if not self.required or (given is not None and self.accept(given.credentials)):
+            return
+        challenge = "Bearer" if given is None else 'Bearer error="invalid_token"'
+        raise RequestRefusedError(
+            401,
+            "unauthorized",
+            "send a token of this service: 'Authorization: Bearer <token>'",
+            {"WWW-Authenticate": challenge},
+        )
+
+
+class GuardedApp:
+    """An ASGI application whose every answer has the headers that keep browsers from harm, its failures too.
+
+    A query that is too long is refused before anything looks at it.
+
+    Args:
+        app: What is guarded.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = _DOCUMENT_HEADERS if scope["path"].startswith(DOCUMENTS) else _HEADERS
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(headers)
+            await send(message)
+
+        if len(scope["query_string"]) > _MAX_QUERY_BYTES:
+            problem = Problem(reason="too_large", detail=f"the query has more than {_MAX_QUERY_BYTES:,} bytes")
+            await JSONResponse(problem.model_dump(), status_code=414)(scope, receive, send_guarded)
+            return
+        await self._app(scope, receive, send_guarded)
+
+
+def warn_if_open(settings: ApiSettings) -> None:
+    """Say in the log where the API can be reached from the network and asks for no token."""
+    try:
+        loopback = ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = settings.host == "localhost"
+    if not loopback and not settings.tokens and settings.tokens_file is None:
+        _log.warning(
+            "the HTTP API listens on %s and asks for no token: whoever reaches it may push images and have them "
+            "judged; set api.tokens_file, or let it listen on 127.0.0.1",
+            settings.host,
+        )
+
+
+def _digest(token: bytes) -> bytes:
+    return sha256(token).digest()

@@ -1,0 +1,1 @@
+"""What is measured of versions, and the HTML report that shows it."""

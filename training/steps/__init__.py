@@ -1,0 +1,1 @@
+"""The steps of a category's training, each with no Ray inside."""

@@ -1,0 +1,1 @@
+"""The way of an image: read, decoded, judged, published."""

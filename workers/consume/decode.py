@@ -1,0 +1,158 @@
+"""From an entry's bytes to pixels, on threads: the decoders let go of the interpreter lock while they work.
+
+An image that is elsewhere is fetched first, and held by nobody once it is pixels.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+
+import cv2
+
+from flawstream.imaging.decode import DecodedImage, decode_image
+from schemas.errors import MessageError, TransientError
+from schemas.messages import ImageMessage
+from schemas.settings import LimitSettings
+from schemas.wire import parse_image
+from workers.observe import log_fields
+from workers.ports import Clock, Entry
+from workers.references import ImageFetcher, NoReferences
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A decoded image on its way to the detector.
+
+    Attributes:
+        entry: Where it came from.
+        message: What the producer said; with a reference, without the bytes that it led to.
+        image: Pixels at the detector's input size.
+        queued_ms: From the entry's arrival on the server to the worker's first look.
+        decode_ms: Bytes to pixels, without the time to fetch them.
+    """
+
+    entry: Entry
+    message: ImageMessage
+    image: DecodedImage
+    queued_ms: float
+    decode_ms: float
+
+
+class Decoder:
+    """Decodes the images of a batch, each for itself.
+
+    Args:
+        threads: Images decoded at once.
+        limits: What is too large.
+        clock: For the times.
+        references: Fetches images that are elsewhere; absent: none are.
+    """
+
+    def __init__(
+        self, threads: int, limits: LimitSettings, clock: Clock, references: ImageFetcher | None = None
+    ) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flawstream-decode")
+        cv2.setNumThreads(1)  # OpenCV's own would wait for work at full speed beside these
+        self._limits = limits
+        self._clock = clock
+        self._references = references or NoReferences()
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """Give the threads, for other work on pixels."""
+        return self._pool
+
+    async def decode(self, entries: Sequence[Entry], size_px: int) -> list[Job | MessageError | None]:
+        """Decode a batch.
+
+        Args:
+            entries: As they came from the stream.
+            size_px: Side of the pixels to make.
+
+        Returns:
+            For each entry a job, why it can never be one, or nothing where a bug of ours came between (it is logged).
+
+        Raises:
+            StreamUnavailableError: The stream server has an image under a key and does not answer.
+        """
+        seen_at = self._clock.now()
+        loop = asyncio.get_running_loop()
+        outcomes = await asyncio.gather(
+            *(
+                self._fetch_and_decode(entry, size_px, seen_at)
+                if entry.fields.get(b"image_ref")
+                else loop.run_in_executor(self._pool, self._decode_one, entry, size_px, seen_at)
+                for entry in entries
+            ),
+            return_exceptions=True,  # so that nothing is left running when the first fails
+        )
+        opened: list[Job | MessageError | None] = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, MessageError):
+                raise outcome
+            opened.append(outcome)
+        return opened
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _fetch_and_decode(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
+        try:
+            message = parse_image(entry.entry_id, entry.fields, self._limits)
+            async with self._references.fetch(message.image_ref or "") as data:
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._pool, self._decode_bytes, entry, message, data, size_px, seen_at
+                )
+        except MessageError as error:
+            return error
+        except TransientError:
+            raise
+        except Exception:  # noqa: BLE001 - one image must not take its neighbours down
+            _log.exception(
+                "entry %s could not be fetched; this is a bug, and the entry stays pending",
+                entry.entry_id,
+                extra=log_fields.entries([entry]),
+            )
+            return None
+
+    def _decode_one(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
+        try:
+            message = parse_image(entry.entry_id, entry.fields, self._limits)
+            return self._decode_bytes(entry, message, message.image or b"", size_px, seen_at)
+        except MessageError as error:
+            return error
+        except Exception:  # noqa: BLE001 - one image must not take its neighbours down
+            _log.exception(
+                "entry %s could not be decoded; this is a bug, and the entry stays pending",
+                entry.entry_id,
+                extra=log_fields.entries([entry]),
+            )
+            return None
+
+    def _decode_bytes(self, entry: Entry, message: ImageMessage, data: bytes, size_px: int, seen_at: datetime) -> Job:
+        started_at = self._clock.now()
+        image = decode_image(data, size_px, self._limits)
+        return Job(
+            entry=entry,
+            message=message,
+            image=image,
+            queued_ms=since_arrival_ms(entry.entry_id, seen_at),
+            decode_ms=between_ms(started_at, self._clock.now()),
+        )
+
+
+def since_arrival_ms(entry_id: str, now: datetime) -> float:
+    """Tell how long ago an entry arrived, by the server's clock; 0 where the clocks disagree."""
+    arrived_ms = int(entry_id.partition("-")[0])
+    return max(0.0, now.timestamp() * 1000 - arrived_ms)
+
+
+def between_ms(start: datetime, end: datetime) -> float:
+    """Tell the time between; 0 where the clock was set back."""
+    return max(0.0, (end - start).total_seconds() * 1000)

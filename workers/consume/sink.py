@@ -1,0 +1,57 @@
+"""Ends entries: writes what came of them and takes them off the images stream, each exactly once."""
+
+from collections.abc import Sequence
+
+from schemas.keys import StreamKeys
+from schemas.messages import DetectionResult
+from schemas.wire import dead_letter_fields, result_fields
+from workers.ports import Ending
+from workers.redis.scripts import Script, StreamConnection, stream_errors
+
+
+class RedisResultSink:
+    """A `ResultSink` on Redis streams.
+
+    One script call ends a whole batch. It writes only for entries that are still pending for this consumer, so a call
+    whose reply was lost can be made again: what it ended is no longer pending and is not written twice.
+
+    Args:
+        client: Of the server that has all three streams.
+        keys: Names the streams and the group.
+        consumer: The name under which the entries were read.
+    """
+
+    def __init__(self, client: StreamConnection, keys: StreamKeys, consumer: str) -> None:
+        self._client = client
+        self._keys = keys
+        self._consumer = consumer
+        self._script = Script(client, "owned.lua", "publish.lua")
+
+    async def publish(self, endings: Sequence[Ending]) -> list[bool]:
+        """Write each outcome and take its entry off the images stream, in one step per entry.
+
+        Returns:
+            For each ending, whether the entry was still this consumer's. Where not, nothing was written: another
+            worker has the entry, or an earlier call whose reply was lost has ended it.
+
+        Raises:
+            StreamUnavailableError: The server does not answer. Each entry either ended or is still pending.
+            ConfigError: The server refuses the user.
+        """
+        if not endings:
+            return []
+        targets: list[str] = []
+        values: list[str | bytes | int] = [self._keys.group, self._consumer]
+        for ending in endings:
+            if isinstance(ending.outcome, DetectionResult):
+                targets.append(self._keys.results)
+                fields = result_fields(ending.outcome)
+            else:
+                targets.append(self._keys.dead)
+                fields = dead_letter_fields(ending.outcome)
+            values += (ending.entry_id, 2 * len(fields))
+            for name, value in fields.items():
+                values += (name, value)
+        with stream_errors(self._client):
+            reply: list[int] = await self._script(keys=[self._keys.images, *targets], args=values)
+        return [bool(ended) for ended in reply]

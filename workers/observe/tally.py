@@ -1,0 +1,166 @@
+"""What a stream worker has done, counted and timed: for its status, for metrics. Knows no loop and no server."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+from flawstream.telemetry import metrics as m
+from flawstream.telemetry.metrics import NO_METRICS, Metrics
+from flawstream.telemetry.traces import NO_TRACER, Stage, Tracer
+from schemas.errors import Reason
+from schemas.messages import DeadLetter, DetectionResult
+from workers.observe import log_fields
+from workers.observe.drift import Quality
+from workers.ports import Ending
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """What a worker has done since it started.
+
+    Attributes:
+        read: Entries given to it, those given again included.
+        batches: Batches taken up.
+        results: Images that ended as results.
+        dead: Images that ended as dead letters, by reason.
+        not_ours: Outcomes not written because another worker had the entry, or an earlier try had ended it.
+        retries: Tries that the detector or the server could not serve and that were made again.
+        errors: Bugs: unexpected exceptions. Their entries stay pending.
+    """
+
+    read: int = 0
+    batches: int = 0
+    results: int = 0
+    dead: Counter[Reason] = field(default_factory=Counter)
+    not_ours: int = 0
+    retries: int = 0
+    errors: int = 0
+
+    def as_dict(self) -> dict[str, object]:
+        """Give it as JSON takes it."""
+        return asdict(self) | {"dead": {str(reason): count for reason, count in self.dead.items()}}
+
+
+class Batch:
+    """The stages that a batch went through.
+
+    Attributes:
+        began_ns: When it was taken up, nanoseconds since 1970.
+        stages: What was done with it since.
+    """
+
+    def __init__(self, tally: "Tally") -> None:
+        self.began_ns = time.time_ns()
+        self.stages: list[Stage] = []
+        self._tally = tally
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what the batch spends in a stage, tries made again included; one that fails is not counted."""
+        began_ns, began_s = time.time_ns(), time.perf_counter()
+        yield
+        took_s = time.perf_counter() - began_s
+        self.stages.append(Stage(name, began_ns, began_ns + round(took_s * 1e9)))
+        self._tally.spent(name, took_s)
+
+
+class Tally:
+    """Takes note of what a worker does: in its stats, and in metrics where somebody watches.
+
+    Args:
+        metrics: Where the numbers go.
+        quality: Told of every result; absent: nobody is.
+        tracer: Told of the way of every image; absent: nobody is.
+    """
+
+    def __init__(
+        self, metrics: Metrics = NO_METRICS, quality: Quality | None = None, tracer: Tracer = NO_TRACER
+    ) -> None:
+        self.stats = WorkerStats()
+        self._metrics = metrics
+        self._quality = quality
+        self._tracer = tracer
+
+    def took_up(self, images: int, queued_s: float) -> "Batch":
+        """Note a batch and how long its oldest image had waited."""
+        self.stats.batches += 1
+        self.stats.read += images
+        self._metrics.add(m.IMAGES, images)
+        self._metrics.observe(m.BATCH_IMAGES, images, stage="read")
+        self.spent("queue", queued_s)
+        return Batch(self)
+
+    def spent(self, stage: str, duration_s: float) -> None:
+        """Note what a batch spent in a stage."""
+        self._metrics.observe(m.STAGE_SECONDS, duration_s, stage=stage)
+
+    def ended(self, batch: "Batch", endings: Sequence[Ending], ours: Sequence[bool]) -> None:
+        """Note how the images of a batch ended.
+
+        Args:
+            batch: What `took_up` gave.
+            endings: What came of them.
+            ours: For each, whether it was written.
+        """
+        results: Counter[tuple[str, str]] = Counter()
+        dead: Counter[Reason] = Counter()
+        for ending, written in zip(endings, ours, strict=True):
+            match ending.outcome:
+                case DetectionResult() as result if written:
+                    results[result.category, result.verdict.value] += 1
+                    self._metrics.observe(m.IMAGE_SECONDS, result.total_ms / 1000)
+                    if self._quality is not None:
+                        self._quality.saw(result)
+                case DeadLetter(reason=reason) if written:
+                    dead[reason] += 1
+        for (category, verdict), count in results.items():
+            self._metrics.add(m.RESULTS, count, category=category, verdict=verdict)
+        for reason, count in dead.items():
+            self._metrics.add(m.DEAD_LETTERS, count, reason=reason.value)
+        self._log(endings, ours)
+        if self._tracer is not NO_TRACER:
+            self._trace(batch, endings, ours)
+        not_ours = len(ours) - sum(ours)
+        self._metrics.add(m.NOT_OURS, not_ours)
+        self.stats.results += results.total()
+        self.stats.dead += dead
+        self.stats.not_ours += not_ours
+
+    @staticmethod
+    def _log(endings: Sequence[Ending], ours: Sequence[bool]) -> None:
+        if _log.isEnabledFor(logging.INFO):
+            for ending, written in zip(endings, ours, strict=True):
+                if written and isinstance(ending.outcome, DeadLetter):
+                    _log.info("dead letter: %s", ending.outcome.detail, extra=log_fields.ending(ending))
+                elif written:
+                    _log.debug("result", extra=log_fields.ending(ending))
+
+    def _trace(self, batch: "Batch", endings: Sequence[Ending], ours: Sequence[bool]) -> None:
+        for ending, written in zip(endings, ours, strict=True):
+            if not written:
+                continue
+            about = log_fields.ending(ending)
+            traceparent = about.pop("traceparent", None)
+            arrived_ns = min(int(ending.entry_id.partition("-")[0]) * 1_000_000, batch.began_ns)
+            self._tracer.image(
+                traceparent if isinstance(traceparent, str) else None,
+                Stage("image", arrived_ns, time.time_ns()),
+                [Stage("queue", arrived_ns, batch.began_ns), *batch.stages],
+                {name: value for name, value in about.items() if isinstance(value, str | int | float)},
+                ending.outcome.detail if isinstance(ending.outcome, DeadLetter) else None,
+            )
+
+    def tried_again(self, cause: str) -> None:
+        """Note a try made again, by the error's code."""
+        self.stats.retries += 1
+        self._metrics.add(m.RETRIES, cause=cause)
+
+    def failed(self) -> None:
+        """Note a bug."""
+        self.stats.errors += 1
+        self._metrics.add(m.ERRORS)

@@ -1,0 +1,1 @@
+"""What is on the results and dead-letter streams: read, replayed, trimmed."""

@@ -1,0 +1,1 @@
+"""Images onto the stream: admission, de-duplication, durability."""

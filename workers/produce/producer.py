@@ -1,0 +1,156 @@
+"""Pushes images, for producers written in Python. Any other client needs no more than XADD."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from itertools import cycle
+
+from flawstream.telemetry import metrics as m
+from flawstream.telemetry.metrics import NO_METRICS, Metrics
+from flawstream.telemetry.traces import NO_TRACER, Tracer
+from schemas.errors import BacklogFullError, FlawstreamError, StreamUnavailableError
+from schemas.keys import StreamKeys, all_keys, keys_of
+from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
+from schemas.wire import parse_image
+from workers.produce.admission import REMEMBER_S, Room, when_there_is_room
+from workers.produce.durability import DurableScript
+from workers.redis.scripts import Script, StreamClient, stream_errors
+
+
+class Producer(StreamClient):
+    """Pushes images, refusing when the backlog is full.
+
+    A push that was cut off may or may not have happened. Push again with the same `id`: the image is on the stream
+    once. With shards, an image with an `id` goes to the shard of that `id`, others to one shard after the other. Once
+    refused, it asks for room before it sends the next image: a refusal costs neither side an image's bytes.
+
+    Args:
+        settings: Where the streams are, and what to wait for after a push.
+        limits: What a worker would refuse is refused here, before it is sent.
+        backlog: When the backlog is full.
+        metrics: Where numbers go; `flawstream.telemetry.prometheus.serve_metrics` gives one that Prometheus can ask.
+        tracer: Where spans go; `flawstream.telemetry.choose_tracer.open_tracer` gives one.
+    """
+
+    def __init__(
+        self,
+        settings: RedisSettings,
+        limits: LimitSettings = LimitSettings(),  # noqa: B008 - frozen
+        backlog: BacklogSettings = BacklogSettings(),  # noqa: B008 - frozen
+        metrics: Metrics = NO_METRICS,
+        *,
+        tracer: Tracer = NO_TRACER,
+    ) -> None:
+        super().__init__(settings)
+        self._tracer = tracer
+        self._metrics = metrics
+        self._settings = settings
+        self._limits = limits
+        self._shards = cycle(all_keys(settings))
+        self._room = Room(self._client, backlog)
+        self._full: set[StreamKeys] = set()
+        self._ask = Script(self._client, "room.lua", "ask.lua")
+        self._script = DurableScript(self._client, settings, "room.lua", "push.lua")
+
+    async def open(self) -> None:
+        """See that the server answers, can run our scripts, and can wait as asked.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+            ConfigError: It is too old, refuses the user, or keeps no AOF to wait for.
+        """
+        await super().open()
+        await self._script.check()
+
+    async def push(
+        self,
+        image: bytes,
+        category: str,
+        *,
+        id: str | None = None,  # noqa: A002 - the field's name on the wire
+        captured_at: datetime | None = None,
+        traceparent: str | None = None,
+        extra: Mapping[str, bytes] | None = None,
+        wait_s: float = 0.0,
+    ) -> str:
+        """Push one image.
+
+        Args:
+            image: JPEG, PNG, WebP, BMP or TIFF bytes.
+            category: Whose model judges it.
+            id: The producer's own key. Pushed twice within ten minutes, it is on the stream once. Without it, the
+                result has the entry's id.
+            captured_at: When the camera took it, with its zone.
+            traceparent: W3C trace context; comes back with the result. With a tracer, that of the push's own span is
+                sent in its place, whose parent it is.
+            extra: Fields that come back with the result.
+            wait_s: How long to wait for room before giving up.
+
+        Returns:
+            The entry's id; that of the first push where `id` was pushed before.
+
+        Raises:
+            MessageError: A worker would refuse it: `too_large` or `malformed`.
+            BacklogFullError: There is no room, and nothing was written.
+            StreamUnavailableError: The server does not answer, and whether the image was written is not known; or it
+                was written, and is not yet as safe as `redis.wait_replicas` and `redis.wait_local_fsync` ask. Push
+                it again with the same `id`: that waits anew.
+            ConfigError: The server refuses the user.
+        """
+        fields = {name.encode(): value for name, value in (extra or {}).items()}
+        fields[b"category"] = category.encode()
+        fields[b"image"] = image
+        if id is not None:
+            fields[b"id"] = id.encode()
+        if captured_at is not None:
+            fields[b"captured_at"] = captured_at.isoformat().encode()
+        with self._counted(), self._tracer.push(traceparent, {"category": category}) as carried:
+            if carried:
+                fields[b"traceparent"] = carried.encode()
+            parse_image("0-0", fields, self._limits)
+            keys = keys_of(self._settings, id) if id else next(self._shards)
+            return await when_there_is_room(partial(self._push_once, keys, id, fields), wait_s)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a push by its outcome, and time it."""
+        began_s = time.perf_counter()
+        outcome = "written"
+        try:
+            yield
+        except FlawstreamError as error:
+            outcome = error.code
+            raise
+        except BaseException:
+            outcome = "error"
+            raise
+        finally:
+            self._metrics.add(m.PUSHES, outcome=outcome)
+            self._metrics.observe(m.PUSH_SECONDS, time.perf_counter() - began_s)
+
+    async def _push_once(self, keys: StreamKeys, message_id: str | None, fields: Mapping[bytes, bytes]) -> str:
+        names = Room.keys(keys)
+        if message_id:
+            names.append(keys.seen(message_id))
+        values: list[bytes | int] = [*self._room.bounds, REMEMBER_S]
+        for name, value in fields.items():
+            values += (name, value)
+        with stream_errors(self._client):
+            try:
+                async with self._room.memory_errors(keys):
+                    if keys in self._full:
+                        self._room.refuse(keys, await self._ask(keys=names, args=self._room.bounds))
+                    entry_id, lacking = await self._script(names, values, partial(self._room.entry_id, keys))
+            except BacklogFullError:
+                self._full.add(keys)
+                raise
+            self._full.discard(keys)
+        if lacking:
+            raise StreamUnavailableError(
+                f"the image is written, as entry {entry_id} of {keys.images}, but is not yet as safe as "
+                f"redis.wait_replicas and redis.wait_local_fsync ask: {lacking} after {self._settings.timeout_s:g} s; "
+                "push it again with the same id, which waits anew and writes nothing twice"
+            )
+        return entry_id
