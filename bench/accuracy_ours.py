@@ -4,14 +4,16 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from flawstream.engines.choose import make_local_engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
-from schemas.settings import LimitSettings, ModelSettings, TrainingSettings
+from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
 from training.pipeline import Job, Stage, run_job
 from training.steps.evaluate import ImageScorer
@@ -29,21 +31,24 @@ def main(job_file: str, result_file: str) -> None:
     )
     data = CategoryData(told["set_name"], tuple(map(Path, told["train"])), samples)
     recipe = TrainingSettings(epochs=told["epochs"], seed=told["seed"])
-    extractor = FeatureExtractor(Backbone(ModelSettings()), LimitSettings(), told["threads"])
+    backbone = Backbone(ModelSettings())
+    extractor = FeatureExtractor(backbone, LimitSettings(), told["threads"])
+    engine = make_local_engine(DetectorSettings(), lambda: backbone, told["threads"])
     epoch = ""
     with tempfile.TemporaryDirectory() as root:
-        for progress in run_job(Job(data, ModelSettings(), recipe, root), extractor):
+        for progress in run_job(Job(data, ModelSettings(), recipe, root), extractor, engine):
             if progress.stage is Stage.TRAINING and progress.note.split("  ")[0] != epoch:
                 epoch = progress.note.split("  ")[0]
                 print(progress.note, file=sys.stderr, flush=True)
         assert progress.manifest is not None  # noqa: S101 - a job ends with it or raises
         manifest = progress.manifest
-        weights = Registry(root).read_file(manifest, WEIGHTS_FILE)
-    seconds = time.monotonic() - started
-    head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
-    scorer = ImageScorer(extractor, head, manifest.calibration.top_fraction)
-    scores = [image.score for image in scorer.score([sample.path for sample in samples])]
-    result = {"scores": scores, "false_alarm_rate": manifest.metrics.false_alarm_rate, "seconds": seconds}
+        seconds = time.monotonic() - started
+        read = partial(Registry(root).read_file, manifest)
+        head = FastFlowHead.from_bytes(read(WEIGHTS_FILE), manifest.backbone, manifest.flow)
+        loaded = engine.load(head, manifest, read)
+    scorer = ImageScorer(engine, [loaded], extractor.limits, manifest.calibration.top_fraction)
+    scores = [image.score for (image,) in scorer.score([sample.path for sample in samples])]
+    result = {"scores": scores, "false_alarm_rate": manifest.serving_metrics.false_alarm_rate, "seconds": seconds}
     Path(result_file).write_text(json.dumps(result))
 
 

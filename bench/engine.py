@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from bench.engine_ours import ENGINES, maps_of, scores_of
+from bench.engine_ours import ENGINES, maps_of
 from flawstream.engines.openvino.int8_graph import int8_pays
 from flawstream.fastflow.anomalib import read_anomalib
 from flawstream.fastflow.head import FoldedHead
+from flawstream.fastflow.score import score_images
 from schemas.settings import ModelSettings
 
 BATCHES = (1, 8, 32)
@@ -124,7 +125,7 @@ class Reference:
         with torch.inference_mode():
             grids = [grid.numpy() for grid in FoldedHead(model.make_head(backbone))(backbone(torch.from_numpy(images)))]
         self._maps = maps_of(grids, backbone.spec.input_size)
-        self._scores = scores_of(grids)
+        self._scores = score_images(grids, 0.03)
 
     def difference(self, maps: Path) -> float:
         """Compare the first maps."""

@@ -41,7 +41,7 @@ from rich.table import Table
 from tiny_models import write_version  # type: ignore[import-not-found]  # tests/, which is not checked
 
 from bench.stream_plot import Drawn, draw
-from flawstream.engines.choose import make_engine
+from flawstream.engines.choose import make_engine, quiet_torch
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import Registry
@@ -196,6 +196,7 @@ class BareEngine:
         registry = Registry(root)
         backbone = Backbone(settings.model)
         self._engine = make_engine(settings.detector, lambda: backbone)
+        quiet_torch(self._engine)
         manifest = registry.manifest(CATEGORIES[0], "v1")
         weights = registry.read_file(manifest, "flow.safetensors")
         self._loaded = self._engine.load(FastFlowHead.from_bytes(weights, backbone.spec, manifest.flow), manifest)

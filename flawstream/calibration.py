@@ -17,15 +17,22 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import beta
 
 from schemas.errors import ConfigError, ShapeError
-from schemas.manifest import Calibration
+from schemas.manifest import Arithmetic, Calibration
 
 _log = logging.getLogger(__name__)
 
+_CONFIDENCE = 0.95
+
 
 def calibrate(
-    scores: NDArray[np.floating], map_peaks: NDArray[np.floating], false_alarm_rate: float, top_fraction: float
+    scores: NDArray[np.floating],
+    map_peaks: NDArray[np.floating],
+    false_alarm_rate: float,
+    top_fraction: float,
+    arithmetic: Arithmetic = "float32",
 ) -> Calibration:
     """Choose both thresholds so that at most the asked share of normal images goes above each.
 
@@ -37,7 +44,8 @@ def calibrate(
         scores: (n,) image scores of held-out normal images, nats per channel.
         map_peaks: (n,) highest value of each of their anomaly maps, nats per channel.
         false_alarm_rate: Share of normal images that may be called anomalous, in (0, 1).
-        top_fraction: How `scores` were taken from the maps; kept for the record.
+        top_fraction: How `scores` were taken from the maps; kept for the record, as is the next.
+        arithmetic: In what the engine computed that scored the images.
 
     Raises:
         ShapeError: Not two vectors of one length, or empty ones.
@@ -46,8 +54,8 @@ def calibrate(
     if scores.ndim != 1 or scores.shape != map_peaks.shape or not scores.size:
         raise ShapeError(f"scores {scores.shape} and map_peaks {map_peaks.shape} must be two vectors of one length")
     rank = _rank(scores.size, _checked(false_alarm_rate))
-    if not (np.isfinite(scores).all() and np.isfinite(map_peaks).all()):
-        bad = np.count_nonzero(~(np.isfinite(scores) & np.isfinite(map_peaks)))
+    bad = np.count_nonzero(~(is_finite(scores) & is_finite(map_peaks)))
+    if bad:
         raise ConfigError(
             f"{bad} of {scores.size} calibration images have a score that is not finite: training diverged; "
             "lower training.learning_rate or training.clip_norm"
@@ -56,12 +64,23 @@ def calibrate(
         _log.warning("%s", missing)
     ascending = np.sort(scores.astype(np.float64))
     return Calibration(
+        arithmetic=arithmetic,
         top_fraction=top_fraction,
         scores=tuple(ascending.tolist()),
         false_alarm_rate=false_alarm_rate,
         threshold=float(ascending[rank - 1]),
         pixel_threshold=float(np.sort(map_peaks.astype(np.float64))[rank - 1]),
     )
+
+
+def is_anomalous(scores: NDArray[np.floating], threshold: float) -> NDArray[np.bool_]:
+    """Give the verdict of each score: anomalous above the threshold, and where the score is NaN."""
+    return ~(scores <= threshold)
+
+
+def is_finite(values: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Find the finite values; float32's largest number stands for one that was not (`fastflow.score.score_images`)."""
+    return np.asarray(np.abs(values) < np.finfo(np.float32).max)
 
 
 def p_values(calibration_scores_ascending: NDArray[np.floating], scores: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -104,14 +123,36 @@ def shortage(images: int, false_alarm_rate: float) -> str | None:
         return None
     return (
         f"a false alarm rate of {false_alarm_rate:g} needs {needed} calibration images and there are {images}: the "
-        f"threshold is the highest of their scores, and up to {1 / (images + 1):.3g} of normal images may be called "
-        "anomalous; add normal images, or raise training.calibration_fraction or training.false_alarm_rate"
+        f"threshold is the highest of their scores; on average {1 / (images + 1):.3g} of normal images are called "
+        f"anomalous, and {_false_alarms(1, images)[1]:.2g} may be; add normal images, or raise "
+        "training.calibration_fraction or training.false_alarm_rate"
     )
 
 
 def shortage_of(calibration: Calibration) -> str | None:
     """Say the same of a calibration that was made."""
     return shortage(len(calibration.scores), calibration.false_alarm_rate)
+
+
+def expected_false_alarms(calibration: Calibration) -> tuple[float, float]:
+    """Bound the share of normal images that the threshold calls anomalous, with 95 % confidence.
+
+    The scores are a sample: the share above the threshold of rank n + 1 - k varies over calibration sets as
+    Beta(k, n + 1 - k), whatever the distribution of scores. With 4 images it lies between 0.6 % and 60 %, with 100
+    between 1.7 % and 9.8 %.
+
+    Source: Vovk, Conditional validity of inductive conformal predictors, Machine Learning 92 (2013), section 3.
+
+    Returns:
+        (low, high), in [0, 1].
+    """
+    count = len(calibration.scores)
+    return _false_alarms(count + 1 - _rank(count, calibration.false_alarm_rate), count)
+
+
+def _false_alarms(above: int, count: int) -> tuple[float, float]:
+    low, high = beta(above, count + 1 - above).interval(_CONFIDENCE)
+    return float(low), float(high)
 
 
 def _rank(count: int, rate: float) -> int:

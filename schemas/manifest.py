@@ -7,8 +7,11 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from schemas.messages import Category
 from schemas.settings import ModelSettings
 
-MANIFEST_FORMAT = 1
-"""Raised when a manifest of before can no longer be read as it stands."""
+MANIFEST_FORMAT = 2
+"""Raised when fields are added that older programs do not know. Older formats are read; 2 calibrates int8 apart."""
+
+Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
+"""In what an engine computes convolutions. Scores of one are not scores of another: each has its own thresholds."""
 
 Normalisation = Literal["statistics", "layer_norm", "none"]
 """What stands before each flow: `flawstream.fastflow.normalisation`."""
@@ -84,6 +87,7 @@ class Calibration(_Part):
     """What held-out normal images scored. None of them trained the flow.
 
     Attributes:
+        arithmetic: In what the engine computed that scored them.
         top_fraction: How the image score was taken from the map; 0 means the maximum.
         scores: Image scores, ascending.
         false_alarm_rate: What was asked for.
@@ -91,6 +95,7 @@ class Calibration(_Part):
         pixel_threshold: A map value above it is an anomalous pixel.
     """
 
+    arithmetic: Arithmetic = "float32"
     top_fraction: float
     scores: tuple[float, ...] = Field(min_length=1)
     false_alarm_rate: float
@@ -155,10 +160,15 @@ class Int8Trial(_Part):
         kept: Whether it does no harm; then its graph lies beside the weights and may serve.
         normal_images: Held-out normal images that were scored.
         rank_correlation: Spearman's, of their scores in int8 and in float32.
-        alarms: Share of them above the threshold in int8.
-        alarms_float32: The same in float32.
+        alarms: Share of them above float32's threshold in int8: what a threshold that is not its own would do.
+        alarms_float32: Share of them above that threshold in float32.
+        changed_verdicts: How many of them get another verdict, each arithmetic judged by its own threshold.
+        lost_defects: How many defective test images float32 finds and int8 does not, each by its own threshold; absent
+            without defective test images.
         image_auroc: Of test images, in int8; absent without both classes, like the next.
         image_auroc_float32: The same in float32.
+        calibration: Thresholds and scores in int8. A version without, of format 1, is not served in int8.
+        metrics: What the version did on test images in int8.
     """
 
     scope: Literal["flows", "version"]
@@ -167,8 +177,12 @@ class Int8Trial(_Part):
     rank_correlation: float
     alarms: float
     alarms_float32: float
+    changed_verdicts: int | None = None
+    lost_defects: int | None = None
     image_auroc: float | None = None
     image_auroc_float32: float | None = None
+    calibration: Calibration | None = None
+    metrics: Metrics | None = None
 
 
 class TrainingRecord(_Part):
@@ -210,7 +224,7 @@ class ImportRecord(_Part):
 
 
 class ModelManifest(_Part):
-    """One immutable model version."""
+    """One immutable model version. `calibration` and `metrics` are of its weights; an int8 graph beside has its own."""
 
     format: int = MANIFEST_FORMAT
     category: Category
@@ -231,6 +245,24 @@ class ModelManifest(_Part):
         return f"{self.category}@{self.version}"
 
     @property
+    def int8_trial(self) -> Int8Trial | None:
+        """The trial whose graph may serve, if one may."""
+        return next((trial for trial in self.int8 if trial.kept and trial.calibration is not None), None)
+
+    @property
     def int8_scope(self) -> Literal["flows", "version"] | None:
-        """Tell what of the version may be judged in int8."""
-        return next((trial.scope for trial in self.int8 if trial.kept), None)
+        """What of the version may be judged in int8."""
+        return self.int8_trial.scope if self.int8_trial is not None else None
+
+    def calibration_in(self, arithmetic: Arithmetic) -> Calibration:
+        """Choose the thresholds of the arithmetic that judges; where it was not calibrated, the version's own."""
+        trial = self.int8_trial
+        if arithmetic == "int8" and trial is not None and trial.calibration is not None:
+            return trial.calibration
+        return self.calibration
+
+    @property
+    def serving_metrics(self) -> Metrics:
+        """What the version did on test images in the arithmetic that serves it where it was trained."""
+        trial = self.int8_trial
+        return trial.metrics if trial is not None and trial.metrics is not None else self.metrics

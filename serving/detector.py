@@ -10,14 +10,13 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from flawstream.calibration import p_values
-from flawstream.engines.choose import make_engine
+from flawstream.calibration import is_anomalous, p_values
+from flawstream.engines.choose import make_engine, quiet_torch
 from flawstream.engines.protocol import Engine
 from flawstream.fastflow.backbone import Backbone
-from flawstream.fastflow.score import image_scores
+from flawstream.fastflow.score import score_images
 from flawstream.imaging.maps import bounded
 from flawstream.registry.registry import Registry
 from flawstream.registry.versions import open_backbone
@@ -143,20 +142,23 @@ class DetectorService:
         for row, model in enumerate(models):
             rows_of.setdefault(model, []).append(row)
         heads = [(model.loaded, np.array(rows, np.int64)) for model, rows in rows_of.items()]
-        grids = [bounded(grid) for grid in self._engine.detect(images, heads)]
-        halves = [grid.astype(np.float16) for grid in grids]
+        grids = self._engine.detect(images, heads)
+        halves = [bounded(grid).astype(np.float16) for grid in grids]
         detections: list[Detection | None] = [None] * len(images)
         for model, rows in rows_of.items():
-            calibration = model.manifest.calibration
-            scores = image_scores([torch.from_numpy(grid[rows]) for grid in grids], calibration.top_fraction).numpy()
+            calibration = model.calibration
+            scores = score_images([grid[rows] for grid in grids], calibration.top_fraction)
             shares = p_values(model.calibration_scores, scores)
-            for row, score, share in zip(rows, scores.tolist(), shares.tolist(), strict=True):
+            verdicts = is_anomalous(scores, calibration.threshold)
+            for row, score, share, anomalous in zip(
+                rows, scores.tolist(), shares.tolist(), verdicts.tolist(), strict=True
+            ):
                 detections[row] = Detection(
                     score=score,
                     p_value=share,
                     threshold=calibration.threshold,
                     pixel_threshold=calibration.pixel_threshold,
-                    verdict=Verdict.ANOMALOUS if score > calibration.threshold else Verdict.NORMAL,
+                    verdict=Verdict.ANOMALOUS if anomalous else Verdict.NORMAL,
                     model=model.manifest.model,
                     grids=tuple(half[row] for half in halves),
                 )
@@ -239,7 +241,9 @@ def make_detector(
     def backbone() -> Backbone:
         return Backbone(model) if newest is None else open_backbone(registry, newest, model)
 
-    return DetectorService(registry, make_engine(settings, backbone), settings, metrics)
+    engine = make_engine(settings, backbone)
+    quiet_torch(engine)
+    return DetectorService(registry, engine, settings, metrics)
 
 
 def newest_manifest(registry: Registry) -> ModelManifest | None:

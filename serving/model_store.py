@@ -14,13 +14,13 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from flawstream.engines.protocol import Engine, Loaded
+from flawstream.engines.protocol import Engine, Loaded, arithmetic_of
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import RegistryError, UnknownCategoryError
-from schemas.manifest import BackboneSpec, ModelManifest
+from schemas.manifest import BackboneSpec, Calibration, ModelManifest
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +35,14 @@ class ResidentModel:
     Attributes:
         manifest: What it is.
         loaded: Its head on the engine.
-        calibration_scores: (n,) float64, ascending.
+        calibration: Its thresholds in the arithmetic of the engine.
+        calibration_scores: (n,) float64, ascending: the same calibration's.
         size_bytes: Memory that it takes in this process, by its weights and the engine.
     """
 
     manifest: ModelManifest
     loaded: Loaded
+    calibration: Calibration
     calibration_scores: NDArray[np.float64]
     size_bytes: int
 
@@ -180,7 +182,18 @@ class ModelStore:
         except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # a manifest whose numbers do not fit
             raise RegistryError(f"{manifest.model} cannot be made ready: {error}; train it again") from error
         size_bytes = self._engine.copies * sum(tensor.nbytes for tensor in head.state_dict().values())
-        return ResidentModel(manifest, loaded, np.array(manifest.calibration.scores), size_bytes)
+        arithmetic = arithmetic_of(self._engine, manifest)
+        calibration = manifest.calibration_in(arithmetic)
+        if calibration.arithmetic != arithmetic:
+            log.warning(
+                "%s was calibrated in %s and is judged in %s: verdicts near the threshold may differ from those that "
+                "training measured; train it where it serves",
+                manifest.model,
+                calibration.arithmetic,
+                arithmetic,
+                extra={"category": category, "model": manifest.model},
+            )
+        return ResidentModel(manifest, loaded, calibration, np.array(calibration.scores), size_bytes)
 
     def _size(self) -> int:
         return sum(model.size_bytes for model in self._models.values())

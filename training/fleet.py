@@ -13,10 +13,12 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from flawstream.cluster import Cluster
+from flawstream.engines.choose import make_local_engine
+from flawstream.engines.protocol import Engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import FlawstreamError
-from schemas.settings import LimitSettings, ModelSettings
+from schemas.settings import DetectorSettings, LimitSettings, ModelSettings
 from training.pipeline import Job, Progress, Stage, run_job
 from training.progress_metrics import recorded
 from training.steps.features import FeatureExtractor
@@ -34,13 +36,14 @@ class Trainer:
     Args:
         model: Which backbone.
         limits: What is too large to be decoded.
+        detector: Which engine will serve: it sets the thresholds.
         threads: CPU threads of this actor.
     """
 
-    def __init__(self, model: ModelSettings, limits: LimitSettings, threads: int) -> None:
+    def __init__(self, model: ModelSettings, limits: LimitSettings, detector: DetectorSettings, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._model, self._limits, self._threads = model, limits, threads
-        self._extractor: FeatureExtractor | None = None
+        self._model, self._limits, self._detector, self._threads = model, limits, detector, threads
+        self._opened: tuple[FeatureExtractor, Engine] | None = None
 
     def run(self, job: Job) -> Iterator[Progress]:
         """Work off one job, yielding its progress.
@@ -49,10 +52,12 @@ class Trainer:
             FlawstreamError: What `run_job` raises, and what is wrong with the backbone: a constructor's error would
                 reach the caller as the text of a dead actor.
         """
-        if self._extractor is None:
-            self._extractor = FeatureExtractor(Backbone(self._model), self._limits, self._threads)
+        if self._opened is None:
+            backbone = Backbone(self._model)
+            engine = make_local_engine(self._detector, lambda: backbone, self._threads)
+            self._opened = FeatureExtractor(backbone, self._limits, self._threads), engine
         stage, said_at_s = None, 0.0
-        for progress in run_job(job, self._extractor):
+        for progress in run_job(job, *self._opened):
             now_s = time.monotonic()
             if progress.stage is not stage or progress.done == progress.total or now_s - said_at_s >= _REPORT_S:
                 stage, said_at_s = progress.stage, now_s
@@ -63,9 +68,10 @@ def train_fleet(
     jobs: Sequence[Job],
     model: ModelSettings,
     limits: LimitSettings,
+    detector: DetectorSettings,
     cluster: Cluster,
-    num_gpus: float,
     *,
+    num_gpus: float = 0.0,
     metrics: Metrics = NO_METRICS,
 ) -> Iterator[Progress]:
     """Train all jobs in parallel, as many at a time as the cluster has room for.
@@ -77,6 +83,7 @@ def train_fleet(
         jobs: Of different names, all of one backbone.
         model: Which backbone.
         limits: What is too large to be decoded.
+        detector: Which engine will serve: it sets the thresholds.
         cluster: Where to train; `flawstream.cluster.connect` gives it.
         num_gpus: GPUs, or a share of one, for each job; 0 takes a whole one where the cluster has any.
         metrics: Where numbers go.
@@ -84,12 +91,18 @@ def train_fleet(
     Yields:
         The progress of all jobs as it comes, each job ending in `DONE` or `FAILED`.
     """
-    with contextlib.closing(_train(jobs, model, limits, cluster, num_gpus)) as training:
+    with contextlib.closing(_train(jobs, model, limits, detector, cluster, num_gpus=num_gpus)) as training:
         yield from recorded(training, metrics)
 
 
 def _train(
-    jobs: Sequence[Job], model: ModelSettings, limits: LimitSettings, cluster: Cluster, num_gpus: float
+    jobs: Sequence[Job],
+    model: ModelSettings,
+    limits: LimitSettings,
+    detector: DetectorSettings,
+    cluster: Cluster,
+    *,
+    num_gpus: float,
 ) -> Generator[Progress, None, None]:
     gpus = num_gpus or (1.0 if cluster.gpus else 0.0)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -100,7 +113,7 @@ def _train(
 
     def start(actor: Any = None) -> None:
         if waiting:
-            actor = actor or remote.remote(model, limits, threads)
+            actor = actor or remote.remote(model, limits, detector, threads)
             job = waiting.popleft()
             running[actor.run.remote(job)] = (actor, job)
 

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flawstream.calibration import shortage
+from flawstream.engines.choose import make_local_engine
 from flawstream.fastflow.anomalib import AnomalibModel
 from flawstream.registry.versions import BACKBONE_FILE, backbone_file
 from schemas.errors import ConfigError, DatasetError
-from schemas.manifest import ImportRecord, Metrics
+from schemas.manifest import ImportRecord
 from schemas.messages import CATEGORY_PATTERN
-from schemas.settings import LimitSettings
+from schemas.settings import DetectorSettings, LimitSettings
 from training.datasets.folders import list_images
 from training.datasets.samples import CategoryData
-from training.pipeline import Progress, Stage, calibrate_on, publish
-from training.steps.evaluate import ImageScorer
+from training.pipeline import Progress, Proof, Stage, judge_version, publish
 from training.steps.features import FeatureExtractor
-from training.steps.quantise import Material, try_int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +33,7 @@ class ImportJob:
         top_fraction: How image scores are taken from maps.
         false_alarm_rate: Share of normal images that may be called anomalous.
         limits: What is too large to be decoded.
+        detector: Which engine will serve: it sets the thresholds.
         registry_root: Where the version is written.
         promote: Whether it becomes the current one.
     """
@@ -45,6 +45,7 @@ class ImportJob:
     top_fraction: float
     false_alarm_rate: float
     limits: LimitSettings
+    detector: DetectorSettings
     registry_root: str
     promote: bool = True
 
@@ -77,13 +78,15 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
     head = job.model.make_head(backbone)
     beside = {BACKBONE_FILE: backbone_file(backbone)}
     extractor = FeatureExtractor(backbone, job.limits)
-    scorer = ImageScorer(extractor, head, job.top_fraction)
-    calibration = yield from calibrate_on(job.category, scorer, images.train, job.top_fraction, job.false_alarm_rate)
-    yield Progress(job.category, Stage.INT8, 0, 1)
-    ranges, held_out = images.train[::4], [path for index, path in enumerate(images.train) if index % 4]
-    int8, int8_files = try_int8(
-        extractor, head, Material(ranges, held_out, (), job.top_fraction, calibration.threshold)
+    engine = make_local_engine(job.detector, lambda: backbone)
+    proof = Proof(
+        held_out=images.train,
+        test=(),
+        ranges=images.train[::4],
+        top_fraction=job.top_fraction,
+        false_alarm_rate=job.false_alarm_rate,
     )
+    found = yield from judge_version(job.category, extractor, engine, head, proof)
     with job.checkpoint.open("rb") as file:
         checkpoint_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     manifest = publish(
@@ -93,8 +96,7 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
         category=job.category,
         backbone=backbone.spec,
         flow=job.model.flow,
-        calibration=calibration,
-        metrics=Metrics(),
+        found=found,
         training=ImportRecord(
             source="anomalib",
             checkpoint_sha256=checkpoint_sha256,
@@ -102,8 +104,7 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
             calibration_images=len(images.train),
             duration_s=time.monotonic() - started,
         ),
-        int8=int8,
-        beside={**beside, **int8_files},
+        beside=beside,
     )
     warning = shortage(len(images.train), job.false_alarm_rate) or ""
     yield Progress(job.category, Stage.DONE, 1, 1, warning, manifest)

@@ -14,10 +14,12 @@ from types import MappingProxyType
 
 import numpy as np
 
-from flawstream.calibration import calibrate, shortage
+from flawstream.calibration import calibrate, is_finite, shortage
+from flawstream.engines.protocol import Engine
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry, new_version
 from schemas.manifest import (
+    Arithmetic,
     BackboneSpec,
     Calibration,
     FlowSpec,
@@ -28,11 +30,11 @@ from schemas.manifest import (
     TrainingRecord,
 )
 from schemas.settings import ModelSettings, TrainingSettings
-from training.datasets.samples import CategoryData
+from training.datasets.samples import CategoryData, Sample
 from training.steps.evaluate import Evaluation, ImageScorer
 from training.steps.features import FeatureCache, FeatureExtractor
 from training.steps.fit import Step, fit_head, split_rows
-from training.steps.quantise import Material, try_int8
+from training.steps.quantise import Int8Candidate, Judged, choose_int8, make_candidates
 
 
 class Stage(StrEnum):
@@ -98,12 +100,13 @@ class Job:
         return f"{self.data.name} {self.label}".rstrip()
 
 
-def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
+def run_job(job: Job, extractor: FeatureExtractor, engine: Engine) -> Iterator[Progress]:
     """Train, calibrate, evaluate and publish one category.
 
     Args:
         job: What to do.
         extractor: The backbone, shared by the jobs of a process.
+        engine: The one that will serve, on the same backbone: thresholds and metrics come from its arithmetic.
 
     Yields:
         Progress; the last one carries the manifest.
@@ -127,22 +130,14 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
         total = recipe.epochs * len(rows)
         yield Progress(job.name, Stage.TRAINING, last.images, total, note, epoch=last.epoch, loss=last.loss)
     del features  # and its room on the disk
-    calibration_paths = [data.train[row] for row in held_out]
-    top_fraction = job.model.top_fraction
-    scorer = ImageScorer(extractor, head, top_fraction)
-    calibration = yield from calibrate_on(job.name, scorer, calibration_paths, top_fraction, recipe.false_alarm_rate)
-    evaluation = Evaluation()
-    test_images = scorer.score([sample.path for sample in data.test])
-    for done, (sample, image) in enumerate(zip(data.test, test_images, strict=True), start=1):
-        evaluation.add(sample, image)
-        yield Progress(job.name, Stage.EVALUATING, done, len(data.test))
-    int8: tuple[Int8Trial, ...] = ()
-    int8_files: Mapping[str, bytes] = {}
-    if recipe.int8:
-        yield Progress(job.name, Stage.INT8, 0, 1)
-        train = [data.train[row] for row in rows]
-        material = Material(train, calibration_paths, data.test, top_fraction, calibration.threshold)
-        int8, int8_files = try_int8(extractor, head, material)
+    proof = Proof(
+        held_out=[data.train[row] for row in held_out],
+        test=data.test,
+        ranges=[data.train[row] for row in rows] if recipe.int8 else (),
+        top_fraction=job.model.top_fraction,
+        false_alarm_rate=recipe.false_alarm_rate,
+    )
+    found = yield from judge_version(job.name, extractor, engine, head, proof)
     manifest = publish(
         job.registry_root,
         head,
@@ -150,8 +145,7 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
         category=data.name,
         backbone=extractor.spec,
         flow=flow,
-        calibration=calibration,
-        metrics=evaluation.metrics(calibration.threshold),
+        found=found,
         training=TrainingRecord(
             dataset_sha256=data.sha256(),
             train_images=len(rows),
@@ -165,41 +159,101 @@ def run_job(job: Job, extractor: FeatureExtractor) -> Iterator[Progress]:
             final_loss=last.loss,
             duration_s=time.monotonic() - started,
         ),
-        int8=int8,
-        beside=int8_files,
     )
     warning = shortage(len(held_out), recipe.false_alarm_rate) or ""
     yield Progress(job.name, Stage.DONE, 1, 1, warning, manifest)
 
 
-def calibrate_on(
-    name: str, scorer: ImageScorer, paths: Sequence[Path], top_fraction: float, false_alarm_rate: float
-) -> Generator[Progress, None, Calibration]:
-    """Score held-out normal images and set the thresholds by them.
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a version is calibrated and measured on.
+
+    Attributes:
+        held_out: Normal images that did not train it.
+        test: Labelled images; may be none.
+        ranges: Normal images that int8 takes its ranges from; none: int8 is not tried.
+        top_fraction: How image scores are taken from maps.
+        false_alarm_rate: Share of normal images that may be called anomalous.
+    """
+
+    held_out: Sequence[Path]
+    test: Sequence[Sample]
+    ranges: Sequence[Path]
+    top_fraction: float
+    false_alarm_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What was found of a version.
+
+    Attributes:
+        calibration: Its thresholds, in the arithmetic of the engine.
+        metrics: What it did on test images.
+        int8: What was found of it in int8.
+        int8_files: The graph that may serve in int8, if one may, by name.
+    """
+
+    calibration: Calibration
+    metrics: Metrics
+    int8: tuple[Int8Trial, ...]
+    int8_files: Mapping[str, bytes]
+
+
+def judge_version(
+    name: str,
+    extractor: FeatureExtractor,
+    engine: Engine,
+    head: FastFlowHead,
+    proof: Proof,
+) -> Generator[Progress, None, Findings]:
+    """Calibrate and measure a head as it will serve, in int8 as well where that may pay. Each image is decoded once.
 
     Args:
         name: What its progress is called.
-        scorer: The head.
-        paths: The images, none of which trained it.
-        top_fraction: How the scorer takes image scores from maps.
-        false_alarm_rate: Share of normal images that may be called anomalous.
+        extractor: The backbone, for the ranges of int8.
+        engine: The one that will serve.
+        head: Trained.
+        proof: The images.
 
     Yields:
         Progress.
 
-    Returns:
-        The calibration.
-
     Raises:
-        DatasetError: An image cannot be read.
+        DatasetError: An image or a mask cannot be read.
         ConfigError: A score is not finite.
     """
-    scored = []
-    for image in scorer.score(paths):
-        scored.append((image.score, image.anomaly_map().max()))
-        yield Progress(name, Stage.CALIBRATING, len(scored), len(paths))
-    scores, peaks = np.array(scored, dtype=np.float64).T
-    return calibrate(scores, peaks, false_alarm_rate, top_fraction)
+    candidates: list[Int8Candidate] = []
+    if proof.ranges:
+        yield Progress(name, Stage.INT8, 0, 1)
+        candidates = make_candidates(extractor, head, proof.ranges, len(proof.held_out))
+    heads = [engine.load(head, None), *(candidate.loaded for candidate in candidates)]
+    scorer = ImageScorer(engine, heads, extractor.limits, proof.top_fraction)
+    held_out: list[tuple[tuple[float, float], ...]] = []
+    for images in scorer.score(proof.held_out):
+        held_out.append(tuple((image.score, float(image.anomaly_map().max())) for image in images))
+        yield Progress(name, Stage.CALIBRATING, len(held_out), len(proof.held_out))
+    scored = np.array(held_out, dtype=np.float64)  # (N, forms, score and peak)
+    evaluations = [Evaluation() for _ in heads]
+    for done, (sample, images) in enumerate(
+        zip(proof.test, scorer.score([sample.path for sample in proof.test]), strict=True), start=1
+    ):
+        for evaluation, image in zip(evaluations, images, strict=True):
+            evaluation.add(sample, image)
+        yield Progress(name, Stage.EVALUATING, done, len(proof.test))
+
+    def judged(form: int, arithmetic: Arithmetic) -> Judged:
+        scores, peaks = scored[:, form].T
+        calibration = calibrate(scores, peaks, proof.false_alarm_rate, proof.top_fraction, arithmetic)
+        evaluation = evaluations[form]
+        return Judged(scores, evaluation.scores(anomalous=True), calibration, evaluation.metrics(calibration.threshold))
+
+    exact = judged(0, engine.precision)
+    finite = [form for form in range(1, len(heads)) if is_finite(scored[:, form]).all()]
+    int8, files = choose_int8(
+        [candidates[form - 1] for form in finite], [judged(form, "int8") for form in finite], exact
+    )
+    return Findings(exact.calibration, exact.metrics, int8, files)
 
 
 def publish(
@@ -210,10 +264,8 @@ def publish(
     category: str,
     backbone: BackboneSpec,
     flow: FlowSpec,
-    calibration: Calibration,
-    metrics: Metrics,
+    found: Findings,
     training: TrainingRecord | ImportRecord,
-    int8: tuple[Int8Trial, ...] = (),
     beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> ModelManifest:
     """Write a version, and make it current where asked to.
@@ -225,16 +277,14 @@ def publish(
         category: Whose.
         backbone: Goes into the manifest, as do the following.
         flow: The shape of the head.
-        calibration: Its thresholds.
-        metrics: What it did on test images.
+        found: Its thresholds, what it did on test images, and what of it may serve in int8.
         training: Where it is from.
-        int8: What was found of it in int8.
         beside: Further files by name.
 
     Raises:
         RegistryError: The registry cannot be written.
     """
-    files = {WEIGHTS_FILE: head.to_bytes(), **beside}
+    files = {WEIGHTS_FILE: head.to_bytes(), **found.int8_files, **beside}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     created_at = datetime.now(UTC)
     manifest = ModelManifest(
@@ -243,10 +293,10 @@ def publish(
         created_at=created_at,
         backbone=backbone,
         flow=flow,
-        calibration=calibration,
-        metrics=metrics,
+        calibration=found.calibration,
+        metrics=found.metrics,
         training=training,
-        int8=int8,
+        int8=found.int8,
         libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
         files=digests,
     )

@@ -37,12 +37,13 @@ def resolve_engine(name: str) -> str:
     return name
 
 
-def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone]) -> Engine:
+def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone], threads: int = 0) -> Engine:
     """Start the engine that the settings name.
 
     Args:
         settings: Which engine, and where it is if it is elsewhere.
         open_backbone: Loads the frozen network; not called where the engine is elsewhere and has its own.
+        threads: CPU threads of ncnn and OpenVINO; 0 takes all.
 
     Raises:
         ConfigError: The engine named is not installed or cannot run the backbone, or its server has no models of ours.
@@ -56,22 +57,37 @@ def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone
         raise ConfigError(
             f"detector.precision=bf16 is for the engines openvino and torch, and detector.engine is {name}"
         )
-    if name in ("ncnn", "openvino"):
-        torch.set_num_threads(
-            1
-        )  # it has only scores to compute, and its threads wait for more at full speed: 5 ms a batch
     match name:
         case "triton":
             from flawstream.engines.triton_engine import TritonEngine  # noqa: PLC0415 - an optional extra
 
             return TritonEngine(settings.triton_url, settings.triton_timeout_s)
         case "ncnn":
-            return NcnnEngine(open_backbone(), int8=int8)
+            return NcnnEngine(open_backbone(), int8=int8, threads=threads)
         case "openvino":
             precision: Literal["f32", "bf16"] = "bf16" if settings.precision == "bf16" else "f32"
-            return OpenvinoEngine(open_backbone(), precision=precision, int8=int8)
+            return OpenvinoEngine(open_backbone(), precision=precision, int8=int8, threads=threads)
         case _:
             return TorchEngine(open_backbone(), _half_precision(settings))
+
+
+def make_local_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone], threads: int = 0) -> Engine:
+    """Start the engine that is to serve, in this process: what training calibrates and evaluates with.
+
+    A version is calibrated before a Triton server can have it; there it runs in float32, as it does in ncnn or torch.
+    """
+    if settings.engine == "triton":
+        settings = settings.model_copy(update={"engine": "auto", "precision": "f32"})
+    return make_engine(settings, open_backbone, threads)
+
+
+def quiet_torch(engine: Engine) -> None:
+    """Give torch one thread where another library computes: only scores are left, and idle threads spin (5 ms a batch).
+
+    For a process that serves or evaluates; one that trains on the CPU needs torch's threads.
+    """
+    if not isinstance(engine, TorchEngine):
+        torch.set_num_threads(1)
 
 
 def _half_precision(settings: DetectorSettings) -> torch.dtype | None:

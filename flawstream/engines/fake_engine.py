@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from flawstream.engines.protocol import Read, no_files
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.statistics import FeatureStatistics
-from schemas.manifest import BackboneSpec, ModelManifest
+from schemas.manifest import Arithmetic, BackboneSpec, ModelManifest
 
 
 class FakeEngine:
@@ -21,13 +21,15 @@ class FakeEngine:
         spec: What the engine says that its backbone is.
     """
 
+    precision: Arithmetic = "float32"
+    int8 = False
     concurrent_batches = 1
     copies = 0
 
     def __init__(self, spec: BackboneSpec) -> None:
         self.spec = spec
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> list[np.float32]:
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> list[np.float32]:
         """Keep one number of a head per scale, so that categories differ."""
         del manifest, read
         return [

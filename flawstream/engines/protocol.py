@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flawstream.fastflow.head import FastFlowHead
 from schemas.errors import RegistryError
-from schemas.manifest import BackboneSpec, ModelManifest
+from schemas.manifest import Arithmetic, BackboneSpec, ModelManifest
 
 Loaded = Any
 """What `Engine.load` gave: only the engine that gave it knows what is in it."""
@@ -29,19 +29,24 @@ class Engine(Protocol):
     """Judges batches of mixed categories. `load` is called while batches are under way, by other threads."""
 
     spec: BackboneSpec
+    precision: Arithmetic
+    """In what versions without an int8 graph are computed."""
+    int8: bool
+    """Whether versions that may be judged in int8 are."""
     copies: int
     """How often a version's float32 weights are in this process while it is ready."""
     concurrent_batches: int
     """How many threads may call `detect` at once; more than one where a batch leaves cores idle at its end."""
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> Loaded:
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> Loaded:
         """Make a version ready and warm it up. May take seconds.
 
         The version stays ready for as long as somebody holds what is given here.
 
         Args:
             head: The version's weights; left as it is.
-            manifest: What the version is; its backbone is the engine's.
+            manifest: What the version is; its backbone is the engine's. None for a head that is not published yet: it
+                runs in `precision`.
             read: Gives what lies beside the weights, where the manifest names more than those.
 
         Raises:
@@ -67,6 +72,11 @@ class Engine(Protocol):
             TransientError: The engine is not here and does not answer.
         """
         ...
+
+
+def arithmetic_of(engine: Engine, manifest: ModelManifest) -> Arithmetic:
+    """Name the arithmetic in which an engine judges a version: its thresholds must come from the same."""
+    return "int8" if engine.int8 and manifest.int8_scope is not None else engine.precision
 
 
 def run_heads(

@@ -11,10 +11,16 @@ from torch import Tensor
 from flawstream.engines.protocol import Read, no_files, run_heads
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from schemas.manifest import ModelManifest
+from schemas.manifest import Arithmetic, ModelManifest
 
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive")
 """What is said on a CPU where memory runs out, by torch's allocator and by oneDNN."""
+
+_NAMES: dict[torch.dtype | None, Arithmetic] = {
+    None: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 
 
 class TorchEngine:
@@ -25,6 +31,7 @@ class TorchEngine:
         half: In what convolutions compute; None is float32. Normalisation and scores are float32 in any case.
     """
 
+    int8 = False
     concurrent_batches = 1
     copies = 1
 
@@ -32,12 +39,13 @@ class TorchEngine:
         self.spec = backbone.spec
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._half = half
+        self.precision: Arithmetic = _NAMES[half]
         if self._device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # sizes of batches are few, and shapes fixed
         self._backbone = backbone.to(self._device)
         self._backbone.to(memory_format=torch.channels_last)
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Run":
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Run":
         """Fold a head, move it to the device and run it once."""
         del manifest, read
         folded = FoldedHead(head).to(self._device)

@@ -17,7 +17,7 @@ from flawstream.export.triton import FRONT, MODEL, SPEC_PARAMETER, WEIGHTS_PARAM
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE
 from schemas.errors import ConfigError, RegistryError, TransientError
-from schemas.manifest import BackboneSpec, ModelManifest
+from schemas.manifest import Arithmetic, BackboneSpec, ModelManifest
 
 _LATER = {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.RESOURCE_EXHAUSTED"}
 
@@ -34,6 +34,8 @@ class TritonEngine:
         TransientError: It does not answer.
     """
 
+    precision: Arithmetic = "float32"
+    int8 = False
     concurrent_batches = 1
     copies = 0  # they are at the server
 
@@ -54,7 +56,7 @@ class TritonEngine:
         self._most = config.max_batch_size
         self._grids = [f"grid_{scale}" for scale in range(len(self.spec.strides))]
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> str:
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> str:
         """See that the server has the version, and have it loaded where the server leaves that to clients.
 
         Raises:
@@ -62,6 +64,8 @@ class TritonEngine:
             TransientError: The server does not answer.
         """
         del head, read
+        if manifest is None:
+            raise RegistryError("a Triton server has published versions alone; give one, or use another engine")
         name = manifest.model
         self._require(name)
         with self._answering():

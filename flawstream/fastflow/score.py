@@ -9,11 +9,16 @@ what is normal, higher for what is not. `likelihood_score` is the paper's.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from schemas.errors import ShapeError
+
+HIGHEST_SCORE = float(np.finfo(np.float32).max)
+"""What `score_images` returns where a score is not finite."""
 
 
 def anomaly_grid(latents: Tensor) -> Tensor:
@@ -70,3 +75,25 @@ def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
     positions = (total / len(grids)).flatten(start_dim=1)
     count = max(1, int(positions.shape[1] * top_fraction))
     return positions.topk(count, dim=1).values.mean(dim=1)
+
+
+def score_images(grids: Sequence[NDArray[np.float32]], top_fraction: float) -> NDArray[np.float64]:
+    """Score whole images from the grids that an engine returns: calibration, evaluation and serving all call this.
+
+    The grids are taken as they are, without the bounds that a published map has: a threshold above those bounds would
+    never be reached.
+
+    Args:
+        grids: One (B, H_s, W_s) float32 array per feature scale, nats per channel.
+        top_fraction: As in `image_scores`.
+
+    Returns:
+        (B,) float64, finite, each exactly a float32. NaN and infinity become float32's largest number: an image whose
+        score cannot be computed is never normal.
+
+    Raises:
+        ShapeError: No grid, or batch sizes differ.
+    """
+    scores: NDArray[np.float32] = image_scores([torch.from_numpy(grid) for grid in grids], top_fraction).numpy()
+    finite = np.nan_to_num(scores, nan=HIGHEST_SCORE, posinf=HIGHEST_SCORE, neginf=HIGHEST_SCORE)
+    return np.asarray(finite, np.float64)

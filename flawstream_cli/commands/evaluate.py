@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,9 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from flawstream.calibration import shortage_of
+from flawstream.calibration import expected_false_alarms, shortage_of
+from flawstream.engines.choose import make_engine, quiet_torch
+from flawstream.engines.protocol import Engine, arithmetic_of
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.imaging.maps import bounded, encode_map
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
@@ -27,14 +30,14 @@ from flawstream_cli.terminal import (
     say,
     table,
 )
-from schemas.errors import DatasetError, RegistryError, UnknownCategoryError
-from schemas.manifest import BackboneSpec, DefectMetrics, Metrics, ModelManifest
+from schemas.errors import ConfigError, DatasetError, RegistryError, UnknownCategoryError
+from schemas.manifest import BackboneSpec, Calibration, DefectMetrics, Metrics, ModelManifest
 from schemas.messages import MapCodec
+from schemas.settings import LimitSettings, Settings
 from training.datasets.open import Layout, open_dataset
 from training.datasets.samples import CategoryData, Sample
 from training.report.report import JudgedImage, write_report
 from training.steps.evaluate import METRIC_NAMES, Evaluation, ImageScorer, ScoredImage, Spread, spread
-from training.steps.features import FeatureExtractor
 
 _MEASURED = {"seed", "final_loss", "duration_s"}
 """What may differ in the training of versions that are one recipe's."""
@@ -45,6 +48,7 @@ class _Evaluated:
     """One version on one category's test images."""
 
     manifest: ModelManifest
+    calibration: Calibration
     metrics: Metrics
     judged: list[JudgedImage]
 
@@ -79,15 +83,15 @@ def evaluate(
     currents = _current_manifests(opened, [one.name for one in data], settings.registry.root)
     chosen = {name: _runs_like(current, opened, versions) for name, current in currents.items()}
     found: dict[str, list[_Evaluated]] = {}
-    extractors: dict[BackboneSpec, FeatureExtractor] = {}
+    engines: dict[BackboneSpec, Engine] = {}
     for one in data:
         spec = currents[one.name].backbone
-        if spec not in extractors:
+        if spec not in engines:
             say(f"loading {spec.name} ...")
-            extractors[spec] = FeatureExtractor(
-                open_backbone(opened, currents[one.name], settings.model), settings.limits
-            )
-        found[one.name] = [_evaluate_version(one, manifest, extractors[spec], opened) for manifest in chosen[one.name]]
+            engines[spec] = _open_engine(opened, currents[one.name], settings)
+        found[one.name] = [
+            _evaluate_version(one, manifest, engines[spec], opened, settings.limits) for manifest in chosen[one.name]
+        ]
     if report is not None:
         _write_report(report, found)
         say(f"report: {report}")
@@ -98,7 +102,7 @@ def evaluate(
     if any(len(runs[0].metrics.defects) > 1 for runs in found.values()):
         out.print(_defects_table(found))
     for runs in found.values():
-        if missing := shortage_of(runs[0].manifest.calibration):
+        if missing := shortage_of(runs[0].calibration):
             say(f"warning: {runs[0].manifest.model}: {missing}", "yellow")
 
 
@@ -136,26 +140,40 @@ def _recipe(manifest: ModelManifest) -> tuple[object, ...]:
     return manifest.backbone, manifest.flow, recipe, calibration.false_alarm_rate, calibration.top_fraction
 
 
+def _open_engine(registry: Registry, manifest: ModelManifest, settings: Settings) -> Engine:
+    """Start the engine that serves: what is measured is what the stream will say."""
+    engine = make_engine(settings.detector, lambda: open_backbone(registry, manifest, settings.model))
+    if engine.spec.weights_sha256 != manifest.backbone.weights_sha256:  # Triton's is elsewhere, and its own
+        raise ConfigError(
+            f"{manifest.model} runs on {manifest.backbone.name} at {manifest.backbone.input_size} px, and the server "
+            f"at {settings.detector.triton_url} has {engine.spec.name} at {engine.spec.input_size} px; evaluate with "
+            "another detector.engine, or export the version to a server of its own"
+        )
+    quiet_torch(engine)
+    return engine
+
+
 def _evaluate_version(
-    data: CategoryData, manifest: ModelManifest, extractor: FeatureExtractor, registry: Registry
+    data: CategoryData, manifest: ModelManifest, engine: Engine, registry: Registry, limits: LimitSettings
 ) -> _Evaluated:
-    calibration = manifest.calibration
+    calibration = manifest.calibration_in(arithmetic_of(engine, manifest))
     weights = registry.read_file(manifest, WEIGHTS_FILE)
     head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
+    loaded = engine.load(head, manifest, partial(registry.read_file, manifest))
     paths = [sample.path for sample in data.test]
     evaluation = Evaluation()
     judged: list[JudgedImage] = []
     scored = track(
-        ImageScorer(extractor, head, calibration.top_fraction).score(paths),
+        ImageScorer(engine, [loaded], limits, calibration.top_fraction).score(paths),
         description=manifest.model,
         total=len(paths),
         console=err,
         disable=not err.is_terminal,
     )
-    for sample, image in zip(data.test, scored, strict=True):
+    for sample, (image,) in zip(data.test, scored, strict=True):
         evaluation.add(sample, image)
         judged.append(_judge(data.name, sample, image, calibration.threshold))
-    return _Evaluated(manifest, evaluation.metrics(calibration.threshold), judged)
+    return _Evaluated(manifest, calibration, evaluation.metrics(calibration.threshold), judged)
 
 
 def _judge(category: str, sample: Sample, image: ScoredImage, threshold: float) -> JudgedImage:
@@ -196,13 +214,15 @@ def _as_json(runs: Sequence[_Evaluated], *, with_images: bool) -> dict[str, Any]
 
 
 def _run_as_json(run: _Evaluated, *, with_images: bool) -> dict[str, Any]:
-    calibration = run.manifest.calibration
+    calibration = run.calibration
     told = {
         "model": run.manifest.model,
+        "arithmetic": calibration.arithmetic,
         "seed": run.manifest.training.seed,
         "threshold": calibration.threshold,
         "asked_false_alarm_rate": calibration.false_alarm_rate,
         "calibration_images": len(calibration.scores),
+        "expected_false_alarm_rate": expected_false_alarms(calibration),
         "warning": shortage_of(calibration),
         **run.metrics.model_dump(),
     }

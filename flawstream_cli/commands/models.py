@@ -77,7 +77,7 @@ def _show(manifests: list[ModelManifest], currents: dict[str, str], root: str, *
             m.backbone.name,
             m.backbone.input_size,
             m.training.train_images,
-            m.metrics.image_auroc,
+            m.serving_metrics.image_auroc,
             m.calibration.threshold,
         )
         for m in manifests
@@ -230,6 +230,7 @@ def import_anomalib(
         top_fraction=settings.model.top_fraction,
         false_alarm_rate=settings.training.false_alarm_rate,
         limits=settings.limits,
+        detector=settings.detector,
         registry_root=settings.registry.root,
         promote=promote,
     )

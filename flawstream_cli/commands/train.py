@@ -115,7 +115,13 @@ def train_all(
     with TrainingDisplay([job.name for job in jobs]) as display:
         metrics = RayMetrics(settings.metrics.max_categories)
         for progress in train_fleet(
-            jobs, settings.model, settings.limits, joined, settings.training.num_gpus, metrics=metrics
+            jobs,
+            settings.model,
+            settings.limits,
+            settings.detector,
+            joined,
+            num_gpus=settings.training.num_gpus,
+            metrics=metrics,
         ):
             display.show(progress)
             if progress.manifest is not None:
@@ -164,15 +170,16 @@ def training_table(manifests: list[ModelManifest]) -> Table:
                 m.training.seed,
                 m.training.train_images,
                 m.training.calibration_images,
-                m.metrics.normal_images + m.metrics.anomalous_images,
-                m.metrics.image_auroc,
-                m.metrics.pixel_auroc,
-                m.metrics.aupro,
-                m.metrics.false_alarm_rate,
-                m.metrics.recall,
+                found.normal_images + found.anomalous_images,
+                found.image_auroc,
+                found.pixel_auroc,
+                found.aupro,
+                found.false_alarm_rate,
+                found.recall,
                 round(m.training.duration_s),
             )
             for m in manifests
+            for found in [m.serving_metrics]
         ),
     )
 

@@ -18,9 +18,10 @@ import torch
 from ray.util.state import list_actors
 
 from flawstream.cluster import Cluster
+from flawstream.engines.choose import make_local_engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
-from schemas.settings import LimitSettings, ModelSettings, TrainingSettings
+from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
 from training.fleet import share_cluster, train_fleet
 from training.pipeline import Job, Progress, Stage, run_job
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.integration
 MODEL = ModelSettings(strides=(16, 32), input_size=64, flow_steps=2, hidden_ratio=0.2)
 RECIPE = TrainingSettings(epochs=1, batch_size=4, false_alarm_rate=0.4)
 LIMITS = LimitSettings()
+DETECTOR = DetectorSettings()
 
 
 def write_images(folder: Path, name: str, count: int, seed: int, *, defective: bool = False) -> tuple[Path, ...]:
@@ -60,7 +62,7 @@ def make_job(folder: Path, name: str, seed: int = 0, *, epochs: int = 1) -> Job:
 
 
 def fleet(jobs: list[Job], cluster: Cluster, model: ModelSettings = MODEL) -> Generator[Progress, None, None]:
-    generator = train_fleet(jobs, model, LIMITS, cluster, 0)
+    generator = train_fleet(jobs, model, LIMITS, DETECTOR, cluster)
     assert isinstance(generator, Generator)
     return generator
 
@@ -97,9 +99,9 @@ def test_category_is_trained_published_and_promoted(outcome: Outcome, name: str)
     assert list(dict.fromkeys(stages)) == [
         Stage.FEATURES,
         Stage.TRAINING,
+        Stage.INT8,
         Stage.CALIBRATING,
         Stage.EVALUATING,
-        Stage.INT8,
         Stage.DONE,
     ]
     assert stages.count(Stage.DONE) == 1
@@ -124,7 +126,9 @@ def test_every_stage_is_told_to_its_end(outcome: Outcome) -> None:
 def test_weights_are_those_of_training_without_ray(outcome: Outcome, tmp_path: Path) -> None:
     there = outcome.jobs["bottle"]
     here = replace(there, registry_root=str(tmp_path))
-    *_, alone = run_job(here, FeatureExtractor(Backbone(MODEL), LIMITS, threads=1))
+    backbone = Backbone(MODEL)
+    engine = make_local_engine(DETECTOR, lambda: backbone, threads=1)
+    *_, alone = run_job(here, FeatureExtractor(backbone, LIMITS, threads=1), engine)
     over_ray = outcome.of("bottle")[-1]
     assert alone.manifest is not None
     assert over_ray.manifest is not None

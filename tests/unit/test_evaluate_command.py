@@ -1,4 +1,4 @@
-"""`flawstream evaluate` with a model that reads scores off the images: what it prints, for programs and for people."""
+"""`flawstream evaluate` with an engine that reads scores off images: what it prints, for programs and for people."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from command_line import Run, make_run
-from tiny_models import SPEC, write_version
+from tiny_models import TinyEngine, write_version
 
 from flawstream.registry.registry import Registry
 from flawstream_cli.commands import evaluate, train
@@ -20,24 +20,11 @@ from flawstream_cli.terminal import read_settings
 from schemas.manifest import ModelManifest
 from training.datasets.mvtec import load_mvtec
 from training.pipeline import Job, Progress, Stage
-from training.steps.evaluate import ScoredImage
 
 pytestmark = pytest.mark.unit
 
 LEVELS = {"good": (10, 20, 30, 220), "dent": (40, 200), "scratch": (210, 230, 250)}
 """Grey levels of the test images; a score is the level over 100, and the threshold is 1.9."""
-
-
-class GreyScorer:
-    """Stands for a backbone and a head: the score is the grey level over 100."""
-
-    def __init__(self, *_: object) -> None:
-        self.spec = SPEC
-
-    def score(self, paths: Sequence[Path]) -> Iterator[ScoredImage]:
-        for path in paths:
-            level = float(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)[0, 0]) / 100
-            yield ScoredImage(path, level, (np.full((4, 4), level, np.float32),), SPEC.input_size)
 
 
 @pytest.fixture
@@ -69,9 +56,7 @@ def write_seed(registry: Registry, version: str, seed: int, **training: object) 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path) -> Run:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "open_backbone", lambda *_: None)
-    monkeypatch.setattr(evaluate, "FeatureExtractor", GreyScorer)
-    monkeypatch.setattr(evaluate, "ImageScorer", GreyScorer)
+    monkeypatch.setattr(evaluate, "make_engine", lambda *_: TinyEngine())
     command = make_run(monkeypatch, capsys)
     return lambda *arguments: command("evaluate", data, "--registry", tmp_path / "models", *arguments)
 
@@ -116,7 +101,7 @@ def test_images_are_told_one_by_one_when_asked(run: Run, registry: Registry) -> 
         "path": "",
         "label": "good",
         "anomalous": False,
-        "score": 2.2,
+        "score": pytest.approx(2.2),
         "verdict": "anomalous",
     }
     assert run("--images").code == 2

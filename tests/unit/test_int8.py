@@ -1,13 +1,20 @@
-"""Int8 graphs of a version: what training finds of them, what is kept, and what they give once written and read."""
+"""Int8 graphs of a version: what training finds of them, what is kept, and what they give once written and read.
 
-from collections.abc import Callable, Mapping
+They run on any CPU that OpenVINO runs on; without instructions for int8 they are slow, and not used (`int8_pays`).
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from tiny_models import make_manifest
 
+from flawstream.calibration import calibrate
+from flawstream.engines.openvino.compile import openvino_is_installed
+from flawstream.engines.openvino.engine import OpenvinoEngine
 from flawstream.engines.openvino.int8_graph import (
     CONSTANTS_FILE,
     GRAPH_FILE,
@@ -15,20 +22,22 @@ from flawstream.engines.openvino.int8_graph import (
     Int8Flows,
     Int8Graph,
     cut,
-    int8_pays,
 )
+from flawstream.engines.protocol import arithmetic_of
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from schemas.manifest import FlowSpec
+from schemas.manifest import FlowSpec, Int8Trial, Metrics
 from schemas.settings import LimitSettings, ModelSettings
 from training.datasets.samples import Sample
+from training.pipeline import Findings, Proof, judge_version
 from training.steps import quantise as int8
+from training.steps.evaluate import ImageScorer
 from training.steps.features import FeatureExtractor
-from training.steps.quantise import Material, try_int8, write_flows, write_version
+from training.steps.quantise import Judged, choose_int8, make_candidates, write_flows, write_version
 
 pytestmark = [
     pytest.mark.unit,
-    pytest.mark.skipif(not int8_pays(), reason="this CPU has no instructions for int8, or OpenVINO is not installed"),
+    pytest.mark.skipif(not openvino_is_installed(), reason="OpenVINO is not installed"),
 ]
 
 SIDE = 64
@@ -61,8 +70,23 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return found
 
 
-def material(paths: list[Path], test: tuple[Sample, ...] = ()) -> Material:
-    return Material(paths[::2], paths[1::2], test, top_fraction=0.03, threshold=1e9)
+@pytest.fixture
+def on_a_cpu_for_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "int8_pays", lambda: True)
+
+
+def judge(
+    extractor: FeatureExtractor, head: FastFlowHead, paths: list[Path], test: tuple[Sample, ...] = ()
+) -> Findings:
+    """Take every second image for ranges and hold the others out."""
+    engine = OpenvinoEngine(extractor.backbone, int8=True)
+    proof = Proof(paths[1::2], test, ranges=paths[::2], top_fraction=0.03, false_alarm_rate=0.05)
+    *_, found = _returned(judge_version("bottle", extractor, engine, head, proof))
+    return found
+
+
+def _returned(steps: Generator[object, None, Findings]) -> Iterator[Findings]:
+    yield (yield from steps)  # type: ignore[misc]  # progress first, and what is returned last
 
 
 def run_int8(
@@ -75,35 +99,56 @@ def run_int8(
         return found, [grid.numpy() for grid in FoldedHead(head)(features)]
 
 
-def test_flows_that_score_as_float32_does_are_kept_with_the_proof(
+@pytest.mark.usefixtures("on_a_cpu_for_int8")
+def test_flows_that_judge_as_float32_does_are_kept_with_the_proof_and_thresholds_of_their_own(
     extractor: FeatureExtractor, paths: list[Path]
 ) -> None:
     head = make_head(extractor)
     test = tuple(
         Sample(path, anomalous=number >= COUNT // 2, defect="rough", mask=None) for number, path in enumerate(paths)
     )
-    trials, files = try_int8(extractor, head, material(paths, test))
-    assert trials[-1].kept
-    assert trials[-1].rank_correlation >= int8.LEAST_RANK
-    assert trials[-1].normal_images == COUNT // 2
-    assert trials[-1].image_auroc is not None
-    assert set(files) == {GRAPH_FILE, CONSTANTS_FILE}
+    found = judge(extractor, head, paths, test)
+    trial = found.int8[-1]
+    assert trial.kept
+    assert trial.rank_correlation >= int8.LEAST_RANK
+    assert trial.normal_images == COUNT // 2
+    assert trial.image_auroc is not None
+    assert trial.lost_defects == 0
+    assert set(found.int8_files) == {GRAPH_FILE, CONSTANTS_FILE}
+    assert trial.calibration is not None
+    assert (trial.calibration.arithmetic, found.calibration.arithmetic) == ("int8", "float32")
+    assert trial.metrics is not None
+    assert trial.metrics.recall is not None
+
+    manifest = make_manifest(spec=extractor.spec, flow=FLOW).model_copy(
+        update={"calibration": found.calibration, "int8": found.int8}
+    )
+    engine = OpenvinoEngine(extractor.backbone, int8=True)
+    assert manifest.calibration_in(arithmetic_of(engine, manifest)) == trial.calibration
+    loaded = engine.load(head, manifest, dict(found.int8_files).__getitem__)
+    scorer = ImageScorer(engine, [loaded], LimitSettings(), 0.03)
+    served = sorted(image.score for (image,) in scorer.score(paths[1::2]))
+    assert served == pytest.approx(trial.calibration.scores, rel=0.02)  # a batch of one may take another graph
+    in_float32 = OpenvinoEngine(extractor.backbone)
+    assert manifest.calibration_in(arithmetic_of(in_float32, manifest)) == found.calibration
 
 
+@pytest.mark.usefixtures("on_a_cpu_for_int8")
 def test_white_features_are_never_tried_with_a_backbone_in_int8(extractor: FeatureExtractor, paths: list[Path]) -> None:
     head = make_head(extractor, FLOW.model_copy(update={"normalisation": "statistics"}))
-    trials, _ = try_int8(extractor, head, material(paths))
-    assert [trial.scope for trial in trials] == ["flows"]
+    candidates = make_candidates(extractor, head, paths[::2], COUNT // 2)
+    assert [candidate.scope for candidate in candidates] == ["flows"]
 
 
+@pytest.mark.usefixtures("on_a_cpu_for_int8")
 def test_graphs_that_do_harm_are_told_and_not_kept(
     extractor: FeatureExtractor, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = make_head(extractor)
     monkeypatch.setattr(int8, "quantise", _coarsely)
-    trials, files = try_int8(extractor, head, material(paths))
-    assert [(trial.scope, trial.kept) for trial in trials] == [("version", False), ("flows", False)]
-    assert not files
+    found = judge(extractor, head, paths)
+    assert [(trial.scope, trial.kept) for trial in found.int8] == [("version", False), ("flows", False)]
+    assert not found.int8_files
 
 
 def _coarsely(module: torch.nn.Module, run: object, choose: object) -> int:
@@ -117,8 +162,70 @@ def _coarsely(module: torch.nn.Module, run: object, choose: object) -> int:
     return 0
 
 
+@pytest.mark.usefixtures("on_a_cpu_for_int8")
 def test_too_few_images_prove_nothing(extractor: FeatureExtractor, paths: list[Path]) -> None:
-    assert try_int8(extractor, make_head(extractor), material(paths[:30])) == ((), {})
+    assert make_candidates(extractor, make_head(extractor), paths[:30], 19) == []
+
+
+def test_nothing_is_tried_where_int8_does_not_pay(
+    extractor: FeatureExtractor, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "int8_pays", lambda: False)
+    assert make_candidates(extractor, make_head(extractor), paths, COUNT) == []
+
+
+NORMAL_SCORES = np.arange(1.0, 101.0)
+"""Held out; at a rate of 0.05 the threshold is 96, and 4 lie above it."""
+
+
+def judged(held_out: np.ndarray, defective: Sequence[float] = ()) -> Judged:
+    calibration = calibrate(held_out, held_out, 0.05, 0.03)
+    return Judged(held_out, np.array(defective), calibration, Metrics())
+
+
+def the_trial(int8_form: Judged, exact: Judged) -> Int8Trial:
+    """Compare one candidate; only its scope and files matter."""
+    candidate = int8.Int8Candidate("flows", {"graph": b""}, None)  # type: ignore[arg-type]
+    (trial,), files = choose_int8([candidate], [int8_form], exact)
+    assert bool(files) is trial.kept
+    return trial
+
+
+def test_scale_of_scores_is_no_harm_as_int8_has_thresholds_of_its_own() -> None:
+    trial = the_trial(judged(NORMAL_SCORES * 2, [200.0, 300.0]), judged(NORMAL_SCORES, [100.0, 150.0]))
+    assert trial.kept
+    assert (trial.changed_verdicts, trial.lost_defects) == (0, 0)
+    assert trial.alarms > 0.5  # by float32's threshold, which is why it is not used
+
+
+def test_int8_that_loses_one_defect_at_its_threshold_is_not_kept() -> None:
+    exact = judged(NORMAL_SCORES, [97.0, 150.0, 90.0])
+    assert the_trial(judged(NORMAL_SCORES, [97.0, 150.0, 99.0]), exact).kept  # one more found is no harm
+    trial = the_trial(judged(NORMAL_SCORES, [95.0, 150.0, 99.0]), exact)
+    assert not trial.kept
+    assert trial.lost_defects == 1
+
+
+def test_int8_whose_verdicts_on_normal_images_differ_beyond_the_interval_is_not_kept() -> None:
+    """Of 4 alarms in 100 images the 95 % interval reaches to 9.9: five more, and no six."""
+    for swapped, kept in ((2, True), (4, False)):  # each swap changes two verdicts
+        scores = NORMAL_SCORES.copy()
+        scores[100 - swapped :], scores[90 : 90 + swapped] = (
+            scores[90 : 90 + swapped].copy(),
+            scores[100 - swapped :].copy(),
+        )
+        trial = the_trial(judged(scores), judged(NORMAL_SCORES))
+        assert trial.rank_correlation >= int8.LEAST_RANK
+        assert trial.changed_verdicts == 2 * swapped
+        assert trial.kept is kept
+
+
+def test_version_of_before_that_has_no_thresholds_of_int8_is_served_in_float32() -> None:
+    trial = the_trial(judged(NORMAL_SCORES), judged(NORMAL_SCORES))
+    old = make_manifest().model_copy(update={"int8": (trial.model_copy(update={"calibration": None}),)})
+    assert trial.kept
+    assert old.int8_scope is None
+    assert old.model_copy(update={"int8": (trial,)}).int8_scope == "flows"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -8,14 +8,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from flawstream.fastflow.head import FastFlowHead
-from flawstream.fastflow.score import image_scores
+from flawstream.calibration import is_anomalous
+from flawstream.engines.protocol import Engine, Loaded
+from flawstream.fastflow.score import score_images
 from flawstream.imaging.maps import upsample
 from schemas.errors import DatasetError
 from schemas.manifest import DefectMetrics, Metrics
+from schemas.settings import LimitSettings
 from training.datasets.samples import Sample
 from training.report.metrics import Interval, PixelTally, image_metrics, rate_interval
-from training.steps.features import FeatureExtractor
+from training.steps.features import decode_batches
 
 METRIC_NAMES = {
     "image_auroc": "AUROC",
@@ -53,33 +55,43 @@ class ScoredImage:
 
 
 class ImageScorer:
-    """Scores image files with one head, on what the extractor runs on.
+    """Scores image files on the engine that serves, so that what is measured is what the stream will say.
 
     Args:
-        extractor: The backbone.
-        head: The trained head.
+        engine: Of the version's backbone.
+        heads: What `engine.load` returned: forms of one version, judged on the same pixels.
+        limits: What is too large to be decoded.
         top_fraction: How image scores are taken from maps.
     """
 
-    def __init__(self, extractor: FeatureExtractor, head: FastFlowHead, top_fraction: float) -> None:
-        self._extractor = extractor
-        self._run = extractor.compile_head(head)
+    def __init__(self, engine: Engine, heads: Sequence[Loaded], limits: LimitSettings, top_fraction: float) -> None:
+        self._engine = engine
+        self._heads = heads
+        self._limits = limits
         self._top_fraction = top_fraction
 
-    def score(self, paths: Sequence[Path]) -> Iterator[ScoredImage]:
+    def score(self, paths: Sequence[Path]) -> Iterator[tuple[ScoredImage, ...]]:
         """Score images in order.
+
+        Yields:
+            For each image what each head says of it.
 
         Raises:
             DatasetError: A file cannot be read or is no image.
         """
+        side = self._engine.spec.input_size
         done = 0
-        for _, features in self._extractor.batches(paths):
-            grids = self._run(features)
-            scores = image_scores(grids, self._top_fraction)
-            for row, score in enumerate(scores.tolist()):
-                of_image = tuple(grid[row].numpy() for grid in grids)
-                yield ScoredImage(paths[done + row], score, of_image, self._extractor.spec.input_size)
-            done += len(scores)
+        for images in decode_batches(paths, side, self._limits):
+            pixels = np.stack([image.pixels for image in images])
+            rows = np.arange(len(images))
+            found = [self._engine.detect(pixels, [(head, rows)]) for head in self._heads]
+            scores = [score_images(grids, self._top_fraction) for grids in found]
+            for row in rows.tolist():
+                yield tuple(
+                    ScoredImage(paths[done + row], float(of_head[row]), tuple(grid[row] for grid in grids), side)
+                    for grids, of_head in zip(found, scores, strict=True)
+                )
+            done += len(images)
 
 
 class Evaluation:
@@ -106,6 +118,13 @@ class Evaluation:
         elif not sample.anomalous:
             self._pixels.add(image.anomaly_map(), None)
 
+    def scores(self, *, anomalous: bool) -> NDArray[np.float64]:
+        """Give the scores of one class, in their order."""
+        return np.array(
+            [score for sample, score in zip(self._samples, self._scores, strict=True) if sample.anomalous is anomalous],
+            np.float64,
+        )
+
     def metrics(self, threshold: float) -> Metrics:
         """Compare all scores with all labels at a threshold of the image score, nats per channel."""
         return summarise(
@@ -130,7 +149,7 @@ def summarise(
     kinds = sorted({kind for kind in defects if kind is not None})
     kind_of = np.array([-1 if kind is None else kinds.index(kind) for kind in defects], dtype=np.int64)
     normal = kind_of < 0
-    alarms = ~(scores <= threshold)  # and not `>`, which no number that is none ever is
+    alarms = is_anomalous(scores, threshold)
     values, intervals = image_metrics(scores, ~normal)
     for found in (
         _rate("false_alarm_rate", alarms[normal]),

@@ -7,68 +7,74 @@ Shape legend: B images, S side of an image in pixels, C channels, H W height and
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from flawstream.engines.openvino.int8_graph import Int8Flows, Int8Graph, int8_pays, write_int8
+from flawstream.calibration import is_anomalous
+from flawstream.engines.openvino.int8_graph import int8_pays, write_int8
+from flawstream.engines.openvino.int8_versions import Int8Version, open_int8
 from flawstream.engines.openvino.quantise import fold_batch_norms, quantise
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from flawstream.fastflow.score import image_scores
-from schemas.manifest import Int8Trial
-from training.datasets.samples import Sample
+from schemas.manifest import Calibration, Int8Trial, Metrics
+from training.report.metrics import rate_interval
 from training.steps.features import FeatureExtractor
 
 LEAST_RANK = 0.99
 """Of normal images' scores in int8 and in float32."""
-MOST_ALARMS = 0.01
-"""By so much may the share of normal images above the threshold differ; one image may in any case."""
 MOST_AUROC_LOSS = 0.003
 
 _FEWEST = 20
 """Held-out normal images; fewer prove nothing."""
 _RANGE_IMAGES = 32
-_PROOF_IMAGES = 256
-"""At most so many held-out images are compared, and as many test images of each class."""
 
-_T = TypeVar("_T")
 Scope = Literal["flows", "version"]
-Judge = Callable[[NDArray[np.uint8], Sequence[NDArray[np.float32]]], list[NDArray[np.float32]]]
-"""(B, S, S, 3) images and their (B, C_s, H_s, W_s) features per scale, to one (B, H_s, W_s) grid per scale."""
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
-    """What int8 is tried on.
+class Int8Candidate:
+    """An int8 form of a version, written but not yet proven.
 
     Attributes:
-        ranges: Normal images that ranges are taken from.
-        held_out: Other normal images.
-        test: Test images; may be none.
-        top_fraction: How image scores are taken from maps.
-        threshold: A score above it is anomalous.
+        scope: What is in int8.
+        files: The graph, by name: what lies beside the weights if it is kept.
+        loaded: The same, compiled: a head for the engine.
     """
 
-    ranges: Sequence[Path]
-    held_out: Sequence[Path]
-    test: Sequence[Sample]
-    top_fraction: float
-    threshold: float
+    scope: Scope
+    files: Mapping[str, bytes]
+    loaded: Int8Version
 
 
-def try_int8(
-    extractor: FeatureExtractor, head: FastFlowHead, material: Material
-) -> tuple[tuple[Int8Trial, ...], Mapping[str, bytes]]:
-    """Make int8 graphs, the furthest-reaching first, until one does no harm.
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What one form of a version makes of the images.
+
+    Attributes:
+        held_out: (N,) scores of held-out normal images, in their order.
+        defective: (M,) scores of defective test images, in their order.
+        calibration: Set by `held_out`.
+        metrics: On all test images, at that calibration's threshold.
+    """
+
+    held_out: NDArray[np.float64]
+    defective: NDArray[np.float64]
+    calibration: Calibration
+    metrics: Metrics
+
+
+def make_candidates(
+    extractor: FeatureExtractor, head: FastFlowHead, normal: Sequence[Path], held_out_images: int
+) -> list[Int8Candidate]:
+    """Make int8 forms of a version, the furthest-reaching first.
 
     The whole version is tried where its features are taken as they are or normalised by image: white features enlarge
     what a quantised backbone loses beyond any use (docs/decisions/0005).
@@ -76,36 +82,79 @@ def try_int8(
     Args:
         extractor: The backbone.
         head: The trained head.
-        material: The images.
+        normal: Normal images that ranges are taken from, not held out.
+        held_out_images: How many others there are to prove it on.
 
     Returns:
-        What was found, and the files of the graph that is kept, if one is. Nothing where there are too few images or
-        this CPU has no use for int8.
+        None where there are too few images or this CPU has no use for int8.
 
     Raises:
         DatasetError: An image cannot be read.
     """
-    if not int8_pays() or len(material.held_out) < _FEWEST:
-        return (), {}
-    scopes: list[Scope] = ["flows"]
+    if not int8_pays() or held_out_images < _FEWEST:
+        return []
+    chosen = normal
+    if len(normal) > _RANGE_IMAGES:
+        chosen = [normal[index] for index in np.linspace(0, len(normal) - 1, _RANGE_IMAGES).round().astype(int)]
+    files: dict[Scope, dict[str, bytes]] = {}
     convolutional = not extractor.spec.blocks
     if convolutional and all(isinstance(one, nn.LayerNorm | nn.Identity) for one in head.statistics):
-        scopes.insert(0, "version")
+        files["version"] = write_version(extractor.backbone, head, extractor.pixels(chosen))
+    files["flows"] = write_flows(head, _all_features(extractor, chosen))
+    return [Int8Candidate(scope, made, open_int8(scope, head, made, extractor.spec)) for scope, made in files.items()]
+
+
+def choose_int8(
+    candidates: Sequence[Int8Candidate], judged: Sequence[Judged], exact: Judged
+) -> tuple[tuple[Int8Trial, ...], Mapping[str, bytes]]:
+    """Keep the first candidate that does no harm.
+
+    Args:
+        candidates: What `make_candidates` made.
+        judged: What each makes of the images.
+        exact: What float32 makes of the same images.
+
+    Returns:
+        What was found up to the one that is kept, and that one's files, if one is.
+    """
     trials: list[Int8Trial] = []
-    ranges = _spread(material.ranges, _RANGE_IMAGES)
-    for scope in scopes:
-        if scope == "version":
-            files = write_version(extractor.backbone, head, extractor.pixels(ranges))
-            graph = Int8Graph(files, extractor.threads)
-            judge: Judge = lambda images, _, graph=graph: graph(images)  # type: ignore[misc]  # noqa: E731
-        else:
-            files = write_flows(head, _all_features(extractor, ranges))
-            flows = Int8Flows(head, files, extractor.threads)
-            judge = lambda _, features, flows=flows: flows(features)  # type: ignore[misc]  # noqa: E731
-        trials.append(_compare(scope, extractor, head, judge, material))
+    for candidate, found in zip(candidates, judged, strict=True):
+        trials.append(_compare(candidate.scope, found, exact))
         if trials[-1].kept:
-            return tuple(trials), files
+            return tuple(trials), candidate.files
     return tuple(trials), {}
+
+
+def _compare(scope: Scope, int8: Judged, exact: Judged) -> Int8Trial:
+    """Hold int8 against float32, each judged by the threshold that its own scores set."""
+    threshold = exact.calibration.threshold
+    verdicts, exact_verdicts = (is_anomalous(one.held_out, one.calibration.threshold) for one in (int8, exact))
+    changed = int((verdicts != exact_verdicts).sum())
+    missed = exact_verdicts.size * rate_interval(int(exact_verdicts.sum()), exact_verdicts.size)[1]
+    found, exact_found = (is_anomalous(one.defective, one.calibration.threshold) for one in (int8, exact))
+    lost = int((exact_found & ~found).sum()) if exact_found.size else None
+    rank = float(spearmanr(int8.held_out, exact.held_out).statistic)
+    auroc, exact_auroc = int8.metrics.image_auroc, exact.metrics.image_auroc
+    harmless = (
+        rank >= LEAST_RANK
+        and exact_verdicts.sum() + changed <= missed
+        and not lost
+        and (auroc is None or exact_auroc is None or exact_auroc - auroc <= MOST_AUROC_LOSS)
+    )
+    return Int8Trial(
+        scope=scope,
+        kept=bool(harmless),
+        normal_images=len(exact.held_out),
+        rank_correlation=rank,
+        alarms=float(is_anomalous(int8.held_out, threshold).mean()),
+        alarms_float32=float(exact_verdicts.mean()),
+        changed_verdicts=changed,
+        lost_defects=lost,
+        image_auroc=auroc,
+        image_auroc_float32=exact_auroc,
+        calibration=int8.calibration,
+        metrics=int8.metrics,
+    )
 
 
 def write_flows(head: FastFlowHead, features: list[Tensor]) -> dict[str, bytes]:
@@ -174,69 +223,3 @@ class _Version(nn.Module):
 def _all_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> list[Tensor]:
     batches = [features for _, features in extractor.batches(paths)]
     return [torch.cat([scale.cpu() for scale in scales]) for scales in zip(*batches, strict=True)]
-
-
-def _compare(
-    scope: Scope, extractor: FeatureExtractor, head: FastFlowHead, judge: Judge, material: Material
-) -> Int8Trial:
-    run = extractor.compile_head(head)
-
-    def scores(paths: Sequence[Path]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Score images in int8 and in float32."""
-        pairs = list(_pairs(extractor, run, judge, paths, material.top_fraction))
-        return np.concatenate([int8 for int8, _ in pairs]), np.concatenate([exact for _, exact in pairs])
-
-    int8, exact = scores(_spread(material.held_out, _PROOF_IMAGES))
-    rank = float(spearmanr(int8, exact).statistic)
-    alarms, alarms_float32 = (float((values > material.threshold).mean()) for values in (int8, exact))
-    harmless = (
-        np.isfinite(int8).all()
-        and rank >= LEAST_RANK
-        and abs(alarms - alarms_float32) <= max(MOST_ALARMS, 1 / len(exact) + 1e-9)
-    )
-    auroc: tuple[float, float] | tuple[None, None] = (None, None)
-    chosen = [
-        sample
-        for anomalous in (False, True)
-        for sample in _spread([one for one in material.test if one.anomalous is anomalous], _PROOF_IMAGES)
-    ]
-    labels = np.array([sample.anomalous for sample in chosen], bool)
-    if labels.any() and not labels.all():
-        int8_test, exact_test = scores([sample.path for sample in chosen])
-        finite = bool(np.isfinite(int8_test).all() and np.isfinite(exact_test).all())
-        if finite:
-            auroc = float(roc_auc_score(labels, int8_test)), float(roc_auc_score(labels, exact_test))
-            harmless = harmless and auroc[1] - auroc[0] <= MOST_AUROC_LOSS
-        harmless = harmless and finite
-    return Int8Trial(
-        scope=scope,
-        kept=bool(harmless),
-        normal_images=len(exact),
-        rank_correlation=rank,
-        alarms=alarms,
-        alarms_float32=alarms_float32,
-        image_auroc=auroc[0],
-        image_auroc_float32=auroc[1],
-    )
-
-
-def _pairs(
-    extractor: FeatureExtractor,
-    run: Callable[[list[Tensor]], list[Tensor]],
-    judge: Judge,
-    paths: Sequence[Path],
-    top_fraction: float,
-) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    for images, features in extractor.batches(paths):
-        pixels = np.stack([image.pixels for image in images])
-        arrays = [scale.cpu().numpy() for scale in features]
-        grids = [torch.from_numpy(grid) for grid in judge(pixels, arrays)]
-        int8, exact = (image_scores(found, top_fraction).double().numpy() for found in (grids, run(features)))
-        yield int8, exact
-
-
-def _spread(items: Sequence[_T], most: int) -> list[_T]:
-    """Take so many of a sequence, from all over it."""
-    if len(items) <= most:
-        return list(items)
-    return [items[index] for index in np.linspace(0, len(items) - 1, most).round().astype(int)]

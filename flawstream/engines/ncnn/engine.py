@@ -26,7 +26,7 @@ from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart,
 from flawstream.engines.protocol import Read, empty_grids, fill_rows, no_files
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from schemas.manifest import ModelManifest
+from schemas.manifest import Arithmetic, ModelManifest
 
 Grid = NDArray[np.float32]
 
@@ -37,20 +37,22 @@ class NcnnEngine:
     Args:
         backbone: The frozen network.
         int8: Whether versions are judged in int8 that may be.
+        threads: CPU threads; 0 takes all.
 
     Raises:
         ConfigError: ncnn is not installed, or cannot run the network and OpenVINO is not installed either.
     """
 
+    precision: Arithmetic = "float32"
     concurrent_batches = 2  # the next one's images begin while the last of this one are judged
     copies = 3
     """Measured 1.6 for the default preset and 2.6 for `resnet18`: what Winograd's algorithm makes of 3x3 weights."""
 
-    def __init__(self, backbone: Backbone, *, int8: bool = False) -> None:
+    def __init__(self, backbone: Backbone, *, int8: bool = False, threads: int = 0) -> None:
         require_ncnn()
-        self._int8 = int8
+        self.int8 = int8
         self.spec = backbone.spec
-        self._threads = os.cpu_count() or 1
+        self._threads = threads or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._threads, "ncnn")
         self._under_way, self._counting = 0, threading.Lock()
         if openvino_is_installed() and not is_mostly_3x3(backbone):
@@ -59,9 +61,9 @@ class NcnnEngine:
         else:
             self._backbone = _BackboneGraphs(backbone, self._threads)
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Head | Int8Version":
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Head | Int8Version":
         """Fold a head, write it down as graphs and run them once."""
-        if self._int8 and (version := load_int8(head, manifest, read)) is not None:
+        if self.int8 and (version := load_int8(head, manifest, read)) is not None:
             return version
         loaded = _Head(FoldedHead(head), self._threads)
         features = [np.zeros(shape, np.float32) for shape in self.spec.feature_shapes]

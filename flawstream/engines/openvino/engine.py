@@ -13,7 +13,7 @@ from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart,
 from flawstream.engines.protocol import Read, no_files, run_heads
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from schemas.manifest import ModelManifest
+from schemas.manifest import Arithmetic, ModelManifest
 
 
 class OpenvinoEngine:
@@ -23,6 +23,7 @@ class OpenvinoEngine:
         backbone: The frozen network.
         precision: Of backbone and heads.
         int8: Whether versions are judged in int8 that may be.
+        threads: CPU threads; 0 takes all.
 
     Raises:
         ConfigError: OpenVINO is not installed.
@@ -32,19 +33,35 @@ class OpenvinoEngine:
     copies = 4
     """Measured 3.1 after a batch of one and 3.7 after one of 8: the graph's own, what it repacks, and activations."""
 
-    def __init__(self, backbone: Backbone, *, precision: Literal["f32", "bf16"] = "f32", int8: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        precision: Literal["f32", "bf16"] = "f32",
+        int8: bool = False,
+        threads: int = 0,
+    ) -> None:
         self.spec = backbone.spec
-        self._precision: Literal["f32", "bf16"] = precision
-        self._int8 = int8
+        self.precision: Arithmetic = "bfloat16" if precision == "bf16" else "float32"
+        self._hint: Literal["f32", "bf16"] = precision
+        self._threads = threads
+        self.int8 = int8
         side = self.spec.input_size
-        self._backbone = CompiledModule(backbone, [(side, side, 3)], dtype=torch.uint8, precision=precision)
+        self._backbone = CompiledModule(
+            backbone, [(side, side, 3)], dtype=torch.uint8, precision=precision, threads=threads
+        )
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Run | Int8Version":
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Run | Int8Version":
         """Fold a head, compile it and run it once."""
-        if self._int8 and (version := load_int8(head, manifest, read)) is not None:
+        if self.int8 and (version := load_int8(head, manifest, read)) is not None:
             return version
         compiled = CompiledModule(
-            FoldedHead(head), self.spec.feature_shapes, dtype=torch.float32, listed=True, precision=self._precision
+            FoldedHead(head),
+            self.spec.feature_shapes,
+            dtype=torch.float32,
+            listed=True,
+            precision=self._hint,
+            threads=self._threads,
         )
 
         def run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:

@@ -3,8 +3,8 @@
 Shape legend: B images, S side of an image in pixels, H W height and width of a scale's grid, s a scale.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +22,27 @@ Int8Version = Int8Graph | Int8Flows
 """A graph from pixels to grids, with a backbone of its own; or flows behind the engine's backbone."""
 
 
-def load_int8(head: FastFlowHead, manifest: ModelManifest, read: Read) -> Int8Version | None:
+def load_int8(head: FastFlowHead, manifest: ModelManifest | None, read: Read) -> Int8Version | None:
     """Make a version's int8 graph ready and run it once; none where it has none.
 
     Raises:
         RegistryError: The graph is missing or damaged.
         RuntimeError: It cannot be compiled.
     """
-    scope = manifest.int8_scope
-    if scope is None:
+    if manifest is None or manifest.int8_scope is None:
         return None
     files = {name: read(name) for name in (GRAPH_FILE, CONSTANTS_FILE)}
-    spec = manifest.backbone
+    return open_int8(manifest.int8_scope, head, files, manifest.backbone)
+
+
+def open_int8(
+    scope: Literal["flows", "version"], head: FastFlowHead, files: Mapping[str, bytes], spec: BackboneSpec
+) -> Int8Version:
+    """Compile an int8 graph and run it once. Every engine on a CPU takes it as a head.
+
+    Raises:
+        RuntimeError: It cannot be compiled.
+    """
     count = 2  # once side by side, and once alone
     if scope == "version":
         graph = Int8Graph(files)
