@@ -61,6 +61,19 @@ class FlowStep(nn.Module):
         log_scale, shift = torch.split(_DAMPING * self.subnet(passive), self.active, dim=1)
         return self.clamp * torch.tanh(log_scale), shift
 
+    @torch.no_grad()
+    def shrink(self, share: float) -> None:
+        """Take the step towards the identity, in place: log scales, shifts and the global affine keep this share.
+
+        It stays an invertible step with its exact log-determinant; 0 leaves the permutation alone, 1 changes nothing.
+        """
+        last = self.subnet[-1]
+        for parameter in last.parameters():
+            parameter.mul_(share)
+        scale = self.global_scale() ** share
+        self.raw_scale.copy_(torch.log(torch.expm1(_SOFTPLUS_BETA / _SCALE_FACTOR * scale)) / _SOFTPLUS_BETA)
+        self.offset.mul_(share)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map features towards the normal distribution.
 
@@ -109,6 +122,11 @@ class Flow(nn.Module):
             )
             for step in range(steps)
         )
+
+    def shrink(self, share: float) -> None:
+        """Take every step towards the identity, in place: `FlowStep.shrink`."""
+        for step in self.steps:
+            step.shrink(share)  # type: ignore[operator]  # ModuleList forgets what it holds
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) features to latents of the same shape and the (B,) log-determinant, nats."""

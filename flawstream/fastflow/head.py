@@ -61,11 +61,17 @@ class FastFlowHead(nn.Module):
         Returns:
             Per scale (B, K_s, H_s, W_s) latents, and (B,) log-determinants, nats.
         """
-        pairs = [
-            flow(statistics(scale))
-            for flow, statistics, scale in zip(self.flows, self.statistics, features, strict=True)
-        ]
+        return self.transform([statistics(scale) for statistics, scale in zip(self.statistics, features, strict=True)])
+
+    def transform(self, normalised: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Do the same from features that `statistics` have been applied to."""
+        pairs = [flow(scale) for flow, scale in zip(self.flows, normalised, strict=True)]
         return [latents for latents, _ in pairs], [log_det for _, log_det in pairs]
+
+    def shrink_flows(self, share: float) -> None:
+        """Take the flows towards the identity, in place; they keep this share of themselves, in [0, 1]."""
+        for flow in self.flows:
+            flow.shrink(share)  # type: ignore[operator]  # ModuleList forgets what it holds
 
     def to_bytes(self) -> bytes:
         """Write all tensors as safetensors; the whitening as float16, which it was rounded to."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flawstream.engines.openvino.compile import CompiledModule, openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
-from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.imaging.decode import DecodedImage, decode_image
 from schemas.errors import ConfigError, DatasetError, MessageError
 from schemas.settings import LimitSettings
@@ -37,18 +36,18 @@ class FeatureExtractor:
         backbone: As it was given, on whatever it runs.
         spec: Its specification.
         threads: CPU threads.
+        limits: As they were given.
     """
 
     def __init__(self, backbone: Backbone, limits: LimitSettings, threads: int = 0) -> None:
         self.backbone = backbone
         self.spec = backbone.spec
         self.threads = threads
-        self._limits = limits
+        self.limits = limits
         size = backbone.spec.input_size
         self._run: Callable[[NDArray[np.uint8]], list[Tensor]]
-        self._compiles = not torch.cuda.is_available() and openvino_is_installed()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self._compiles:
+        if not torch.cuda.is_available() and openvino_is_installed():
             compiled = CompiledModule(backbone, [(size, size, 3)], dtype=torch.uint8, threads=threads)
             self._run = lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
         else:
@@ -60,21 +59,6 @@ class FeatureExtractor:
 
             self._run = run
 
-    def compile_head(self, head: FastFlowHead) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Make a head ready to run on features of `batches`, on what the backbone runs on.
-
-        Returns:
-            A function of one (B, C_s, H_s, W_s) tensor per scale to one (B, H_s, W_s) float32 CPU tensor per scale,
-            nats per channel.
-        """
-        folded = FoldedHead(head)
-        if self._compiles:
-            shapes = self.spec.feature_shapes
-            compiled = CompiledModule(folded, shapes, dtype=torch.float32, listed=True, threads=self.threads)
-            return lambda features: [torch.from_numpy(grid) for grid in compiled(*(f.numpy() for f in features))]
-        moved = folded.to(self._device)
-        return lambda features: [grid.cpu() for grid in moved(features)]
-
     def batches(self, paths: Sequence[Path]) -> Iterator[tuple[list[DecodedImage], list[Tensor]]]:
         """Decode and compute, the next batch being decoded while one is computed.
 
@@ -84,13 +68,8 @@ class FeatureExtractor:
         Raises:
             DatasetError: A file cannot be read or is no image.
         """
-        with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-            starts = range(0, len(paths), _BATCH)
-            waiting = [pool.submit(self._read, path) for path in paths[:_BATCH]]
-            for start in starts:
-                images = [future.result() for future in waiting]
-                waiting = [pool.submit(self._read, path) for path in paths[start + _BATCH : start + 2 * _BATCH]]
-                yield images, self._run(np.stack([image.pixels for image in images]))
+        for images in decode_batches(paths, self.spec.input_size, self.limits):
+            yield images, self._run(np.stack([image.pixels for image in images]))
 
     def pixels(self, paths: Sequence[Path]) -> NDArray[np.uint8]:
         """Decode images to (B, S, S, 3) RGB.
@@ -98,21 +77,89 @@ class FeatureExtractor:
         Raises:
             DatasetError: A file cannot be read or is no image.
         """
-        return np.stack([self._read(path).pixels for path in paths])
-
-    def _read(self, path: Path) -> DecodedImage:
-        try:
-            return decode_image(path.read_bytes(), self.spec.input_size, self._limits)
-        except OSError as error:
-            raise DatasetError(f"cannot read {path}: {error.strerror}") from error
-        except MessageError as error:
-            raise DatasetError(f"{path}: {error}; mend the file or take it out") from error
+        return np.stack([read_image(path, self.spec.input_size, self.limits).pixels for path in paths])
 
 
-class FeatureCache:
+def decode_batches(paths: Sequence[Path], size: int, limits: LimitSettings) -> Iterator[list[DecodedImage]]:
+    """Decode image files in order, in batches, the next one while the caller works on the last.
+
+    Args:
+        paths: The files.
+        size: Side in pixels that images are resized to.
+        limits: What is too large to be decoded.
+
+    Raises:
+        DatasetError: A file cannot be read or is no image.
+    """
+    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+        waiting = [pool.submit(read_image, path, size, limits) for path in paths[:_BATCH]]
+        for start in range(0, len(paths), _BATCH):
+            images = [future.result() for future in waiting]
+            waiting = [
+                pool.submit(read_image, path, size, limits) for path in paths[start + _BATCH : start + 2 * _BATCH]
+            ]
+            yield images
+
+
+def read_image(path: Path, size: int, limits: LimitSettings) -> DecodedImage:
+    """Read and decode one file; as `decode_batches`.
+
+    Raises:
+        DatasetError: It cannot be read or is no image.
+    """
+    try:
+        return decode_image(path.read_bytes(), size, limits)
+    except OSError as error:
+        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
+    except MessageError as error:
+        raise DatasetError(f"{path}: {error}; mend the file or take it out") from error
+
+
+class FeatureStore:
     """Features of many images on disk, as float16 arrays that are mapped and not read whole.
 
-    The files have no names: their room is free again when the cache, or its process, is gone, however it ends.
+    The files have no names: their space is free again when the store, or its process, is gone, however it ends.
+
+    Args:
+        folder: On the disk that holds the arrays.
+        count: Images.
+        shapes: (C, H, W) of each scale.
+
+    Raises:
+        ConfigError: The disk has too little space.
+    """
+
+    def __init__(self, folder: Path, count: int, shapes: Sequence[tuple[int, int, int]]) -> None:
+        self._folder = folder
+        self._scales = [_nameless_array(folder, (count, *shape)) for shape in shapes]
+
+    def take(self, rows: NDArray[np.int64]) -> list[Tensor]:
+        """Read some images' features; one (B, C_s, H_s, W_s) float32 tensor per scale."""
+        return [torch.from_numpy(array[rows].astype(np.float32)) for array in self._scales]
+
+    def put(self, rows: NDArray[np.int64] | slice, features: Sequence[Tensor]) -> None:
+        """Write some images' features; one (B, C_s, H_s, W_s) tensor per scale."""
+        for array, scale in zip(self._scales, features, strict=True):
+            array[rows] = scale.cpu().numpy()
+
+    def grid_rows(self, scale: int, images: NDArray[np.int64]) -> Iterator[Tensor]:
+        """Read some images' features of one scale row by row of its grid; H times (N, C, W) float32."""
+        array = self._scales[scale]
+        for row in range(array.shape[2]):
+            yield torch.from_numpy(array[images, :, row].astype(np.float32))
+
+    def empty_like(self, count: int) -> "FeatureStore":
+        """Make a store of the same shapes for other images.
+
+        Raises:
+            ConfigError: The disk has too little space.
+        """
+        shapes = [(array.shape[1], array.shape[2], array.shape[3]) for array in self._scales]
+        return FeatureStore(self._folder, count, shapes)
+
+
+class FeatureCache(FeatureStore):
+    """What the backbone makes of image files.
 
     Args:
         folder: On the disk that holds the arrays.
@@ -120,14 +167,13 @@ class FeatureCache:
         extractor: Computes their features, in `fill`.
 
     Raises:
-        ConfigError: The disk has too little room.
+        ConfigError: The disk has too little space.
     """
 
     def __init__(self, folder: Path, paths: Sequence[Path], extractor: FeatureExtractor) -> None:
-        spec = extractor.spec
+        super().__init__(folder, len(paths), extractor.spec.feature_shapes)
         self._paths = paths
         self._extractor = extractor
-        self._scales = [_nameless_array(folder, (len(paths), *shape)) for shape in spec.feature_shapes]
 
     def fill(self) -> Iterator[int]:
         """Compute all features.
@@ -140,20 +186,9 @@ class FeatureCache:
         """
         done = 0
         for images, features in self._extractor.batches(self._paths):
-            for array, scale in zip(self._scales, features, strict=True):
-                array[done : done + len(images)] = scale.cpu().numpy()
+            self.put(slice(done, done + len(images)), features)
             done += len(images)
             yield done
-
-    def take(self, rows: NDArray[np.int64]) -> list[Tensor]:
-        """Read some images' features; one (B, C_s, H_s, W_s) float32 tensor per scale."""
-        return [torch.from_numpy(array[rows].astype(np.float32)) for array in self._scales]
-
-    def grid_rows(self, scale: int, images: NDArray[np.int64]) -> Iterator[Tensor]:
-        """Read some images' features of one scale row by row of its grid; H times (N, C, W) float32."""
-        array = self._scales[scale]
-        for row in range(array.shape[2]):
-            yield torch.from_numpy(array[images, :, row].astype(np.float32))
 
 
 def _nameless_array(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float16]:
