@@ -58,20 +58,44 @@ def find_faults(data: Sequence[CategoryData], settings: Settings, *, decode: boo
     return sorted(findings, key=lambda found: (found.severity, found.category, found.problem, str(found.path or "")))
 
 
-def refuse_faulty(data: Sequence[CategoryData], settings: Settings, *, decode: bool) -> None:
-    """Check a data set before training and show what was found.
+def exclude_faulty(
+    data: Sequence[CategoryData], settings: Settings, *, decode: bool, strict: bool
+) -> tuple[list[CategoryData], dict[str, str]]:
+    """Check a data set before training, show what was found, and leave out the categories that have errors.
+
+    Args:
+        data: Its categories.
+        settings: What training would go by.
+        decode: Whether files are opened at all.
+        strict: Refuse all categories where one has an error.
+
+    Returns:
+        The categories without errors, and by name why each of the others is not trained.
 
     Raises:
-        DatasetError: Something is wrong that training must not go past.
+        DatasetError: Every category has errors, or one has and `strict` is set.
     """
     findings = find_faults(data, settings, decode=decode)
     show_findings(findings, err)
     errors = [found for found in findings if found.severity is Severity.ERROR]
-    if errors:
+    faulty = {name: list(found) for name, found in groupby(errors, lambda one: one.category)}  # findings are sorted
+    sound = [one for one in data if one.name not in faulty]
+    if faulty and (strict or not sound):
         raise DatasetError(
             f"the data set is not trained on, as its check found errors: {len(errors)}; mend what is listed above"
-            f"{'' if len(data) == 1 else ', or leave a category out with --category'}"
+            f"{', or train the other categories without --strict' if sound else ''}"
         )
+    return sound, {name: _why(found) for name, found in faulty.items()}
+
+
+def _why(errors: Sequence[Finding]) -> str:
+    """Say why a category is not trained, and the way out."""
+    first = errors[0]
+    return (
+        f"not trained, as the check of its data found errors: {len(errors)}, the first: "
+        f"{f'{first.path}: ' if first.path is not None else ''}{first.text}. Mend what `flawstream datasets check -c "
+        f"{first.category}` lists, then train it alone with `-c {first.category}`"
+    )
 
 
 def show_findings(findings: Iterable[Finding], console: Console) -> None:

@@ -220,8 +220,9 @@ class DetectorSettings(_Section):
     precision: Literal["auto", "f32", "bf16"] = Field(
         "auto",
         description="On a CPU: `auto` judges in int8 what its manifest proves harmless, where the CPU has instructions "
-        "for it, and in float32 else; `f32` never; `bf16` computes all in bfloat16, proven or not (engine openvino). "
-        "On a GPU `auto` and `bf16` run backbone and flows in bfloat16 (engine torch).",
+        "for it, and in float32 else; `f32` never; `bf16` computes in bfloat16, proven or not (engines openvino and "
+        "torch). On a GPU (engine torch): `auto` computes convolutions in float16; `f32` all in float32, without TF32; "
+        "`bf16` is refused, as nothing proves it harmless.",
     )
     triton_url: str = Field(
         "grpc://127.0.0.1:8001",

@@ -1,4 +1,4 @@
-"""PyTorch on a GPU or a CPU: the reference that other engines agree with. The GPU path was not run on a GPU."""
+"""PyTorch on a GPU or a CPU: the reference that other engines agree with. Tests run it on a CPU only."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawstream.engines.device import open_device
 from flawstream.engines.protocol import Read, no_files, run_heads
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
@@ -28,7 +29,8 @@ class TorchEngine:
 
     Args:
         backbone: The frozen network; moved to the GPU where there is one.
-        half: In what convolutions compute; None is float32. Normalisation and scores are float32 in any case.
+        half: In what convolutions compute; None is float32, on a GPU without TF32. Normalisation and scores are float32
+            in any case.
     """
 
     int8 = False
@@ -37,7 +39,7 @@ class TorchEngine:
 
     def __init__(self, backbone: Backbone, half: torch.dtype | None = None) -> None:
         self.spec = backbone.spec
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = open_device()
         self._half = half
         self.precision: Arithmetic = _NAMES[half]
         if self._device.type == "cuda":

@@ -49,7 +49,7 @@ def check(
 ) -> None:
     """Decode every image and say all that is wrong, before any time is spent on training.
 
-    Errors are what `flawstream train` refuses; warnings are what it tells and goes past.
+    A category with errors is not trained by `flawstream train`; warnings it reports and goes past.
 
     Example: `flawstream datasets check data/mvtec -c bottle`
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from flawstream.calibration import shortage_of
 from flawstream.cluster import Cluster
 from flawstream.telemetry.ray_metrics import RayMetrics
-from flawstream_cli.data_sets import CategoryOption, LayoutOption, refuse_faulty
+from flawstream_cli.data_sets import CategoryOption, LayoutOption, exclude_faulty
 from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -50,6 +50,9 @@ def train(
     check: Annotated[
         bool, typer.Option(help="Decode every image first. Names and counts are checked in any case.")
     ] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Train nothing where any category's data has an error.")
+    ] = False,
     seeds: Annotated[
         int, typer.Option(min=1, help="Versions of each category, with this and the following seeds; the first serves.")
     ] = 1,
@@ -64,12 +67,12 @@ def train(
     """Train every category of a data set, in parallel on Ray.
 
     Normal images only are needed. A share of them never trains the model: it sets the threshold for the false-alarm
-    rate asked for. Where there is a test folder, the metrics of `flawstream evaluate` on it are reported. A data set
-    with errors is refused, as `flawstream datasets check` does.
+    rate asked for. Where there is a test folder, the metrics of `flawstream evaluate` on it are reported. A category
+    in which `flawstream datasets check` finds an error is not trained; the others are.
 
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
-    Exit code 1: a category failed; the others are trained.
+    Exit code 1: a category failed, or its data has errors; the others are trained. 3: no category could be trained on.
     """
     settings = read_settings(
         config,
@@ -78,9 +81,10 @@ def train(
         registry={"root": registry},
     )
     data = open_dataset(root, category, layout)
-    refuse_faulty(data, settings, decode=check)
+    sound, faulty = exclude_faulty(data, settings, decode=check, strict=strict)
     with on_cluster(ray_address) as joined:
-        manifests, failures = train_all(data, settings, joined, promote=promote, seeds=seeds)
+        manifests, failures = train_all(sound, settings, joined, promote=promote, seeds=seeds)
+    failures |= faulty
     if as_json:
         trained = [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests]
         print_json({"trained": trained, "failed": failures, "warnings": _warnings(manifests)})

@@ -1,6 +1,7 @@
-"""`flawstream datasets`, and how `flawstream train` refuses what its check finds before anything is started."""
+"""`flawstream datasets`, and how `flawstream train` leaves out or refuses what its check finds before it starts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from command_line import Run, make_run
 from image_files import write_category, write_image, write_images, write_mask
 
 from flawstream_cli.commands import train as train_module
+from flawstream_cli.data_sets import exclude_faulty
+from schemas.settings import Settings
+from training.datasets.mvtec import load_mvtec
 
 pytestmark = pytest.mark.unit
 
@@ -134,6 +138,50 @@ def test_train_refuses_damaged_images_unless_told_not_to_look(
     assert not unstarted
     assert run("train", tmp_path, "--no-check").code == 130
     assert unstarted == [None]
+
+
+@pytest.fixture
+def one_damaged(tmp_path: Path) -> Path:
+    """Give a data set of which one category is sound, one has a damaged image and a leak, and one too few images."""
+    for category in ("bottle", "cable"):
+        write_category(tmp_path / category)
+    (tmp_path / "bottle/train/good/000.png").write_bytes(b"no image")
+    shutil.copy(tmp_path / "bottle/train/good/001.png", tmp_path / "bottle/test/good/000.png")
+    write_images(tmp_path / "lid/train/good", 9)
+    return tmp_path
+
+
+def test_categories_with_errors_are_left_out_with_the_reason_and_the_way_out(one_damaged: Path) -> None:
+    sound, faulty = exclude_faulty(load_mvtec(one_damaged), Settings(), decode=True, strict=False)
+    assert [one.name for one in sound] == ["cable"]
+    assert list(faulty) == ["bottle", "lid"]
+    assert "found errors: 2, the first: " in faulty["bottle"]
+    assert f"{one_damaged}/bottle/train/good/000.png: 8 bytes that start with" in faulty["bottle"]
+    assert "found errors: 1, the first: 9 normal images to train on" in faulty["lid"]
+    assert faulty["lid"].endswith("then train it alone with `-c lid`")
+
+
+def test_strict_train_starts_nothing_where_one_category_has_an_error(
+    run: Run, one_damaged: Path, unstarted: list[object]
+) -> None:
+    ran = run("train", one_damaged, "--strict")
+    assert ran.code == 3
+    assert "found errors: 3; mend what is listed above, or train the other categories without --strict" in ran.err
+    assert not unstarted
+    assert run("train", one_damaged).code == 130
+    assert unstarted == [None]
+
+
+@pytest.mark.parametrize("options", [(), ("--strict",)])
+def test_train_starts_nothing_where_every_category_has_errors(
+    run: Run, one_damaged: Path, unstarted: list[object], options: tuple[str, ...]
+) -> None:
+    ran = run("train", one_damaged, "-c", "bottle", "-c", "lid", *options)
+    assert ran.code == 3
+    assert "error bottle: " in ran.err
+    assert "error lid: " in ran.err
+    assert "found errors: 3; mend what is listed above\n" in ran.err
+    assert not unstarted
 
 
 def test_train_tells_warnings_and_goes_past_them(run: Run, tmp_path: Path, unstarted: list[object]) -> None:

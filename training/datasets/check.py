@@ -24,7 +24,7 @@ _SHOWN = 3
 
 
 class Severity(StrEnum):
-    """Whether training is refused."""
+    """Whether the category is trained all the same."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -77,7 +77,7 @@ class Finding:
 
     @property
     def severity(self) -> Severity:
-        """Whether training is refused."""
+        """Whether the category is trained all the same."""
         return Severity.WARNING if self.problem in _WARNINGS else Severity.ERROR
 
 

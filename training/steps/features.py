@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawstream.engines.device import open_device
 from flawstream.engines.openvino.compile import CompiledModule, openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
 from flawstream.imaging.decode import DecodedImage, decode_image
@@ -26,6 +27,8 @@ _DECODE_THREADS = 2
 
 class FeatureExtractor:
     """The backbone on the fastest thing at hand: a GPU, else OpenVINO where it is installed, else torch on the CPU.
+
+    In float32 everywhere, on a GPU without TF32: a version's statistics and thresholds come from these features.
 
     Args:
         backbone: The frozen network.
@@ -46,8 +49,8 @@ class FeatureExtractor:
         self.limits = limits
         size = backbone.spec.input_size
         self._run: Callable[[NDArray[np.uint8]], list[Tensor]]
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if not torch.cuda.is_available() and openvino_is_installed():
+        self._device = open_device()
+        if self._device.type == "cpu" and openvino_is_installed():
             compiled = CompiledModule(backbone, [(size, size, 3)], dtype=torch.uint8, threads=threads)
             self._run = lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
         else:
