@@ -35,7 +35,6 @@ class ImportJob:
         false_alarm_rate: Share of normal images that may be called anomalous.
         limits: What is too large to be decoded.
         registry_root: Where the version is written.
-        promote: Whether it becomes the current one.
     """
 
     model: AnomalibModel
@@ -46,7 +45,6 @@ class ImportJob:
     false_alarm_rate: float
     limits: LimitSettings
     registry_root: str
-    promote: bool = True
 
 
 def run_import(job: ImportJob) -> Iterator[Progress]:
@@ -89,7 +87,6 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
     manifest = publish(
         job.registry_root,
         head,
-        promote=job.promote,
         category=job.category,
         backbone=backbone.spec,
         flow=job.model.flow,
