@@ -76,6 +76,12 @@ class DetectorOverloadedError(TransientError):
     code = "detector_overloaded"
 
 
+class ModelUnavailableError(TransientError):
+    """The current version of a category cannot be used now."""
+
+    code = "model_unavailable"
+
+
 class DetectorDiedError(FlawstreamError):
     """The process that judged a batch ended meanwhile: of the batch, perhaps."""
 

@@ -28,7 +28,7 @@ from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.batching import DrainBatcher
 from serving.model_store import ModelStore, ResidentModel
-from workers.ports import Detection, Refusal
+from workers.ports import Deferral, Detection, Outcome, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class DetectorService:
         )
         self._loading = asyncio.Lock()
         self._refreshed_at_s = -np.inf
+        self._unreadable: RegistryError | None = None
         self._refresh_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -101,7 +102,7 @@ class DetectorService:
         """Tell the side in pixels that images must have."""
         return self._engine.spec.input_size
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Detection | Refusal]:
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Outcome]:
         """Judge a batch.
 
         Args:
@@ -109,7 +110,8 @@ class DetectorService:
             categories: B names.
 
         Returns:
-            B outcomes, in order; a category that cannot be judged is refused and its neighbours are not concerned.
+            B outcomes, in order; a category that is unknown is refused, one whose version cannot be used is deferred,
+            and neighbours are not concerned.
 
         Raises:
             DetectorOverloadedError: The queue is full; nothing was judged.
@@ -120,15 +122,15 @@ class DetectorService:
             raise ShapeError(
                 f"expected ({len(categories)}, {side}, {side}, 3) uint8, got {images.shape} {images.dtype}"
             )
-        models: dict[str, ResidentModel | Refusal] = {}
+        models: dict[str, ResidentModel | Refusal | Deferral] = {}
         for category in dict.fromkeys(categories):
             models[category] = self._store.get(category) or await self._load(category)
-        outcomes: list[Detection | Refusal | None] = []
+        outcomes: list[Outcome | None] = []
         rows: list[int] = []
         tags: list[ResidentModel] = []
         for row, category in enumerate(categories):
             model = models[category]
-            if isinstance(model, Refusal):
+            if not isinstance(model, ResidentModel):
                 outcomes.append(model)
                 continue
             outcomes.append(None)
@@ -162,28 +164,35 @@ class DetectorService:
                 )
         return [detection for detection in detections if detection is not None]
 
-    async def _load(self, category: str) -> ResidentModel | Refusal:
+    async def _load(self, category: str) -> ResidentModel | Refusal | Deferral:
         """Load a category that is not resident, without holding up the batches of the others."""
         async with self._loading:
             model = self._store.get(category)
             if model is not None:
                 return model
-            # what cannot be served must not make every image a look at the registry
-            recently = time.monotonic() - self._refreshed_at_s < self._settings.refresh_s
-            if category not in self._store.known and recently:
-                return _refuse(category, self._store.known)
             try:
-                if not recently:
+                # what cannot be served must not make every image a look at the registry
+                if time.monotonic() - self._refreshed_at_s >= self._settings.refresh_s:
                     await self._refresh()
+                elif self._unreadable is not None:
+                    return _defer(category, self._unreadable)
+                if category not in self._store.known:
+                    return _refuse(category, self._store.known)
                 return await asyncio.to_thread(self._store.load, category)
             except UnknownCategoryError:
                 return _refuse(category, self._store.known)
             except RegistryError as error:  # the store has logged it
-                return Refusal(Reason.UNKNOWN_CATEGORY, f"the current version of {category!r} cannot be used: {error}")
+                return _defer(category, error)
 
     async def _refresh(self) -> None:
-        await asyncio.to_thread(self._store.refresh)
-        self._refreshed_at_s = time.monotonic()
+        self._unreadable = None
+        try:
+            await asyncio.to_thread(self._store.refresh)
+        except RegistryError as error:
+            self._unreadable = error
+            raise
+        finally:
+            self._refreshed_at_s = time.monotonic()
 
     async def _refresh_for_ever(self) -> None:
         while True:
@@ -214,6 +223,10 @@ def _refuse(category: str, known: dict[str, str]) -> Refusal:
         f"category {category!r} has no current model version; known: {listed}. "
         "Train it with `flawstream train`, or correct the producer",
     )
+
+
+def _defer(category: str, error: RegistryError) -> Deferral:
+    return Deferral(f"the current version of {category!r} cannot be used: {error}")
 
 
 def make_detector(
