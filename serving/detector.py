@@ -19,6 +19,7 @@ from flawstream.engines.protocol import Engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.score import image_scores
 from flawstream.imaging.maps import bounded
+from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream.registry.versions import open_backbone
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
@@ -232,7 +233,7 @@ def _defer(category: str, error: RegistryError) -> Deferral:
 def make_detector(
     registry_root: str, model: ModelSettings, settings: DetectorSettings, metrics: Metrics = NO_METRICS
 ) -> DetectorService:
-    """Put a detector together: backbone and input size are those of the newest version in the registry.
+    """Put a detector together: backbone and input size are those of the current versions in the registry.
 
     Args:
         registry_root: A folder or an fsspec URL.
@@ -243,7 +244,7 @@ def make_detector(
     Raises:
         ConfigError: The engine is not installed, or the backbone does not exist.
         WeightsError: The backbone's weights cannot be had.
-        RegistryError: The registry cannot be read, or no current version in it can.
+        RegistryError: The registry cannot be read, or no current version in it can, or they run on several backbones.
         TransientError: The engine is elsewhere and does not answer.
     """
     registry = Registry(registry_root)
@@ -259,15 +260,16 @@ def newest_manifest(registry: Registry) -> ModelManifest | None:
     """Find the newest current version; none where nothing was trained yet. One that is damaged stops no other.
 
     Raises:
+        MixedBackbonesError: The current versions run on several backbones, so some could not be served.
         RegistryError: The registry cannot be read, or no current version in it can.
     """
-    manifests: list[ModelManifest] = []
-    damaged: RegistryError | None = None
-    for category, version in registry.currents().items():
-        try:
-            manifests.append(registry.manifest(category, version))
-        except RegistryError as error:
-            damaged = error
-    if damaged is not None and not manifests:
-        raise damaged
+    manifests, damaged = registry.current_manifests()
+    if damaged and not manifests:
+        raise damaged[0]
+    require_one_backbone(
+        {one.category: one.backbone for one in manifests},
+        f"the current versions in {registry.root} run on several backbones",
+        "put all on the same one with `flawstream models promote` (--other-backbone if the others are to move), train "
+        "what has no version on it, or delete a category's file `current` and serve it from a registry of its own",
+    )
     return max(manifests, key=lambda manifest: manifest.created_at, default=None)

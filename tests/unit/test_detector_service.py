@@ -22,10 +22,10 @@ from tiny_models import (
 )
 
 from flawstream.registry.registry import Registry
-from schemas.errors import Reason, RegistryError, ShapeError
+from schemas.errors import MixedBackbonesError, Reason, RegistryError, ShapeError
 from schemas.messages import Verdict
-from schemas.settings import DetectorSettings
-from serving.detector import DetectorService, newest_manifest
+from schemas.settings import DetectorSettings, ModelSettings
+from serving.detector import DetectorService, make_detector, newest_manifest
 from workers.ports import Deferral, Detection, Outcome, Refusal
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -299,6 +299,23 @@ def test_newest_current_version_names_the_backbone(registry: CountingRegistry) -
     newest = newest_manifest(registry)
     assert newest is not None
     assert newest.category == "cable"
+
+
+def test_detector_does_not_start_on_a_registry_of_several_backbones(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle")
+    write_version(registry, "cable")
+    write_version(registry, "tile", spec=OTHER, promote=False)
+    registry.promote("tile", "v1", other_backbone=True)
+    with pytest.raises(MixedBackbonesError) as caught:
+        make_detector(registry.root, ModelSettings(), DetectorSettings())
+    message = str(caught.value)
+    assert "tiny at 64 px with strides 16, 32 and weights 000000000000 (bottle, cable); other at 64 px" in message
+    assert "(tile)" in message
+    assert "flawstream models promote" in message
+    write_version(registry, "tile", "v2")
+    newest = newest_manifest(registry)
+    assert newest is not None
+    assert newest.backbone == SPEC
 
 
 def test_damaged_manifest_stops_no_other_category(registry: CountingRegistry, tmp_path: Path) -> None:
