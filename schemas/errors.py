@@ -76,6 +76,12 @@ class DetectorOverloadedError(TransientError):
     code = "detector_overloaded"
 
 
+class ModelUnavailableError(TransientError):
+    """The current version of a category cannot be used now."""
+
+    code = "model_unavailable"
+
+
 class DetectorDiedError(FlawstreamError):
     """The process that judged a batch ended meanwhile: of the batch, perhaps."""
 
@@ -86,6 +92,12 @@ class RegistryError(FlawstreamError):
     """A model version is missing, damaged, or newer than this program reads."""
 
     code = "registry"
+
+
+class MixedBackbonesError(RegistryError):
+    """The current versions of a registry run on several backbones, or would after a promotion."""
+
+    code = "mixed_backbones"
 
 
 class UnknownCategoryError(RegistryError):

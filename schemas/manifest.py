@@ -22,7 +22,7 @@ class _Part(BaseModel):
 
 
 class BackboneSpec(_Part):
-    """The frozen network whose features a flow was trained on. Equal specs share one backbone when serving.
+    """The frozen network whose features a flow was trained on. Specs of one `identity` share a backbone when serving.
 
     Attributes:
         name: timm's name.
@@ -45,6 +45,16 @@ class BackboneSpec(_Part):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     blocks: tuple[int, ...] = ()
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Give what makes it this backbone and no other: network, input size, layers and weights."""
+        return self.name, self.input_size, self.strides, self.blocks, self.weights_sha256
+
+    @property
+    def summary(self) -> str:
+        """Describe in words what `identity` compares."""
+        return f"{self.name} at {self.input_size} px with {self.layers} and weights {self.weights_sha256[:12]}"
 
     @property
     def layers(self) -> str:

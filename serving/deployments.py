@@ -28,7 +28,7 @@ from serving.detector import make_detector
 from workers.consume.sharded import ShardedWorker
 from workers.observe.backlog import Backlog
 from workers.observe.stream_gauges import StreamGauges, report_for_ever
-from workers.ports import Detection, Refusal
+from workers.ports import Outcome
 from workers.produce.producer import Producer
 from workers.redis.scripts import make_client, require_server
 
@@ -56,7 +56,7 @@ class HandleDetector:
             self._input_size = int(await self._call("input_size"))
         return self._input_size
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Detection | Refusal]:
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Outcome]:
         """Judge a batch; see `workers.ports.Detector`.
 
         Raises:
@@ -65,7 +65,7 @@ class HandleDetector:
             DetectorDiedError: The replica ended while it had the call.
         """
         try:
-            outcomes: Sequence[Detection | Refusal] = await self._call("detect", images, list(categories))
+            outcomes: Sequence[Outcome] = await self._call("detect", images, list(categories))
         except DetectorOverloadedError as error:
             if isinstance(error.__cause__, ActorDiedError):
                 raise DetectorDiedError(f"a detector replica ended while it had {len(images)} images") from error
@@ -112,7 +112,7 @@ class DetectorDeployment:
         """Tell the side in pixels that images must have."""
         return await self._service.input_size()
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Detection | Refusal]:
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Outcome]:
         """Judge a batch; see `workers.ports.Detector`."""
         return await self._service.detect(images, categories)
 

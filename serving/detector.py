@@ -18,6 +18,7 @@ from flawstream.engines.protocol import Engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.score import score_images
 from flawstream.imaging.maps import bounded
+from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream.registry.versions import open_backbone
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
@@ -27,7 +28,7 @@ from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.batching import DrainBatcher
 from serving.model_store import ModelStore, ResidentModel
-from workers.ports import Detection, Refusal
+from workers.ports import Deferral, Detection, Outcome, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class DetectorService:
         )
         self._loading = asyncio.Lock()
         self._refreshed_at_s = -np.inf
+        self._unreadable: RegistryError | None = None
         self._refresh_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -100,7 +102,7 @@ class DetectorService:
         """Tell the side in pixels that images must have."""
         return self._engine.spec.input_size
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Detection | Refusal]:
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Outcome]:
         """Judge a batch.
 
         Args:
@@ -108,7 +110,8 @@ class DetectorService:
             categories: B names.
 
         Returns:
-            B outcomes, in order; a category that cannot be judged is refused and its neighbours are not concerned.
+            B outcomes, in order; a category that is unknown is refused, one whose version cannot be used is deferred,
+            and neighbours are not concerned.
 
         Raises:
             DetectorOverloadedError: The queue is full; nothing was judged.
@@ -119,15 +122,15 @@ class DetectorService:
             raise ShapeError(
                 f"expected ({len(categories)}, {side}, {side}, 3) uint8, got {images.shape} {images.dtype}"
             )
-        models: dict[str, ResidentModel | Refusal] = {}
+        models: dict[str, ResidentModel | Refusal | Deferral] = {}
         for category in dict.fromkeys(categories):
             models[category] = self._store.get(category) or await self._load(category)
-        outcomes: list[Detection | Refusal | None] = []
+        outcomes: list[Outcome | None] = []
         rows: list[int] = []
         tags: list[ResidentModel] = []
         for row, category in enumerate(categories):
             model = models[category]
-            if isinstance(model, Refusal):
+            if not isinstance(model, ResidentModel):
                 outcomes.append(model)
                 continue
             outcomes.append(None)
@@ -164,28 +167,35 @@ class DetectorService:
                 )
         return [detection for detection in detections if detection is not None]
 
-    async def _load(self, category: str) -> ResidentModel | Refusal:
+    async def _load(self, category: str) -> ResidentModel | Refusal | Deferral:
         """Load a category that is not resident, without holding up the batches of the others."""
         async with self._loading:
             model = self._store.get(category)
             if model is not None:
                 return model
-            # what cannot be served must not make every image a look at the registry
-            recently = time.monotonic() - self._refreshed_at_s < self._settings.refresh_s
-            if category not in self._store.known and recently:
-                return _refuse(category, self._store.known)
             try:
-                if not recently:
+                # what cannot be served must not make every image a look at the registry
+                if time.monotonic() - self._refreshed_at_s >= self._settings.refresh_s:
                     await self._refresh()
+                elif self._unreadable is not None:
+                    return _defer(category, self._unreadable)
+                if category not in self._store.known:
+                    return _refuse(category, self._store.known)
                 return await asyncio.to_thread(self._store.load, category)
             except UnknownCategoryError:
                 return _refuse(category, self._store.known)
             except RegistryError as error:  # the store has logged it
-                return Refusal(Reason.UNKNOWN_CATEGORY, f"the current version of {category!r} cannot be used: {error}")
+                return _defer(category, error)
 
     async def _refresh(self) -> None:
-        await asyncio.to_thread(self._store.refresh)
-        self._refreshed_at_s = time.monotonic()
+        self._unreadable = None
+        try:
+            await asyncio.to_thread(self._store.refresh)
+        except RegistryError as error:
+            self._unreadable = error
+            raise
+        finally:
+            self._refreshed_at_s = time.monotonic()
 
     async def _refresh_for_ever(self) -> None:
         while True:
@@ -218,10 +228,14 @@ def _refuse(category: str, known: dict[str, str]) -> Refusal:
     )
 
 
+def _defer(category: str, error: RegistryError) -> Deferral:
+    return Deferral(f"the current version of {category!r} cannot be used: {error}")
+
+
 def make_detector(
     registry_root: str, model: ModelSettings, settings: DetectorSettings, metrics: Metrics = NO_METRICS
 ) -> DetectorService:
-    """Put a detector together: backbone and input size are those of the newest version in the registry.
+    """Put a detector together: backbone and input size are those of the current versions in the registry.
 
     Args:
         registry_root: A folder or an fsspec URL.
@@ -232,7 +246,7 @@ def make_detector(
     Raises:
         ConfigError: The engine is not installed, or the backbone does not exist.
         WeightsError: The backbone's weights cannot be had.
-        RegistryError: The registry cannot be read, or no current version in it can.
+        RegistryError: The registry cannot be read, or no current version in it can, or they run on several backbones.
         TransientError: The engine is elsewhere and does not answer.
     """
     registry = Registry(registry_root)
@@ -250,15 +264,16 @@ def newest_manifest(registry: Registry) -> ModelManifest | None:
     """Find the newest current version; none where nothing was trained yet. One that is damaged stops no other.
 
     Raises:
+        MixedBackbonesError: The current versions run on several backbones, so some could not be served.
         RegistryError: The registry cannot be read, or no current version in it can.
     """
-    manifests: list[ModelManifest] = []
-    damaged: RegistryError | None = None
-    for category, version in registry.currents().items():
-        try:
-            manifests.append(registry.manifest(category, version))
-        except RegistryError as error:
-            damaged = error
-    if damaged is not None and not manifests:
-        raise damaged
+    manifests, damaged = registry.current_manifests()
+    if damaged and not manifests:
+        raise damaged[0]
+    require_one_backbone(
+        {one.category: one.backbone for one in manifests},
+        f"the current versions in {registry.root} run on several backbones",
+        "put all on the same one with `flawstream models promote` (--other-backbone if the others are to move), train "
+        "what has no version on it, or delete a category's file `current` and serve it from a registry of its own",
+    )
     return max(manifests, key=lambda manifest: manifest.created_at, default=None)

@@ -20,7 +20,7 @@ from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import RegistryError, UnknownCategoryError
-from schemas.manifest import BackboneSpec, Calibration, ModelManifest
+from schemas.manifest import Calibration, ModelManifest
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class ModelStore:
         except RegistryError as error:
             if recent is None or recent.version != version:
                 log.exception(
-                    "%s@%s cannot be used; a version of before goes on where there is one",
+                    "%s@%s cannot be used; a version of before goes on where there is one, else its images wait",
                     category,
                     version,
                     extra={"category": category, "model": f"{category}@{version}"},
@@ -217,19 +217,14 @@ class ModelStore:
 
     def _refuse_other_backbone(self, manifest: ModelManifest) -> None:
         ours, theirs = self._engine.spec, manifest.backbone
-        if _identity(ours) != _identity(theirs):
+        if ours.identity != theirs.identity:
             raise RegistryError(
-                f"{manifest.model} was trained on {theirs.name} at {theirs.input_size} px with "
-                f"{theirs.layers} and weights {theirs.weights_sha256[:12]}; this detector runs {ours.name} at "
-                f"{ours.input_size} px with {ours.layers} and weights {ours.weights_sha256[:12]}. "
-                "One service runs one backbone: train the category on that, or serve it from a registry of its own"
+                f"{manifest.model} was trained on {theirs.summary}; this detector runs {ours.summary}. "
+                "One service runs one backbone: promote a version on that, serve the category from a registry of its "
+                "own, or, where all categories have moved, restart the service"
             )
 
 
 def _names(model: ResidentModel) -> dict[str, str]:
     """Name a model in a log line."""
     return {"category": model.manifest.category, "model": model.manifest.model}
-
-
-def _identity(spec: BackboneSpec) -> tuple[object, ...]:
-    return spec.name, spec.input_size, spec.strides, spec.blocks, spec.weights_sha256

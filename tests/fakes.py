@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import DetectorDiedError
 from schemas.messages import DetectionResult, Verdict
-from workers.ports import Detection, Ending, Entry, Refusal
+from workers.ports import Deferral, Detection, Ending, Entry, Outcome, Refusal
 
 ARRIVED = datetime(2026, 1, 1, tzinfo=UTC)
 """When entries made by `entry_id` arrived."""
@@ -155,10 +155,10 @@ class FakeReader:
         for pending in self._ours(held):
             pending.since = self._stream.clock.now()
 
-    async def release(self, held: Collection[str]) -> None:
+    async def release(self, held: Collection[str], *, at_once: bool = True) -> None:
         for pending in self._ours(held):
             pending.entry = replace(pending.entry, deliveries=pending.entry.deliveries - 1)
-            pending.since = self._stream.clock.now() - self._claim_idle
+            pending.since = self._stream.clock.now() - (self._claim_idle if at_once else timedelta())
 
     async def forget_the_dead(self) -> None:
         """Consumers leave no trace here."""
@@ -204,7 +204,7 @@ class FakeDetector:
     """A `Detector` that calls bright images anomalous.
 
     The score is the mean grey level over 100. `failures` are raised, one a call. `poisonous` grey levels break every
-    batch that has one, `deadly` ones end the detector's process; `unknown` categories are refused. While `gate` is
+    batch that has one, `deadly` ones end the detector's process; `unknown` categories are not judged. While `gate` is
     clear, a call waits; each call releases `started` once.
     """
 
@@ -212,7 +212,7 @@ class FakeDetector:
         self.failures: list[Exception] = []
         self.poisonous: set[int] = set()
         self.deadly: set[int] = set()
-        self.unknown: dict[str, Refusal] = {}
+        self.unknown: dict[str, Refusal | Deferral] = {}
         self.batches: list[list[str]] = []
         self.under_way = 0
         self.most_under_way = 0
@@ -224,7 +224,7 @@ class FakeDetector:
     async def input_size(self) -> int:
         return self._size_px
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Detection | Refusal]:
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Outcome]:
         assert images.dtype == np.uint8
         assert images.shape == (len(categories), self._size_px, self._size_px, 3)
         self.batches.append(list(categories))

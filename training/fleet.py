@@ -136,7 +136,7 @@ def _train(
     finally:
         if ray.is_initialized():
             for actor, _ in running.values():
-                ray.kill(actor)  # else it would train on, and promote what nobody waits for
+                ray.kill(actor)  # else it would train on, and write versions that nobody waits for
 
 
 def share_cluster(nodes: Sequence[Mapping[str, float]], jobs: int, gpus: float) -> tuple[int, int]:

@@ -35,7 +35,6 @@ class ImportJob:
         limits: What is too large to be decoded.
         detector: Which engine will serve: it sets the thresholds.
         registry_root: Where the version is written.
-        promote: Whether it becomes the current one.
     """
 
     model: AnomalibModel
@@ -47,7 +46,6 @@ class ImportJob:
     limits: LimitSettings
     detector: DetectorSettings
     registry_root: str
-    promote: bool = True
 
 
 def run_import(job: ImportJob) -> Iterator[Progress]:
@@ -92,7 +90,6 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
     manifest = publish(
         job.registry_root,
         head,
-        promote=job.promote,
         category=job.category,
         backbone=backbone.spec,
         flow=job.model.flow,

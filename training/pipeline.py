@@ -83,7 +83,6 @@ class Job:
         model: The shape of the flows.
         training: The recipe.
         registry_root: Where the version is written.
-        promote: Whether it becomes the current one.
         label: Tells it from other jobs of the category; empty where it is the only one.
     """
 
@@ -91,7 +90,6 @@ class Job:
     model: ModelSettings
     training: TrainingSettings
     registry_root: str
-    promote: bool = True
     label: str = ""
 
     @property
@@ -141,7 +139,6 @@ def run_job(job: Job, extractor: FeatureExtractor, engine: Engine) -> Iterator[P
     manifest = publish(
         job.registry_root,
         head,
-        promote=job.promote,
         category=data.name,
         backbone=extractor.spec,
         flow=flow,
@@ -260,7 +257,6 @@ def publish(
     registry_root: str,
     head: FastFlowHead,
     *,
-    promote: bool,
     category: str,
     backbone: BackboneSpec,
     flow: FlowSpec,
@@ -268,12 +264,11 @@ def publish(
     training: TrainingRecord | ImportRecord,
     beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> ModelManifest:
-    """Write a version, and make it current where asked to.
+    """Write a version. It serves once it is promoted.
 
     Args:
         registry_root: Where to.
         head: Its weights.
-        promote: Whether it becomes the current one.
         category: Whose.
         backbone: Goes into the manifest, as do the following.
         flow: The shape of the head.
@@ -300,8 +295,5 @@ def publish(
         libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
         files=digests,
     )
-    registry = Registry(registry_root)
-    registry.write(manifest, files)
-    if promote:
-        registry.promote(manifest.category, manifest.version)
+    Registry(registry_root).write(manifest, files)
     return manifest

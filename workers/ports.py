@@ -62,6 +62,17 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Deferral:
+    """Why one image of a batch cannot be judged now but may be later; its neighbours are not concerned."""
+
+    detail: str
+
+
+Outcome = Detection | Refusal | Deferral
+"""What a detector answers for one image."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
     """How one entry ends: it leaves the images stream and this is written, in one step."""
 
@@ -76,7 +87,7 @@ class Detector(Protocol):
         """Tell the side in pixels that images must have."""
         ...
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Detection | Refusal]:
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Outcome]:
         """Judge a batch.
 
         Args:
@@ -129,8 +140,12 @@ class StreamReader(Protocol):
         """
         ...
 
-    async def release(self, held: Collection[str]) -> None:
-        """Hand entries back: they may be claimed at once, and giving them out to this consumer does not count.
+    async def release(self, held: Collection[str], *, at_once: bool = True) -> None:
+        """Release entries: delivering them to this consumer does not count.
+
+        Args:
+            held: Ids.
+            at_once: Whether they may be claimed at once, or only when they have been idle as others must be.
 
         Raises:
             StreamUnavailableError: The server does not answer.

@@ -13,6 +13,7 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fsspec.registry import known_implementations
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from flawstream.registry.backbones import require_one_backbone
 from schemas.errors import ConfigError, RegistryError
 from schemas.manifest import MANIFEST_FORMAT, ModelManifest
 from schemas.messages import CATEGORY_PATTERN
@@ -31,6 +33,7 @@ WEIGHTS_FILE = "flow.safetensors"
 """The trained head, beside every manifest."""
 _MANIFEST = "manifest.json"
 _CURRENT = "current"
+_READS_AT_ONCE = 16
 _NAME = re.compile(CATEGORY_PATTERN)
 
 
@@ -56,6 +59,11 @@ class Registry:
 
     def __init__(self, root: str) -> None:
         self._fs, self._root = _open_root(root)
+
+    @property
+    def root(self) -> str:
+        """Give the root as paths in it begin, without the URL's protocol."""
+        return self._root
 
     def categories(self) -> list[str]:
         """List the categories that have at least one version, by name.
@@ -98,6 +106,29 @@ class Registry:
             RegistryError: The storage does not answer.
         """
         return self._aliases(self._folders(self._root))
+
+    def current_manifests(self) -> tuple[list[ModelManifest], list[RegistryError]]:
+        """Read the manifest of every category's current version.
+
+        Returns:
+            Those that can be read, by category, and for each of the others why it cannot.
+
+        Raises:
+            RegistryError: The storage does not answer.
+        """
+
+        def read(alias: tuple[str, str]) -> ModelManifest | RegistryError:
+            try:
+                return self.manifest(*alias)
+            except RegistryError as error:
+                return error
+
+        with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+            found = list(threads.map(read, sorted(self.currents().items())))
+        return (
+            [one for one in found if isinstance(one, ModelManifest)],
+            [one for one in found if isinstance(one, RegistryError)],
+        )
 
     def manifest(self, category: str, version: str) -> ModelManifest:
         """Read a version's manifest.
@@ -193,18 +224,40 @@ class Registry:
         except OSError as error:
             raise _unreachable(folder, error) from error
 
-    def promote(self, category: str, version: str) -> None:
-        """Make a version the one that serves, in one step.
+    def promote(self, category: str, version: str, *, other_backbone: bool = False) -> None:
+        """Make a version the one that serves; see `promote_all`."""
+        self.promote_all({category: version}, other_backbone=other_backbone)
+
+    def promote_all(self, versions: Mapping[str, str], *, other_backbone: bool = False) -> None:
+        """Make versions the ones that serve, each in one step, after all of them were checked.
+
+        Args:
+            versions: By category.
+            other_backbone: Whether they may run on another backbone than the current versions of other categories.
 
         Raises:
-            RegistryError: The version cannot be read (see `manifest`), or the storage refuses.
+            MixedBackbonesError: They do, or these differ among themselves; nothing was promoted.
+            RegistryError: A version cannot be read (see `manifest`) and nothing was promoted, or the storage refuses.
         """
-        path = self._path(category, _CURRENT)
-        self.manifest(category, version)
-        try:
-            self._put(path, f"{version}\n".encode())
-        except OSError as error:
-            raise _unreachable(path, error) from error
+        promoted = [self.manifest(category, version) for category, version in versions.items()]
+        if not other_backbone:
+            self._require_one_backbone(promoted)
+        for category, version in versions.items():
+            path = self._path(category, _CURRENT)
+            try:
+                self._put(path, f"{version}\n".encode())
+            except OSError as error:
+                raise _unreachable(path, error) from error
+
+    def _require_one_backbone(self, promoted: list[ModelManifest]) -> None:
+        current, _ = self.current_manifests()  # a damaged version serves nothing, and stops no promotion
+        require_one_backbone(
+            {one.category: one.backbone for one in [*current, *promoted]},
+            f"the promotion is refused, as the current versions in {self._root} would run on several backbones",
+            "train the category on the backbone of the others, or keep it in a registry and a service of its own; to "
+            "move all categories to another backbone, train them in one run, or promote each with --other-backbone and "
+            "then restart the service",
+        )
 
     def _aliases(self, categories: list[str]) -> dict[str, str]:
         paths = [f"{self._root}/{category}/{_CURRENT}" for category in categories]

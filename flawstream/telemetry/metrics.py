@@ -150,9 +150,9 @@ NOT_OURS = Counter(
 )
 RETRIES = Counter(
     "flawstream_retries_total",
-    "Tries that the detector or the stream server could not serve, made again.",
+    "Tries that the detector or the stream server could not serve, made again; images for model_unavailable.",
     ("cause",),
-    {"cause": ("detector_overloaded", "stream_unavailable")},
+    {"cause": ("detector_overloaded", "model_unavailable", "stream_unavailable")},
 )
 ERRORS = Counter("flawstream_errors_total", "Unexpected errors of a worker: bugs. Their images stay pending.")
 IMAGE_SECONDS = Histogram(

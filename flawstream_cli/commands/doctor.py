@@ -29,6 +29,7 @@ from flawstream_cli.terminal import (
 )
 from schemas.errors import FlawstreamError
 from schemas.settings import ENV_PREFIX, Settings
+from serving.detector import newest_manifest
 from workers.redis.embedded import EmbeddedServer
 from workers.redis.scripts import make_client, require_server
 
@@ -119,10 +120,15 @@ def _backbone(settings: Settings) -> str:
 
 
 def _registry(settings: Settings) -> str:
-    currents = Registry(settings.registry.root).currents()
-    if not currents:
+    registry = Registry(settings.registry.root)
+    newest = newest_manifest(registry)
+    if newest is None:
         return f"{settings.registry.root} has no current versions yet; `flawstream train` makes some"
-    return f"{settings.registry.root}: {len(currents)} categories: {', '.join(sorted(currents)[:8])}"
+    manifests, damaged = registry.current_manifests()
+    if damaged:
+        raise damaged[0]
+    categories = ", ".join(one.category for one in manifests[:8])
+    return f"{settings.registry.root}: {len(manifests)} categories: {categories}; on {newest.backbone.summary}"
 
 
 def _server(settings: Settings) -> str:

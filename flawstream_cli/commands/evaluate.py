@@ -143,11 +143,11 @@ def _recipe(manifest: ModelManifest) -> tuple[object, ...]:
 def _open_engine(registry: Registry, manifest: ModelManifest, settings: Settings) -> Engine:
     """Start the engine that serves: what is measured is what the stream will say."""
     engine = make_engine(settings.detector, lambda: open_backbone(registry, manifest, settings.model))
-    if engine.spec.weights_sha256 != manifest.backbone.weights_sha256:  # Triton's is elsewhere, and its own
+    if engine.spec.identity != manifest.backbone.identity:  # Triton's is elsewhere, and its own
         raise ConfigError(
-            f"{manifest.model} runs on {manifest.backbone.name} at {manifest.backbone.input_size} px, and the server "
-            f"at {settings.detector.triton_url} has {engine.spec.name} at {engine.spec.input_size} px; evaluate with "
-            "another detector.engine, or export the version to a server of its own"
+            f"{manifest.model} runs on {manifest.backbone.summary}, and the server at "
+            f"{settings.detector.triton_url} has {engine.spec.summary}; evaluate with another detector.engine, or "
+            "export the version to a server of its own"
         )
     quiet_torch(engine)
     return engine

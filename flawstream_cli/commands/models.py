@@ -1,5 +1,6 @@
 """`flawstream models`: look at the registry, choose what is served, bring versions in and out."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -115,15 +116,21 @@ def _current(registry: Registry, category: str, root: str) -> str:
 def promote(
     category: Annotated[str, typer.Argument(help="The category.")],
     version: Annotated[str, typer.Argument(help="The version to serve from now on; also an older one, to roll back.")],
+    other_backbone: Annotated[
+        bool, typer.Option("--other-backbone", help="Also on another backbone than other categories' current versions.")
+    ] = False,
     registry: RegistryOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Make a version current. Running services pick it up within seconds.
 
+    One service runs one backbone, so a version on another one than the current versions of other categories is refused.
+    `--other-backbone` is for someone who moves all categories, one after the other, and then restarts the service.
+
     Example: `flawstream models promote bottle 20261123-134500-1a2b3c4d`
     """
     settings = read_settings(config, registry={"root": registry})
-    Registry(settings.registry.root).promote(category, version)
+    Registry(settings.registry.root).promote(category, version, other_backbone=other_backbone)
     say(f"{category}@{version} is current")
 
 
@@ -201,7 +208,7 @@ def import_anomalib(
         str, typer.Option(help="auto: found by the tensors; or one of anomalib's, by timm's name.")
     ] = "auto",
     false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normal parts that may be rejected.")] = None,
-    promote: Annotated[bool, typer.Option(help="Make the new version current.")] = True,
+    promote: Annotated[bool, typer.Option(help="Make the new version current as well.")] = False,
     registry: RegistryOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -210,7 +217,7 @@ def import_anomalib(
 
     The checkpoint is read as tensors alone; a pickle is never executed. Everything else is inferred from the tensors,
     and the backbone's weights come along. A version without a threshold cannot judge, and a threshold set on images
-    that trained the model is too low: hence `--data`.
+    that trained the model is too low: hence `--data`. The version serves once it is promoted.
 
     Example: `flawstream models import-anomalib model.ckpt -c bottle --data bottle/held-out`
     """
@@ -232,7 +239,6 @@ def import_anomalib(
         limits=settings.limits,
         detector=settings.detector,
         registry_root=settings.registry.root,
-        promote=promote,
     )
     with TrainingDisplay([category]) as display:
         for progress in run_import(job):
@@ -243,5 +249,10 @@ def import_anomalib(
         say(progress.note, "yellow")
     if as_json:
         print_json(manifest.model_dump(mode="json", exclude={"calibration"}))
-        return
-    say(f"{manifest.model} is {'current' if promote else 'written'}; threshold {manifest.calibration.threshold:.4g}")
+    say(f"{manifest.model} is written; threshold {manifest.calibration.threshold:.4g}")
+    if promote:
+        Registry(settings.registry.root).promote(category, manifest.version)
+        say(f"{manifest.model} is current")
+    else:
+        root = shlex.quote(settings.registry.root)
+        say(f"to serve it: flawstream models promote {category} {manifest.version} --registry {root}")

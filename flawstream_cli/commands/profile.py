@@ -30,7 +30,7 @@ from flawstream_cli.terminal import (
     say,
     table,
 )
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, RegistryError
 from schemas.settings import BacklogSettings, Settings
 from serving.app import detector_handle
 from serving.deployments import HandleDetector
@@ -228,7 +228,11 @@ async def _measure(
 
 
 async def _run(worker: ShardedWorker, producer: Producer, work: _Work) -> float:
-    """Put all on the stream, then have a worker end them; gives the seconds that the worker took."""
+    """Put all on the stream, then have a worker end them; gives the seconds that the worker took.
+
+    Raises:
+        RegistryError: The current version of a category cannot be used.
+    """
     for image, category in work:
         await producer.push(image, category)
     stats = worker.stats
@@ -239,11 +243,15 @@ async def _run(worker: ShardedWorker, producer: Producer, work: _Work) -> float:
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
         bar = bars.add_task("judging", total=len(work))
         while (left := until - worker.stats.results - worker.stats.dead.total()) > 0 and not working.done():
+            if worker.stats.deferred:
+                break
             bars.update(bar, completed=len(work) - left)
             await asyncio.sleep(_LOOK_S)
     wall_s = time.perf_counter() - began_s
     stop.set()
     await working
+    if worker.stats.deferred:
+        raise RegistryError("images of a category cannot be judged; `flawstream doctor` gives the reason")
     return wall_s
 
 

@@ -8,6 +8,9 @@ from rich.table import Table
 
 from flawstream.calibration import shortage_of
 from flawstream.cluster import Cluster
+from flawstream.fastflow.backbone import Backbone
+from flawstream.registry.backbones import require_one_backbone
+from flawstream.registry.registry import Registry
 from flawstream.telemetry.ray_metrics import RayMetrics
 from flawstream_cli.data_sets import CategoryOption, LayoutOption, exclude_faulty
 from flawstream_cli.on_cluster import on_cluster
@@ -23,6 +26,7 @@ from flawstream_cli.terminal import (
     table,
 )
 from flawstream_cli.training_display import TrainingDisplay
+from schemas.errors import RegistryError
 from schemas.manifest import ModelManifest
 from schemas.presets import PresetName
 from schemas.settings import Settings
@@ -68,11 +72,13 @@ def train(
 
     Normal images only are needed. A share of them never trains the model: it sets the threshold for the false-alarm
     rate asked for. Where there is a test folder, the metrics of `flawstream evaluate` on it are reported. A category
-    in which `flawstream datasets check` finds an error is not trained; the others are.
+    in which `flawstream datasets check` finds an error is not trained; the others are. A backbone that is not that of
+    the current versions of other categories is refused, unless nothing is promoted.
 
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
-    Exit code 1: a category failed, or its data has errors; the others are trained. 3: no category could be trained on.
+    Exit code 1: a category failed, has faulty data or was not promoted; the others are trained. 3: nothing could be
+    trained.
     """
     settings = read_settings(
         config,
@@ -82,6 +88,8 @@ def train(
     )
     data = open_dataset(root, category, layout)
     sound, faulty = exclude_faulty(data, settings, decode=check, strict=strict)
+    if promote:
+        _refuse_other_backbone(sound, settings)
     with on_cluster(ray_address) as joined:
         manifests, failures = train_all(sound, settings, joined, promote=promote, seeds=seeds)
     failures |= faulty
@@ -113,9 +121,10 @@ def train_all(
     Returns:
         The published versions by category and seed, and what was wrong with the jobs that failed, by name.
     """
-    jobs = [_job(one, settings, number, seeds, promote=promote) for one in data for number in range(seeds)]
+    jobs = [_job(one, settings, number, seeds) for one in data for number in range(seeds)]
     manifests: list[ModelManifest] = []
     failures: dict[str, str] = {}
+    promotions = _Promotions(Registry(settings.registry.root))
     with TrainingDisplay([job.name for job in jobs]) as display:
         metrics = RayMetrics(settings.metrics.max_categories)
         for progress in train_fleet(
@@ -130,21 +139,75 @@ def train_all(
             display.show(progress)
             if progress.manifest is not None:
                 manifests.append(progress.manifest)
+                if promote and progress.manifest.training.seed == settings.training.seed:
+                    promotions.add(progress.manifest)
             elif progress.stage is Stage.FAILED:
                 failures[progress.job] = progress.note
+    failures |= promotions.refused
     for model, missing in _warnings(manifests).items():
         say(f"warning: {model}: {missing}", "yellow")
     return sorted(manifests, key=lambda m: (m.category, m.training.seed)), failures
 
 
-def _job(data: CategoryData, settings: Settings, number: int, seeds: int, *, promote: bool) -> Job:
+class _Promotions:
+    """Promotes versions as they are trained; where a run changes the backbone, together once the last one is there.
+
+    Args:
+        registry: Where the versions are.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._waiting: dict[str, str] = {}
+        self._why = ""
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Give for every category that was not promoted the reason."""
+        return {
+            category: f"{category}@{version} is written and not promoted: {self._why}"
+            for category, version in self._waiting.items()
+        }
+
+    def add(self, manifest: ModelManifest) -> None:
+        """Promote a version and those that waited for it, or keep it waiting where that is refused."""
+        self._waiting[manifest.category] = manifest.version
+        try:
+            self._registry.promote_all(self._waiting)
+        except RegistryError as error:
+            self._why = str(error)
+        else:
+            self._waiting.clear()
+
+
+def _refuse_other_backbone(data: list[CategoryData], settings: Settings) -> None:
+    """Refuse before training what could not be promoted after it.
+
+    Raises:
+        MixedBackbonesError: Current versions of categories that are not trained now run on another backbone.
+        RegistryError: The registry cannot be read.
+        ConfigError: The backbone does not exist.
+        WeightsError: The backbone's weights cannot be had.
+    """
+    trained, root = [one.name for one in data], settings.registry.root
+    current, _ = Registry(root).current_manifests()
+    others = {one.category: one.backbone for one in current if one.category not in trained}
+    if others:
+        require_one_backbone(
+            others | dict.fromkeys(trained, Backbone(settings.model).spec),
+            f"the training is refused, as the current versions in {root} would run on several backbones",
+            "train on the backbone of the others, train all categories in one run, use a registry of its own "
+            "(--registry), or train with --no-promote",
+        )
+
+
+def _job(data: CategoryData, settings: Settings, number: int, seeds: int) -> Job:
     seed = settings.training.seed + number
     return Job(
         data,
         settings.model,
         settings.training.model_copy(update={"seed": seed}),
         _absolute(settings.registry.root),
-        promote=promote and number == 0,
         label=f"seed {seed}" if seeds > 1 else "",
     )
 

@@ -97,7 +97,10 @@ async def _work(
             stats = stream_worker.stats
             if stats.read != told and not stop.is_set():
                 told = stats.read
-                say(f"{stats.results} results, {stats.dead.total()} dead letters, {stats.retries} tries made again")
+                say(
+                    f"{stats.results} results, {stats.dead.total()} dead letters, {stats.retries} tries made again, "
+                    f"{stats.deferred} images deferred"
+                )
         alive = detector.alive
         stop.set()
         await working

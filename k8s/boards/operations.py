@@ -135,8 +135,8 @@ _DEAD = lines(
 _RETRIES = lines(
     "Tries made again",
     "suffix: /s",
-    "`detector_overloaded`: no detector had room or answered in time, add some. `stream_unavailable`: Redis did "
-    "not answer.",
+    "`detector_overloaded`: no detector had room or answered in time, add some. `model_unavailable`: images that "
+    "wait because the current version of their category cannot be used. `stream_unavailable`: Redis did not answer.",
     Query(per_second(m.RETRIES, "cause"), "{{cause}}"),
 )
 _BUGS = lines(
@@ -197,7 +197,7 @@ _LOADS = lines(
     "Models loaded",
     "none",
     "`first`: loaded for the first time, or again after it made room for another. `swap`: another version was "
-    "promoted. `failed`: a version that cannot be loaded, the former one serves on.",
+    "promoted. `failed`: a version that cannot be loaded; the former one serves on, or the images wait.",
     Query(counted(m.MODEL_LOADS, "outcome"), "{{outcome}}"),
     runbook="FlawstreamModelLoadFails",
     bars=True,

@@ -17,14 +17,14 @@ from pydantic import AwareDatetime, BaseModel
 from starlette.types import ASGIApp
 
 from flawstream.imaging.decode import decode_image
-from schemas.errors import FlawstreamError, MessageError
+from schemas.errors import FlawstreamError, MessageError, ModelUnavailableError
 from schemas.messages import CATEGORY_PATTERN, Box, DetectionResult, ImageMessage, MapCodec, Verdict
 from schemas.settings import ApiSettings, LimitSettings
 from serving.api.bodies import Bodies
 from serving.api.problems import RETRY, Problem, answer_failures
 from serving.api.security import GuardedApp, Tokens
 from workers.consume.result_builder import Times, build_result
-from workers.ports import Detector, Refusal
+from workers.ports import Deferral, Detector, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +179,8 @@ def _add_detect(v1: APIRouter, detector: Detector, bodies: Bodies, limits: Limit
         (outcome,) = await detector.detect(image.pixels[np.newaxis], [category])
         if isinstance(outcome, Refusal):
             raise MessageError(outcome.reason, outcome.detail)
+        if isinstance(outcome, Deferral):
+            raise ModelUnavailableError(outcome.detail)
         ended = time.perf_counter()
         times = Times(
             queued_ms=0.0,

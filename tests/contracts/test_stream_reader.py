@@ -139,6 +139,19 @@ class StreamReaderContract:
         claimed = await second.claim(8)
         assert [(entry.entry_id, entry.deliveries) for entry in claimed] == [(ids[0], 1)]
 
+    async def test_what_is_released_for_later_is_claimed_after_the_idle_time_and_not_counted(
+        self, world: World
+    ) -> None:
+        ids = await world.add(1)
+        first, second = (world.reader(name, claim_idle_ms=60_000) for name in "ab")
+        await first.read(8, PLENTY_BYTES)
+        await world.pass_time(50_000)
+        await first.release(ids, at_once=False)
+        await world.pass_time(50_000)
+        assert await second.claim(8) == []
+        await world.pass_time(10_000)
+        assert [(entry.entry_id, entry.deliveries) for entry in await second.claim(8)] == [(ids[0], 1)]
+
     async def test_nobody_hands_back_what_another_has(self, world: World) -> None:
         ids = await world.add(1)
         await world.reader("a").read(8, PLENTY_BYTES)

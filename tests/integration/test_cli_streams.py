@@ -4,12 +4,15 @@ import json
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from command_line import Ran, Run, make_run
 from fakes import make_result, png
 from raw_redis import RawRedis
+from tiny_models import SPEC, write_version
 
+from flawstream.registry.registry import Registry
 from schemas.errors import Reason
 from schemas.messages import DeadLetter, Verdict
 from schemas.settings import RedisSettings
@@ -88,6 +91,30 @@ def test_doctor_says_which_server_does_not_answer(run: Run, nobody: str) -> None
     assert ran.code == 1
     assert found["streams"]["ok"] is False
     assert "does not answer" in found["streams"]["detail"]
+
+
+def test_doctor_reports_the_served_backbone_and_versions_that_cannot_be_served(run: Run, tmp_path: Path) -> None:
+    def look() -> tuple[int, bool, str]:
+        ran = run("doctor", "--json", "--registry", tmp_path)
+        found = json.loads(ran.out)["registry"]
+        return ran.code, found["ok"], found["detail"]
+
+    registry = Registry(str(tmp_path))
+    for category in ("bottle", "cable"):
+        write_version(registry, category)
+    served = "2 categories: bottle, cable; on tiny at 64 px with strides 16, 32 and weights 000000000000"
+    assert look() == (0, True, f"{tmp_path}: {served}")
+    write_version(registry, "tile", spec=SPEC.model_copy(update={"name": "other"}), promote=False)
+    registry.promote("tile", "v1", other_backbone=True)
+    code, well, detail = look()
+    assert (code, well) == (1, False)
+    assert all(name in detail for name in ("tiny at 64 px", "(bottle, cable)", "other at 64 px", "(tile)"))
+    assert "flawstream models promote" in detail
+    (tmp_path / "tile" / "current").unlink()
+    (tmp_path / "cable" / "v1" / "manifest.json").write_text("{")
+    code, well, detail = look()
+    assert (code, well) == (1, False)
+    assert "cable/v1/manifest.json is damaged" in detail
 
 
 def test_dead_list_pages_from_the_newest(run: Run, raw: RawRedis) -> None:

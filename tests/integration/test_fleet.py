@@ -16,12 +16,14 @@ import pytest
 import safetensors.torch
 import torch
 from ray.util.state import list_actors
+from tiny_models import write_version
 
 from flawstream.cluster import Cluster
 from flawstream.engines.choose import make_local_engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
-from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
+from flawstream_cli.commands.train import train_all
+from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, Settings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
 from training.fleet import share_cluster, train_fleet
 from training.pipeline import Job, Progress, Stage, run_job
@@ -94,7 +96,7 @@ def outcome(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outco
 
 
 @pytest.mark.parametrize("name", ["bottle", "cable"])
-def test_category_is_trained_published_and_promoted(outcome: Outcome, name: str) -> None:
+def test_category_is_trained_and_its_version_is_written(outcome: Outcome, name: str) -> None:
     stages = [one.stage for one in outcome.of(name)]
     assert list(dict.fromkeys(stages)) == [
         Stage.FEATURES,
@@ -109,7 +111,6 @@ def test_category_is_trained_published_and_promoted(outcome: Outcome, name: str)
     manifest = outcome.of(name)[-1].manifest
     assert manifest is not None
     registry = Registry(outcome.jobs[name].registry_root)
-    assert registry.current(name) == manifest.version
     assert registry.manifest(name, manifest.version) == manifest
     assert manifest.metrics.image_auroc is not None
     assert (manifest.metrics.normal_images, manifest.metrics.anomalous_images) == (3, 3)
@@ -200,3 +201,31 @@ def test_dead_actors_fail_their_jobs_and_whoever_stops_consuming_stops_the_rest(
     while trainers(cluster):
         time.sleep(0.1)  # the test's own time limit ends it
     assert Registry(jobs[0].registry_root).categories() == []
+
+
+@pytest.mark.parametrize("corrupt", [False, True], ids=["all are trained", "one fails"])
+def test_run_that_changes_the_backbone_promotes_all_categories_or_none(
+    cluster: Cluster,
+    tmp_path: Path,
+    corrupt: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    registry = Registry(str(tmp_path / "models"))
+    jobs = [make_job(tmp_path, name, seed) for seed, name in enumerate(("bottle", "cable"))]
+    for job in jobs:
+        write_version(registry, job.data.name)
+    if corrupt:
+        jobs[1].data.train[5].write_bytes(b"no image")
+    settings = Settings().model_copy(update={"model": MODEL, "training": RECIPE.model_copy(update={"int8": False})})
+    settings = settings.model_copy(update={"registry": settings.registry.model_copy(update={"root": registry.root})})
+    manifests, failures = train_all([job.data for job in jobs], settings, cluster)
+    if not corrupt:
+        assert failures == {}
+        assert registry.currents() == {one.category: one.version for one in manifests}
+        assert set(registry.currents()) == {"bottle", "cable"}
+        return
+    (trained,) = manifests
+    assert registry.currents() == {"bottle": "v1", "cable": "v1"}
+    assert set(failures) == {"bottle", "cable"}
+    assert failures["bottle"].startswith(f"{trained.model} is written and not promoted: the promotion is refused")
+    assert "(bottle)" in failures["bottle"]
+    assert "(cable)" in failures["bottle"]

@@ -52,3 +52,14 @@ def test_registry_without_versions_is_named(tmp_path: Path) -> None:
     ran = profiled(tmp_path, "--registry", tmp_path / "none")
     assert ran.returncode == 3
     assert "has no model versions; make some with `flawstream train`" in ran.stderr
+
+
+def test_profile_ends_where_a_category_cannot_be_judged(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "models"))
+    spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
+    write_version(registry, "bottle", spec=spec)
+    write_version(registry, "cable", spec=spec, weights=b"no safetensors")
+    (tmp_path / "one.png").write_bytes(png())
+    ran = profiled(tmp_path / "one.png", "--registry", registry.root, "--layout", "worker", "--engine", "torch")
+    assert ran.returncode == 3
+    assert "images of a category cannot be judged; `flawstream doctor` gives the reason" in ran.stderr

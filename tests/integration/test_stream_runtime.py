@@ -22,7 +22,7 @@ from workers.consume.sink import RedisResultSink
 from workers.consume.worker import StreamWorker
 from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.outcomes.retention import RedisRetention
-from workers.ports import Ending
+from workers.ports import Deferral, Ending
 from workers.produce.producer import Producer
 from workers.redis.embedded import EmbeddedServer
 from workers.redis.scripts import make_client
@@ -213,3 +213,20 @@ async def test_a_full_server_is_drained(client: Redis, redis_settings: RedisSett
         await client.config_set("maxmemory", "0")
         await producer.push(png(), "bottle")
     assert await client.xlen(KEYS.images) == 1
+
+
+async def test_a_sweep_ends_though_deferred_images_can_be_claimed_again_at_once(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    detector = FakeDetector()
+    detector.unknown["bottle"] = Deferral("its version cannot be used")
+    worker = make_worker(client, redis_settings, "a", detector)
+    ids = await push(client, 3)
+    await worker.run_once()
+    assert await worker.sweep() == 0
+    pending = await client.xpending_range(KEYS.images, KEYS.group, "-", "+", 10)
+    assert [one["message_id"].decode() for one in pending] == ids
+    assert {one["times_delivered"] for one in pending} == {0}
+    del detector.unknown["bottle"]
+    worker._deferred_at.clear()  # noqa: SLF001 - as after some seconds
+    assert await worker.sweep() == 3

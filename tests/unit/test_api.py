@@ -30,7 +30,7 @@ from schemas.messages import AnomalyMap, MapCodec
 from schemas.settings import ApiSettings, LimitSettings
 from serving.api.api import build_api
 from serving.api.security import warn_if_open
-from workers.ports import Refusal
+from workers.ports import Deferral, Refusal
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
@@ -200,6 +200,13 @@ async def test_unknown_category_is_404(bench: Bench) -> None:
     response = await bench.detect(png(), category="nope")
     assert refusal(response) == (404, "unknown_category")
     assert response.json()["detail"] == "category 'nope' has no version"
+
+
+async def test_category_whose_version_cannot_be_used_now_is_503(bench: Bench) -> None:
+    bench.detector.unknown["cap"] = Deferral("the current version of 'cap' cannot be used")
+    response = await bench.detect(png(), category="cap")
+    assert refusal(response) == (503, "model_unavailable")
+    assert response.headers["Retry-After"] == "1"
 
 
 async def test_empty_body_is_422_and_shows_how(bench: Bench) -> None:

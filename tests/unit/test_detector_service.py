@@ -22,11 +22,11 @@ from tiny_models import (
 )
 
 from flawstream.registry.registry import Registry
-from schemas.errors import Reason, RegistryError, ShapeError
+from schemas.errors import MixedBackbonesError, Reason, RegistryError, ShapeError
 from schemas.messages import Verdict
-from schemas.settings import DetectorSettings
-from serving.detector import DetectorService, newest_manifest
-from workers.ports import Detection, Refusal
+from schemas.settings import DetectorSettings, ModelSettings
+from serving.detector import DetectorService, make_detector, newest_manifest
+from workers.ports import Deferral, Detection, Outcome, Refusal
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
@@ -61,9 +61,7 @@ async def running(
         await service.stop()
 
 
-async def judge(
-    service: DetectorService, levels: Sequence[int], categories: Sequence[str]
-) -> list[Detection | Refusal]:
+async def judge(service: DetectorService, levels: Sequence[int], categories: Sequence[str]) -> list[Outcome]:
     return await service.detect(np.stack([image(level) for level in levels]), categories)
 
 
@@ -196,17 +194,65 @@ async def test_category_that_was_let_go_is_loaded_again(
         assert (await judge_one(service, 10)).model == "bottle@v1"
 
 
-async def test_damaged_version_is_refused_and_other_categories_are_judged(registry: CountingRegistry) -> None:
+async def test_damaged_version_is_deferred_and_other_categories_are_judged(registry: CountingRegistry) -> None:
     write_version(registry, "bottle")
     write_version(registry, "cable", weights=b"no safetensors")
     async with running(registry) as service:
-        refused, judged = await judge(service, [1, 2], ["cable", "bottle"])
+        deferred, judged = await judge(service, [1, 2], ["cable", "bottle"])
         lookups = registry.lookups
-        assert isinstance((await judge(service, [3], ["cable"]))[0], Refusal)
+        assert isinstance((await judge(service, [3], ["cable"]))[0], Deferral)
         assert registry.lookups == lookups
-    assert isinstance(refused, Refusal)
-    assert "cannot be used" in refused.detail
+    assert isinstance(deferred, Deferral)
+    assert "the current version of 'cable' cannot be used" in deferred.detail
     assert isinstance(judged, Detection)
+
+
+OTHER = SPEC.model_copy(update={"name": "other"})
+
+
+async def test_version_on_another_backbone_is_deferred_until_one_on_this_is_promoted(
+    registry: CountingRegistry,
+) -> None:
+    write_version(registry, "bottle")
+    write_version(registry, "cable")
+    async with running(registry, refresh_s=0.001) as service:
+        for category in ("cable", "tile"):
+            write_version(registry, category, "v2", spec=OTHER, promote=False)
+            registry.promote(category, "v2", other_backbone=True)
+        while "tile" not in service.status()["categories"]:  # type: ignore[operator]  # a dictionary  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        bottle, cable, tile = await judge(service, [10, 20, 30], ["bottle", "cable", "tile"])
+        assert isinstance(bottle, Detection)
+        assert isinstance(cable, Detection)
+        assert cable.model == "cable@v1"  # it was loaded, and goes on
+        assert isinstance(tile, Deferral)
+        assert "tile@v2 was trained on other at 64 px" in tile.detail
+        write_version(registry, "tile", "v3", promote=False)
+        registry.promote("tile", "v3", other_backbone=True)
+        while isinstance(tile, Deferral):
+            (tile,) = await judge(service, [30], ["tile"])
+        assert isinstance(tile, Detection)
+        assert tile.model == "tile@v3"
+
+
+async def test_registry_that_cannot_be_read_makes_no_category_unknown(
+    registry: CountingRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(registry, "bottle")
+    lookups = 0
+
+    def currents() -> dict[str, str]:
+        nonlocal lookups
+        lookups += 1
+        raise RegistryError("the storage fails")
+
+    async with running(registry) as service:
+        monkeypatch.setattr(registry, "currents", currents)
+        service._refreshed_at_s = -np.inf  # noqa: SLF001 - as after a pause longer than refresh_s
+        outcomes = [(await judge(service, [1], ["new"]))[0] for _ in range(5)]
+        assert (await judge_one(service, 10)).model == "bottle@v1"
+    assert all(isinstance(one, Deferral) and "the storage fails" in one.detail for one in outcomes)
+    assert lookups == 1  # and not one for every image
 
 
 async def test_registry_that_fails_leaves_the_loaded_versions_serving(
@@ -253,6 +299,23 @@ def test_newest_current_version_names_the_backbone(registry: CountingRegistry) -
     newest = newest_manifest(registry)
     assert newest is not None
     assert newest.category == "cable"
+
+
+def test_detector_does_not_start_on_a_registry_of_several_backbones(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle")
+    write_version(registry, "cable")
+    write_version(registry, "tile", spec=OTHER, promote=False)
+    registry.promote("tile", "v1", other_backbone=True)
+    with pytest.raises(MixedBackbonesError) as caught:
+        make_detector(registry.root, ModelSettings(), DetectorSettings())
+    message = str(caught.value)
+    assert "tiny at 64 px with strides 16, 32 and weights 000000000000 (bottle, cable); other at 64 px" in message
+    assert "(tile)" in message
+    assert "flawstream models promote" in message
+    write_version(registry, "tile", "v2")
+    newest = newest_manifest(registry)
+    assert newest is not None
+    assert newest.backbone == SPEC
 
 
 def test_damaged_manifest_stops_no_other_category(registry: CountingRegistry, tmp_path: Path) -> None:

@@ -155,20 +155,21 @@ def test_training_over_seeds_promotes_the_first_alone_and_keeps_the_jobs_apart(
 
     def fleet(jobs: Sequence[Job], *_: object, **__: object) -> Iterator[Progress]:
         seen.extend(jobs)
-        made = write_version(registry, "bottle", scores=(1.0,))
         for job in reversed(jobs[:-1]):
+            made = write_version(registry, "bottle", f"v{job.training.seed}", scores=(1.0,), promote=False)
             record = made.training.model_copy(update={"seed": job.training.seed})
             yield Progress(job.name, Stage.DONE, 1, 1, "note", made.model_copy(update={"training": record}))
         yield Progress(jobs[-1].name, Stage.FAILED, 0, 1, "broken")
 
     monkeypatch.setattr(train, "train_fleet", fleet)
-    settings = read_settings(None, training={"seed": 5})
+    settings = read_settings(None, training={"seed": 5}, registry={"root": registry.root})
     manifests, failures = train_all(load_mvtec(data), settings, None, seeds=3)  # type: ignore[arg-type]
-    assert [(job.name, job.training.seed, job.promote) for job in seen] == [
-        ("bottle seed 5", 5, True),
-        ("bottle seed 6", 6, False),
-        ("bottle seed 7", 7, False),
+    assert [(job.name, job.training.seed) for job in seen] == [
+        ("bottle seed 5", 5),
+        ("bottle seed 6", 6),
+        ("bottle seed 7", 7),
     ]
+    assert registry.currents() == {"bottle": "v5"}
     assert [one.training.seed for one in manifests] == [5, 6]
     assert failures == {"bottle seed 7": "broken"}
     assert "needs 19 calibration images and there are 1" in " ".join(capsys.readouterr().err.split())

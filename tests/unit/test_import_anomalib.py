@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import timm
 import torch
 from command_line import Run, make_run
 from small_backbones import SIDE, shrink
+from tiny_models import write_version
 from torch import Tensor
 
 from flawstream.engines.openvino.engine import OpenvinoEngine
@@ -126,7 +128,7 @@ def test_imported_version_is_served_and_gives_anomalib_s_maps(
     tensors, images, theirs = read_fixture(name)
     path = write(tmp_path / "a.ckpt", tensors, epoch=1)
     root = tmp_path / "models"
-    arguments = ("-c", "bottle", "--data", str(normal_images), "--registry", str(root), "--json")
+    arguments = ("-c", "bottle", "--data", str(normal_images), "--registry", str(root), "--json", "--promote")
     ran = run("models", "import-anomalib", str(path), *arguments)
     assert ran.code == 0, ran.err
     told = json.loads(ran.out)
@@ -152,14 +154,51 @@ def test_imported_version_is_evaluated_with_the_weights_that_came_with_it(
 ) -> None:
     path = write(tmp_path / "a.pt", read_fixture("resnet18")[0])
     registry = ("--registry", str(tmp_path / "models"), "--json")
-    assert (
-        run("models", "import-anomalib", str(path), "-c", "bottle", "--data", str(normal_images), *registry).code == 0
-    )
+    arguments = ("-c", "bottle", "--data", str(normal_images), "--promote", *registry)
+    assert run("models", "import-anomalib", str(path), *arguments).code == 0
     for folder in ("train/good", "test/good", "test/defective"):
         shutil.copytree(normal_images, tmp_path / "data" / "bottle" / folder)
     ran = run("evaluate", str(tmp_path / "data"), *registry)
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["bottle"]["image_auroc"] == 0.5
+
+
+def test_import_promotes_nothing_and_prints_the_command_that_does(
+    tmp_path: Path, normal_images: Path, run: Run
+) -> None:
+    root = tmp_path / "the models"
+    registry = Registry(str(root))
+    path = write(tmp_path / "a.pt", read_fixture("resnet18")[0])
+    ran = run("models", "import-anomalib", path, "-c", "bottle", "--data", normal_images, "--registry", root)
+    assert ran.code == 0
+    (version,) = registry.versions("bottle")
+    assert registry.currents() == {}
+    assert f"bottle@{version} is written" in ran.err
+    command = ran.err.splitlines()[-1].removeprefix("to serve it: ")
+    assert command == f"flawstream models promote bottle {version} --registry '{root}'"
+    assert run(*shlex.split(command)[1:]).code == 0
+    assert registry.currents() == {"bottle": version}
+
+
+def test_import_into_a_registry_of_another_backbone_is_written_and_not_promoted(
+    tmp_path: Path, normal_images: Path, run: Run
+) -> None:
+    root = tmp_path / "models"
+    registry = Registry(str(root))
+    write_version(registry, "cable")
+    path = write(tmp_path / "a.pt", read_fixture("resnet18")[0])
+    arguments = ("-c", "bottle", "--data", normal_images, "--registry", root, "--promote", "--json")
+    ran = run("models", "import-anomalib", path, *arguments)
+    assert ran.code == 3
+    version = json.loads(ran.out)["version"]
+    assert registry.versions("bottle") == [version]
+    assert registry.currents() == {"cable": "v1"}
+    assert f"bottle@{version} is written" in ran.err
+    assert "error (mixed_backbones): the promotion is refused" in ran.err
+    assert "resnet18" in ran.err.splitlines()[-1]
+    assert run("models", "promote", "bottle", version, "--registry", root).code == 3
+    assert run("models", "promote", "bottle", version, "--registry", root, "--other-backbone").code == 0
+    assert registry.currents() == {"bottle": version, "cable": "v1"}
 
 
 class Malicious:

@@ -31,7 +31,7 @@ from workers.observe.backlog import BacklogState
 from workers.observe.drift import Quality
 from workers.observe.stream_gauges import StreamGauges
 from workers.observe.tally import Tally
-from workers.ports import Refusal
+from workers.ports import Deferral, Refusal
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
@@ -105,6 +105,17 @@ async def test_retries_are_counted_by_cause_and_bugs_as_errors(
     assert told().total(m.RETRIES.name, cause="stream_unavailable") == 1
     assert told().total(m.ERRORS.name) == 1
     assert rig.worker.stats.retries == 2
+
+
+async def test_images_that_wait_for_a_version_are_counted_as_retries_of_their_own_cause(
+    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+) -> None:
+    rig = Rig(metrics)
+    rig.detector.unknown = {"cap": Deferral("its version cannot be used")}
+    rig.stream.add(image_entry(0, category="cap"), image_entry(1, category="cap"), image_entry(2))
+    assert await rig.worker.run_once() == 1
+    assert told().total(m.RETRIES.name, cause="model_unavailable") == 2
+    assert told().total(m.DEAD_LETTERS.name) == told().total(m.ERRORS.name) == 0
 
 
 async def test_what_another_worker_has_ended_is_no_result_of_ours(

@@ -110,8 +110,12 @@ class RedisStreamReader:
             with stream_errors(self._client):
                 await self._touch_script(keys=[self._keys.images], args=(self._keys.group, self._consumer, *held))
 
-    async def release(self, held: Collection[str]) -> None:
-        """Hand entries back: they may be claimed at once, and giving them out to this consumer does not count.
+    async def release(self, held: Collection[str], *, at_once: bool = True) -> None:
+        """Release entries: delivering them to this consumer does not count.
+
+        Args:
+            held: Ids.
+            at_once: Whether they may be claimed at once, or only after `claim_idle_ms`.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -119,8 +123,9 @@ class RedisStreamReader:
         """
         if held:
             with stream_errors(self._client):
+                idle_ms = self._claim_idle_ms if at_once else 0
                 await self._release_script(
-                    keys=[self._keys.images], args=(self._keys.group, self._consumer, self._claim_idle_ms, *held)
+                    keys=[self._keys.images], args=(self._keys.group, self._consumer, idle_ms, *held)
                 )
 
     async def forget_the_dead(self) -> None:

@@ -5,12 +5,21 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from datetime import datetime
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
-from schemas.errors import DetectorDiedError, MessageError, Reason, ShapeError, TransientError
+from schemas.errors import (
+    DetectorDiedError,
+    MessageError,
+    ModelUnavailableError,
+    Reason,
+    RegistryError,
+    ShapeError,
+    TransientError,
+)
 from schemas.settings import WorkerSettings
 from workers.backoff import backoff_s
 from workers.consume.decode import Decoder, Job, between_ms, since_arrival_ms
@@ -18,13 +27,26 @@ from workers.consume.result_builder import Times, build_result
 from workers.observe import log_fields
 from workers.observe.tally import Batch, Tally, WorkerStats
 from workers.outcomes.dead_letter import bury
-from workers.ports import Clock, Detection, Detector, Ending, Entry, Refusal, ResultSink, Retention, StreamReader
+from workers.ports import (
+    Clock,
+    Deferral,
+    Detector,
+    Ending,
+    Entry,
+    Outcome,
+    Refusal,
+    ResultSink,
+    Retention,
+    StreamReader,
+)
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _TOUCHES_PER_CLAIM = 3
 """An entry in hand is touched so often before it could be claimed: one touch that fails loses none."""
+_DEFERRAL_S = 5.0
+"""A category that could not be judged is tried again so much later; until then its images are deferred undecoded."""
 
 
 class StreamWorker:
@@ -32,7 +54,8 @@ class StreamWorker:
 
     An entry that was given out before is handled in a batch of its own, so that one which breaks a worker takes
     nobody along. What is in hand is touched now and then, so that nobody else claims it; where the detector cannot
-    be had for as long as a claim takes, it is handed back.
+    be had for as long as a claim takes, it is handed back. An image whose category cannot be judged now is deferred: it
+    stays pending, is tried again after `claim_idle_ms`, and the delivery does not count.
 
     Args:
         reader: Gives out entries.
@@ -68,6 +91,8 @@ class StreamWorker:
         self._patience_s = settings.claim_idle_ms / 1000
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._held: set[str] = set()
+        self._deferred: set[str] = set()
+        self._deferred_at: dict[bytes, datetime] = {}  # by category
         self._batches: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
 
@@ -139,12 +164,15 @@ class StreamWorker:
             StreamUnavailableError: The server does not answer.
         """
         ended = 0
+        deferred: set[str] = set()
         while not self._stop.is_set():
             async with self._slots:
                 entries = [] if self._stop.is_set() else await self._reader.claim(1, self._held)
                 ended += await self._finish(entries)
-            if not entries:
+            again = {entry.entry_id for entry in entries if self._was_deferred(entry)}
+            if not entries or again & deferred:  # one comes a second time: all have been tried
                 break
+            deferred |= again
         await self._reader.forget_the_dead()
         if self._retention is not None:
             await self._retention.trim()
@@ -174,10 +202,10 @@ class StreamWorker:
             except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
                 self._note("touching what is in hand", error)
 
-    async def _hand_back(self, ids: Collection[str]) -> None:
+    async def _hand_back(self, ids: Collection[str], *, at_once: bool = True) -> None:
         """Give back what did not end; where that fails it is claimed later, and counted."""
         try:
-            await self._reader.release(ids)
+            await self._reader.release(ids, at_once=at_once)
         except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
             self._note(f"handing back {len(ids)} entries", error)
 
@@ -206,18 +234,25 @@ class StreamWorker:
             if isinstance(error, TransientError):  # no fault of theirs; another worker may have a detector
                 await self._hand_back(ids)
             self._held -= ids
+            self._deferred -= ids
             return 0
+        if deferred := ids & self._deferred:
+            self._tally.deferred(len(deferred))
+            await self._hand_back(deferred, at_once=False)
         self._held -= ids
+        self._deferred -= ids
         self._tally.ended(batch, endings, ended)
         return sum(ended)
 
     async def _judge(self, entries: Sequence[Entry], batch: Batch) -> list[Ending]:
-        """Find out how each entry ends. An entry left out is one with a bug: it stays pending."""
+        """Find out how each entry ends. An entry left out is deferred or one with a bug: it stays pending."""
         endings: list[Ending] = []
         fit: list[Entry] = []
         for entry in entries:
             if entry.deliveries > self._settings.max_deliveries:
                 endings.append(self._bury(entry, self._poison(entry)))
+            elif self._was_deferred(entry):
+                self._deferred.add(entry.entry_id)
             else:
                 fit.append(entry)
         if not fit:
@@ -249,7 +284,7 @@ class StreamWorker:
             endings += [ending for found in concluded for ending in found]
         return endings
 
-    async def _detect(self, jobs: Sequence[Job]) -> list[Detection | Refusal | None]:
+    async def _detect(self, jobs: Sequence[Job]) -> list[Outcome | None]:
         """Have a batch judged; where that fails, image by image, and nothing for one that fails alone.
 
         Raises:
@@ -262,6 +297,9 @@ class StreamWorker:
         except MessageError as error:
             if len(jobs) == 1:
                 return [Refusal(error.reason, str(error))]
+        except RegistryError as error:  # the version was lost where it runs
+            if len(jobs) == 1:
+                return [Deferral(str(error))]
         except DetectorDiedError as error:
             _log.warning("%s: %s", error.code, error, extra=log_fields.entries([job.entry for job in jobs]))
             if len(jobs) == 1:  # it may have died of this image: given out again, it is counted
@@ -273,15 +311,19 @@ class StreamWorker:
                 return [None]
         return [outcome for job in jobs for outcome in await self._detect([job])]
 
-    async def _detect_together(self, jobs: Sequence[Job]) -> Sequence[Detection | Refusal]:
+    async def _detect_together(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         images = np.stack([job.image.pixels for job in jobs])
         outcomes = await self._detector.detect(images, [job.message.category for job in jobs])
         if len(outcomes) != len(jobs):
             raise ShapeError(f"the detector gave {len(outcomes)} outcomes for {len(jobs)} images")
         return outcomes
 
-    async def _conclude(self, job: Job, outcome: Detection | Refusal, detect_ms: float) -> list[Ending]:
-        """Put together how one image ends; nothing where that fails, which is a bug."""
+    async def _conclude(self, job: Job, outcome: Outcome, detect_ms: float) -> list[Ending]:
+        """Put together how one image ends; nothing where it is deferred, or where that fails, which is a bug."""
+        if isinstance(outcome, Deferral):
+            self._defer(job.entry, outcome)
+            return []
+        self._deferred_at.pop(job.entry.fields[b"category"], None)
         if isinstance(outcome, Refusal):
             return [self._bury(job.entry, outcome)]
         total_ms = since_arrival_ms(job.entry.entry_id, self._clock.now())
@@ -293,6 +335,24 @@ class StreamWorker:
             self._note(f"putting the result of {job.entry.entry_id} together", error, [job.entry])
             return []
         return [Ending(job.entry.entry_id, result)]
+
+    def _was_deferred(self, entry: Entry) -> bool:
+        """Tell whether an image of the entry's category was deferred a moment ago."""
+        at = self._deferred_at.get(entry.fields.get(b"category", b""))
+        return at is not None and abs((self._clock.now() - at).total_seconds()) < _DEFERRAL_S
+
+    def _defer(self, entry: Entry, why: Deferral) -> None:
+        """Leave an entry pending, and for a moment those of its category too; logged once until one can be judged."""
+        category = entry.fields[b"category"]
+        if category not in self._deferred_at:
+            _log.warning(
+                "%s: %s; its images stay pending and are tried again",
+                ModelUnavailableError.code,
+                why.detail,
+                extra=log_fields.entries([entry]),
+            )
+        self._deferred.add(entry.entry_id)
+        self._deferred_at[category] = self._clock.now()
 
     def _bury(self, entry: Entry, why: MessageError | Refusal) -> Ending:
         return Ending(entry.entry_id, bury(entry, why, self._clock.now()))

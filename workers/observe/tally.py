@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from flawstream.telemetry.traces import NO_TRACER, Stage, Tracer
-from schemas.errors import Reason
+from schemas.errors import ModelUnavailableError, Reason
 from schemas.messages import DeadLetter, DetectionResult
 from workers.observe import log_fields
 from workers.observe.drift import Quality
@@ -30,6 +30,7 @@ class WorkerStats:
         dead: Images that ended as dead letters, by reason.
         not_ours: Outcomes not written because another worker had the entry, or an earlier try had ended it.
         retries: Tries that the detector or the server could not serve and that were made again.
+        deferred: Images that stayed pending because the current version of their category cannot be used, each time.
         errors: Bugs: unexpected exceptions. Their entries stay pending.
     """
 
@@ -39,6 +40,7 @@ class WorkerStats:
     dead: Counter[Reason] = field(default_factory=Counter)
     not_ours: int = 0
     retries: int = 0
+    deferred: int = 0
     errors: int = 0
 
     def as_dict(self) -> dict[str, object]:
@@ -159,6 +161,11 @@ class Tally:
         """Note a try made again, by the error's code."""
         self.stats.retries += 1
         self._metrics.add(m.RETRIES, cause=cause)
+
+    def deferred(self, images: int) -> None:
+        """Note images that are tried again later because of their category's version."""
+        self.stats.deferred += images
+        self._metrics.add(m.RETRIES, images, cause=ModelUnavailableError.code)
 
     def failed(self) -> None:
         """Note a bug."""

@@ -1,4 +1,4 @@
--- Hand entries back: the next consumer that looks may claim them at once, and this delivery does not count.
+-- Release entries: with the idle time that a claim asks for they may be claimed at once. This delivery does not count.
 -- Behind owned.lua.
 -- KEYS: images.  ARGV: group, consumer, idle ms to pretend, ids ...
 -- Returns how many were the caller's.
