@@ -10,6 +10,7 @@
 #   make boards        write the Grafana boards anew
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
 #   make bench-accuracy | bench-parity | bench-engine   beside anomalib, in an environment of its own (ARGS=--help)
+#   make bench-verdicts  what evaluate reports of a version beside what a worker flags, image for image (ARGS=--help)
 #   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
 #   make fmt           format               make constraints   pin the whole tree anew
 #   make clean         remove what was made
@@ -28,10 +29,10 @@ PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream constraints clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream bench-verdicts constraints clean
 
 help:
-	@sed -n '1,15s/^# \{0,1\}//p' Makefile
+	@sed -n '1,16s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -125,6 +126,9 @@ bench-engine: setup peers
 
 bench-stream: setup
 	@PYTHONPATH=tests $(BIN) -m bench.stream $(ARGS)
+
+bench-verdicts: setup
+	@$(BIN) -m bench.verdicts $(ARGS)
 
 constraints: setup
 	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; $(BIN) -m pip freeze --exclude-editable --all; } > constraints.new

@@ -98,15 +98,21 @@ def image(level: int, side: int = SPEC.input_size) -> NDArray[np.uint8]:
 
 
 class TinyEngine:
-    """An `Engine` whose grids are the image's grey level over 100, and something worse for three levels."""
+    """An `Engine` whose grids are the image's grey level over 100, and something worse for three levels.
+
+    Args:
+        spec: What the engine says that its backbone is.
+        factor: Of the grids; large as of a flow that exploded.
+    """
 
     precision: Arithmetic = "float32"
     int8 = False
     concurrent_batches = 1
     copies = 1
 
-    def __init__(self, spec: BackboneSpec = SPEC) -> None:
+    def __init__(self, spec: BackboneSpec = SPEC, factor: float = 1.0) -> None:
         self.spec = spec
+        self.factor = factor
         self.batches: list[int] = []
         self.loads = 0
 
@@ -121,9 +127,10 @@ class TinyEngine:
     ) -> list[NDArray[np.float32]]:
         assert sorted(np.concatenate([rows for _, rows in heads])) == list(range(len(images)))
         self.batches.append(len(images))
-        levels = images.mean(axis=(1, 2, 3), dtype=np.float64) / 100
+        greys = images.mean(axis=(1, 2, 3), dtype=np.float64)
+        levels = greys / 100 * self.factor
         for grey, value in ((NOT_A_NUMBER, np.nan), (INFINITE, np.inf), (TOO_LARGE, 1e6)):
-            levels[levels == grey / 100] = value
+            levels[greys == grey] = value
         return [
             np.broadcast_to(levels[:, None, None], (len(images), side, side)).astype(np.float32)
             for side in self.spec.grid_sizes

@@ -3,13 +3,14 @@
 They run on any CPU that OpenVINO runs on; without instructions for int8 they are slow, and not used (`int8_pays`).
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from generators import returned
 from tiny_models import make_manifest
 
 from flawstream.calibration import calibrate
@@ -81,12 +82,7 @@ def judge(
     """Take every second image for ranges and hold the others out."""
     engine = OpenvinoEngine(extractor.backbone, int8=True)
     proof = Proof(paths[1::2], test, ranges=paths[::2], top_fraction=0.03, false_alarm_rate=0.05)
-    *_, found = _returned(judge_version("bottle", extractor, engine, head, proof))
-    return found
-
-
-def _returned(steps: Generator[object, None, Findings]) -> Iterator[Findings]:
-    yield (yield from steps)  # type: ignore[misc]  # progress first, and what is returned last
+    return returned(judge_version("bottle", extractor, engine, head, proof))
 
 
 def run_int8(
