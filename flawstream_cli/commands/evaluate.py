@@ -66,7 +66,7 @@ def evaluate(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the current model versions on labelled test images.
+    """Measure the current model versions on labelled test images, on the engine that serves (`detector.engine`).
 
     AUROC, average precision and F1-max of the images, AUROC and AUPRO of the pixels where there are masks, false alarms
     and recall at the deployed threshold, each with its 95 % interval.

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +48,22 @@ class FeatureExtractor:
         self.spec = backbone.spec
         self.threads = threads
         self.limits = limits
-        size = backbone.spec.input_size
-        self._run: Callable[[NDArray[np.uint8]], list[Tensor]]
-        self._device = open_device()
-        if self._device.type == "cpu" and openvino_is_installed():
-            compiled = CompiledModule(backbone, [(size, size, 3)], dtype=torch.uint8, threads=threads)
-            self._run = lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
-        else:
-            moved = backbone.to(self._device).to(memory_format=torch.channels_last)
 
-            @torch.inference_mode()  # here and not around a `yield`, which would set it for whoever consumes
-            def run(images: NDArray[np.uint8]) -> list[Tensor]:
-                return moved(torch.from_numpy(images).to(self._device))  # type: ignore[no-any-return]
+    @cached_property
+    def _run(self) -> Callable[[NDArray[np.uint8]], list[Tensor]]:
+        """The compiled backbone; an import that needs no features never compiles it."""
+        device = open_device()
+        if device.type == "cpu" and openvino_is_installed():
+            size = self.spec.input_size
+            compiled = CompiledModule(self.backbone, [(size, size, 3)], dtype=torch.uint8, threads=self.threads)
+            return lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
+        moved = self.backbone.to(device).to(memory_format=torch.channels_last)
 
-            self._run = run
+        @torch.inference_mode()  # here and not around a `yield`, which would set it for whoever consumes
+        def run(images: NDArray[np.uint8]) -> list[Tensor]:
+            return moved(torch.from_numpy(images).to(device))  # type: ignore[no-any-return]
+
+        return run
 
     def batches(self, paths: Sequence[Path]) -> Iterator[tuple[list[DecodedImage], list[Tensor]]]:
         """Decode and compute, the next batch being decoded while one is computed.
