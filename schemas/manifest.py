@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from schemas.messages import Category
-from schemas.settings import ModelSettings
+from schemas.settings import ModelSettings, Resize
 
 MANIFEST_FORMAT = 1
 """Raised when a manifest of before can no longer be read as it stands."""
@@ -31,6 +31,7 @@ class BackboneSpec(_Part):
         mean: Per colour channel, of pixels in [0, 1].
         std: Per colour channel, of pixels in [0, 1].
         blocks: Blocks by index from 0, one a scale, where they were chosen and not stages.
+        resize: How images are resized to the input size.
     """
 
     name: str
@@ -42,6 +43,7 @@ class BackboneSpec(_Part):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     blocks: tuple[int, ...] = ()
+    resize: Resize = "area"
 
     @property
     def layers(self) -> str:

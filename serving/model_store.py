@@ -206,9 +206,10 @@ class ModelStore:
         ours, theirs = self._engine.spec, manifest.backbone
         if _identity(ours) != _identity(theirs):
             raise RegistryError(
-                f"{manifest.model} was trained on {theirs.name} at {theirs.input_size} px with "
-                f"{theirs.layers} and weights {theirs.weights_sha256[:12]}; this detector runs {ours.name} at "
-                f"{ours.input_size} px with {ours.layers} and weights {ours.weights_sha256[:12]}. "
+                f"{manifest.model} was trained on {theirs.name} at {theirs.input_size} px (resize {theirs.resize}) "
+                f"with {theirs.layers} and weights {theirs.weights_sha256[:12]}; this detector runs {ours.name} at "
+                f"{ours.input_size} px (resize {ours.resize}) with {ours.layers} and weights "
+                f"{ours.weights_sha256[:12]}. "
                 "One service runs one backbone: train the category on that, or serve it from a registry of its own"
             )
 
@@ -219,4 +220,4 @@ def _names(model: ResidentModel) -> dict[str, str]:
 
 
 def _identity(spec: BackboneSpec) -> tuple[object, ...]:
-    return spec.name, spec.input_size, spec.strides, spec.blocks, spec.weights_sha256
+    return spec.name, spec.input_size, spec.resize, spec.strides, spec.blocks, spec.weights_sha256

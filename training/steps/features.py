@@ -18,6 +18,7 @@ from flawstream.engines.openvino.compile import CompiledModule, openvino_is_inst
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.imaging.decode import DecodedImage, decode_image
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.errors import ConfigError, DatasetError, MessageError
 from schemas.settings import LimitSettings
 
@@ -44,18 +45,19 @@ class FeatureExtractor:
         self.spec = backbone.spec
         self.threads = threads
         self._limits = limits
-        size = backbone.spec.input_size
-        self._run: Callable[[NDArray[np.uint8]], list[Tensor]]
+        self._form = PixelForm.of(backbone.spec)
+        self._run: Callable[[Pixels], list[Tensor]]
         self._compiles = not torch.cuda.is_available() and openvino_is_installed()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._compiles:
-            compiled = CompiledModule(backbone, [(size, size, 3)], dtype=torch.uint8, threads=threads)
+            dtype = getattr(torch, self._form.dtype)
+            compiled = CompiledModule(backbone, [self._form.shape], dtype=dtype, threads=threads)
             self._run = lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
         else:
             moved = backbone.to(self._device).to(memory_format=torch.channels_last)
 
             @torch.inference_mode()  # here and not around a `yield`, which would set it for whoever consumes
-            def run(images: NDArray[np.uint8]) -> list[Tensor]:
+            def run(images: Pixels) -> list[Tensor]:
                 return moved(torch.from_numpy(images).to(self._device))  # type: ignore[no-any-return]
 
             self._run = run
@@ -92,8 +94,8 @@ class FeatureExtractor:
                 waiting = [pool.submit(self._read, path) for path in paths[start + _BATCH : start + 2 * _BATCH]]
                 yield images, self._run(np.stack([image.pixels for image in images]))
 
-    def pixels(self, paths: Sequence[Path]) -> NDArray[np.uint8]:
-        """Decode images to (B, S, S, 3) RGB.
+    def pixels(self, paths: Sequence[Path]) -> Pixels:
+        """Decode images to (B, S, S, 3).
 
         Raises:
             DatasetError: A file cannot be read or is no image.
@@ -102,7 +104,7 @@ class FeatureExtractor:
 
     def _read(self, path: Path) -> DecodedImage:
         try:
-            return decode_image(path.read_bytes(), self.spec.input_size, self._limits)
+            return decode_image(path.read_bytes(), self._form, self._limits)
         except OSError as error:
             raise DatasetError(f"cannot read {path}: {error.strerror}") from error
         except MessageError as error:

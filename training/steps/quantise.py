@@ -24,6 +24,7 @@ from flawstream.engines.openvino.quantise import fold_batch_norms, quantise
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.fastflow.score import image_scores
+from flawstream.imaging.pixels import Pixels
 from schemas.manifest import Int8Trial
 from training.datasets.samples import Sample
 from training.steps.features import FeatureExtractor
@@ -42,7 +43,7 @@ _PROOF_IMAGES = 256
 
 _T = TypeVar("_T")
 Scope = Literal["flows", "version"]
-Judge = Callable[[NDArray[np.uint8], Sequence[NDArray[np.float32]]], list[NDArray[np.float32]]]
+Judge = Callable[[Pixels, Sequence[NDArray[np.float32]]], list[NDArray[np.float32]]]
 """(B, S, S, 3) images and their (B, C_s, H_s, W_s) features per scale, to one (B, H_s, W_s) grid per scale."""
 
 
@@ -125,13 +126,13 @@ def write_flows(head: FastFlowHead, features: list[Tensor]) -> dict[str, bytes]:
     return write_int8(flows, [tuple(scale.shape[1:]) for scale in features], torch.float32)
 
 
-def write_version(backbone: Backbone, head: FastFlowHead, images: NDArray[np.uint8]) -> dict[str, bytes]:
+def write_version(backbone: Backbone, head: FastFlowHead, images: Pixels) -> dict[str, bytes]:
     """Write a backbone and a head as one int8 graph, from pixels to grids.
 
     Args:
         backbone: Left as it is, as is the head.
         head: Trained.
-        images: (B, S, S, 3) uint8 RGB, which ranges are taken from.
+        images: (B, S, S, 3), which ranges are taken from.
 
     Returns:
         The files by name.
@@ -140,7 +141,7 @@ def write_version(backbone: Backbone, head: FastFlowHead, images: NDArray[np.uin
     pixels = torch.from_numpy(images)
     fold_batch_norms(whole.backbone, lambda: whole.backbone(pixels[:1]))
     quantise(whole, lambda: whole(pixels), _is_spatial_or_dense)
-    return write_int8(whole, [images.shape[1:]], torch.uint8)
+    return write_int8(whole, [images.shape[1:]], pixels.dtype)
 
 
 def _is_spatial_or_dense(convolution: nn.Conv2d) -> bool:

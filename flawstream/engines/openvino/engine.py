@@ -13,6 +13,7 @@ from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart,
 from flawstream.engines.protocol import Read, no_files, run_heads
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.manifest import ModelManifest
 
 
@@ -36,8 +37,8 @@ class OpenvinoEngine:
         self.spec = backbone.spec
         self._precision: Literal["f32", "bf16"] = precision
         self._int8 = int8
-        side = self.spec.input_size
-        self._backbone = CompiledModule(backbone, [(side, side, 3)], dtype=torch.uint8, precision=precision)
+        form = PixelForm.of(self.spec)
+        self._backbone = CompiledModule(backbone, [form.shape], dtype=getattr(torch, form.dtype), precision=precision)
 
     def load(self, head: FastFlowHead, manifest: ModelManifest, read: Read = no_files) -> "_Run | Int8Version":
         """Fold a head, compile it and run it once."""
@@ -54,13 +55,13 @@ class OpenvinoEngine:
         return run
 
     def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run | Int8Version", NDArray[np.int64]]]
+        self, images: Pixels, heads: Sequence[tuple["_Run | Int8Version", NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
         """Run the backbone, then each head on its rows; see `Engine`."""
         return detect_apart(images, heads, self.spec, self._detect)
 
     def _detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run | Int8Flows", NDArray[np.int64]]]
+        self, images: Pixels, heads: Sequence[tuple["_Run | Int8Flows", NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
         return run_heads(self._backbone(images), heads, self.spec)
 
