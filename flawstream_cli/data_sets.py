@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
+from flawstream.imaging.pixels import PixelForm
 from flawstream_cli.terminal import err, printable, say
 from schemas.errors import DatasetError
 from schemas.settings import Settings
@@ -47,7 +48,7 @@ def find_faults(data: Sequence[CategoryData], settings: Settings, *, decode: boo
         if not err.is_terminal:
             say(f"{one.name}: checking {total} files ...")
         seen = track(
-            decode_files(one, settings.model.input_size, settings.limits),
+            decode_files(one, PixelForm.of(settings.model), settings.limits),
             description=f"checking {one.name}",
             total=total,
             console=err,

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from schemas.messages import Category
-from schemas.settings import ModelSettings
+from schemas.settings import ModelSettings, Resize
 
 MANIFEST_FORMAT = 2
 """Raised when fields are added that older programs do not know. Older formats are read; 2 calibrates int8 apart."""
@@ -34,6 +34,7 @@ class BackboneSpec(_Part):
         mean: Per colour channel, of pixels in [0, 1].
         std: Per colour channel, of pixels in [0, 1].
         blocks: Blocks by index from 0, one a scale, where they were chosen and not stages.
+        resize: How images are resized to the input size.
     """
 
     name: str
@@ -45,16 +46,18 @@ class BackboneSpec(_Part):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     blocks: tuple[int, ...] = ()
+    resize: Resize = "area"
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Give what makes it this backbone and no other: network, input size, layers and weights."""
-        return self.name, self.input_size, self.strides, self.blocks, self.weights_sha256
+        """Give what makes it this backbone and no other: network, input size, resize, layers and weights."""
+        return self.name, self.input_size, self.resize, self.strides, self.blocks, self.weights_sha256
 
     @property
     def summary(self) -> str:
         """Describe in words what `identity` compares."""
-        return f"{self.name} at {self.input_size} px with {self.layers} and weights {self.weights_sha256[:12]}"
+        size = f"{self.input_size} px (resize {self.resize})"
+        return f"{self.name} at {size} with {self.layers} and weights {self.weights_sha256[:12]}"
 
     @property
     def layers(self) -> str:

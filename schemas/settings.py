@@ -39,6 +39,9 @@ _SERVICE_LINK = re.compile(
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
+Resize = Literal["area", "antialias"]
+"""How an image becomes the square that a model sees: `flawstream.imaging.resize`."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -288,6 +291,11 @@ class ModelSettings(_Section):
     )
     input_size: int = Field(
         256, ge=32, le=2048, multiple_of=32, description="Side in pixels that images are resized to."
+    )
+    resize: Resize = Field(
+        "area",
+        description="How images are resized: `area` averages what a pixel covers, on JPEGs while they are decoded; "
+        "`antialias` is the resize of torchvision and anomalib.",
     )
     flow_steps: int = Field(8, ge=1, le=64, description="Flow steps at each stage.")
     hidden_ratio: float = Field(1.0, gt=0, le=4, description="Hidden channels of a subnet over its input channels.")

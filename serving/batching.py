@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from flawstream.imaging.pixels import Pixels
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import DetectorOverloadedError, ShapeError
@@ -35,7 +35,7 @@ Out = TypeVar("Out")
 
 @dataclass(eq=False)
 class _Request(Generic[Tag, Out]):
-    images: NDArray[np.uint8]
+    images: Pixels
     tags: Sequence[Tag]
     done: "asyncio.Future[list[Out]]"
     taken: int = 0
@@ -90,7 +90,7 @@ class DrainBatcher(Generic[Tag, Out]):
     """Collects images of many calls into batches.
 
     Args:
-        run: Takes (B, S, S, 3) uint8 images and B tags, gives B outputs. Runs in the batcher's threads. Where it
+        run: Takes (B, S, S, 3) images and B tags, gives B outputs. Runs in the batcher's threads. Where it
             raises `MemoryError` it is called again with halves.
         concurrent_batches: How many may run at once: so many threads.
         max_batch_images: Largest B.
@@ -108,7 +108,7 @@ class DrainBatcher(Generic[Tag, Out]):
 
     def __init__(
         self,
-        run: Callable[[NDArray[np.uint8], Sequence[Tag]], list[Out]],
+        run: Callable[[Pixels, Sequence[Tag]], list[Out]],
         *,
         concurrent_batches: int = 1,
         max_batch_images: int,
@@ -160,7 +160,7 @@ class DrainBatcher(Generic[Tag, Out]):
         """Tell how many images wait."""
         return self._queued_images
 
-    async def submit(self, images: NDArray[np.uint8], tags: Sequence[Tag]) -> list[Out]:
+    async def submit(self, images: Pixels, tags: Sequence[Tag]) -> list[Out]:
         """Have images judged, together with those of other calls.
 
         Args:
@@ -243,7 +243,7 @@ class DrainBatcher(Generic[Tag, Out]):
         self._metrics.observe(m.STAGE_SECONDS, took_s, stage="detect")
         self._metrics.set(m.DETECTOR_QUEUE_IMAGES, self._queued_images)
 
-    def _run_what_fits(self, images: NDArray[np.uint8], tags: Sequence[Tag]) -> list[Out]:
+    def _run_what_fits(self, images: Pixels, tags: Sequence[Tag]) -> list[Out]:
         """Run a batch, in halves where it does not fit in memory."""
         began_s = time.perf_counter()
         try:

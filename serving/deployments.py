@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.logs import set_up_logging
 from flawstream.telemetry.ray_metrics import RayMetrics
@@ -48,15 +47,15 @@ class HandleDetector:
     def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
         self._handle = handle
         self._timeout_s = timeout_s
-        self._input_size: int | None = None
+        self._pixel_form: PixelForm | None = None
 
-    async def input_size(self) -> int:
-        """Tell the side in pixels that images must have. Asked once: another one comes with a new deployment only."""
-        if self._input_size is None:
-            self._input_size = int(await self._call("input_size"))
-        return self._input_size
+    async def pixel_form(self) -> PixelForm:
+        """Return the form that images must have. Asked once: another one comes with a new deployment only."""
+        if self._pixel_form is None:
+            self._pixel_form = await self._call("pixel_form")
+        return self._pixel_form
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Outcome]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Outcome]:
         """Judge a batch; see `workers.ports.Detector`.
 
         Raises:
@@ -108,11 +107,11 @@ class DetectorDeployment:
         self._client = make_client(settings.redis)  # used where the number of replicas follows the backlog
         self._backlog = Backlog(self._client, all_keys(settings.redis))
 
-    async def input_size(self) -> int:
-        """Tell the side in pixels that images must have."""
-        return await self._service.input_size()
+    async def pixel_form(self) -> PixelForm:
+        """Return the form that images must have."""
+        return await self._service.pixel_form()
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Outcome]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Outcome]:
         """Judge a batch; see `workers.ports.Detector`."""
         return await self._service.detect(images, categories)
 

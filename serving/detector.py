@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flawstream.calibration import is_anomalous, p_values
 from flawstream.engines.choose import make_engine, quiet_torch
@@ -18,6 +17,7 @@ from flawstream.engines.protocol import Engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.score import score_images
 from flawstream.imaging.maps import bounded
+from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream.registry.versions import open_backbone
@@ -98,15 +98,15 @@ class DetectorService:
             "calls_s": self._batcher.calls_s,
         }
 
-    async def input_size(self) -> int:
-        """Tell the side in pixels that images must have."""
-        return self._engine.spec.input_size
+    async def pixel_form(self) -> PixelForm:
+        """Return the form that images must have."""
+        return PixelForm.of(self._engine.spec)
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> list[Outcome]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Outcome]:
         """Judge a batch.
 
         Args:
-            images: (B, S, S, 3) uint8 RGB.
+            images: (B, S, S, 3), of the form that the engine's backbone sees.
             categories: B names.
 
         Returns:
@@ -115,13 +115,12 @@ class DetectorService:
 
         Raises:
             DetectorOverloadedError: The queue is full; nothing was judged.
-            ShapeError: The images have another size.
+            ShapeError: The images have another size or dtype.
         """
-        side = self._engine.spec.input_size
-        if images.shape != (len(categories), side, side, 3) or images.dtype != np.uint8:
-            raise ShapeError(
-                f"expected ({len(categories)}, {side}, {side}, 3) uint8, got {images.shape} {images.dtype}"
-            )
+        form = PixelForm.of(self._engine.spec)
+        shape = (len(categories), *form.shape)
+        if images.shape != shape or images.dtype != form.dtype:
+            raise ShapeError(f"expected {shape} {form.dtype}, got {images.shape} {images.dtype}")
         models: dict[str, ResidentModel | Refusal | Deferral] = {}
         for category in dict.fromkeys(categories):
             models[category] = self._store.get(category) or await self._load(category)
@@ -139,7 +138,7 @@ class DetectorService:
         detections = iter(await self._batcher.submit(images if len(rows) == len(images) else images[rows], tags))
         return [next(detections) if outcome is None else outcome for outcome in outcomes]
 
-    def _judge(self, images: NDArray[np.uint8], models: Sequence[ResidentModel]) -> list[Detection]:
+    def _judge(self, images: Pixels, models: Sequence[ResidentModel]) -> list[Detection]:
         """Run one batch; in a thread of the batcher."""
         rows_of: dict[ResidentModel, list[int]] = {}
         for row, model in enumerate(models):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DetectorDiedError
 from schemas.messages import DetectionResult, Verdict
 from workers.ports import Deferral, Detection, Ending, Entry, Outcome, Refusal
@@ -221,8 +222,8 @@ class FakeDetector:
         self.gate.set()
         self._size_px = size_px
 
-    async def input_size(self) -> int:
-        return self._size_px
+    async def pixel_form(self) -> PixelForm:
+        return PixelForm(self._size_px)
 
     async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Outcome]:
         assert images.dtype == np.uint8

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.errors import Reason
 from schemas.messages import DeadLetter, DetectionResult, Verdict
 
@@ -83,15 +84,15 @@ class Ending:
 class Detector(Protocol):
     """Judges decoded images of any mix of categories."""
 
-    async def input_size(self) -> int:
-        """Tell the side in pixels that images must have."""
+    async def pixel_form(self) -> PixelForm:
+        """Return the form that images must have."""
         ...
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Outcome]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Outcome]:
         """Judge a batch.
 
         Args:
-            images: (B, H, W, 3) RGB, H = W = `input_size()`.
+            images: (B, S, S, 3), of the form that `pixel_form()` returns.
             categories: B names.
 
         Returns:

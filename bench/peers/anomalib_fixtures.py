@@ -2,19 +2,23 @@
 
     .venv-anomalib/bin/python bench/peers/anomalib_fixtures.py
 
-The networks are anomalib's with few channels (`tests/small_backbones.py`). Weights are rounded to float16 before
+The networks are anomalib's with few channels (`tests/small_backbones.py`). The maps are of pixels, and of a JPEG and a
+PNG that anomalib reads and resizes. Weights are rounded to float16 before
 anything is computed, so that the files are small and nothing is lost.
 """
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from anomalib.models.image.fastflow import torch_model
-from anomalib_maps import compute_maps, make_images, scatter
+from anomalib_maps import compute_file_maps, compute_maps, make_images, scatter
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,6 +43,19 @@ def narrow(create_block: Callable[..., Any], name: str) -> Callable[..., Any]:
     return create
 
 
+def read_files(model: torch_model.FastflowModel, seed: int) -> dict[str, Tensor]:
+    """Make an image as JPEG and as PNG; give the bytes of each file and the (S, S) map of what anomalib reads."""
+    picture = Image.fromarray(make_images(1, 160, seed)[0, :110])
+    tensors: dict[str, Tensor] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("jpeg", "png"):
+            path = Path(folder) / f"image.{kind}"
+            picture.save(path)
+            tensors[kind] = torch.from_numpy(np.fromfile(path, np.uint8))
+            tensors[f"{kind}_map"] = compute_file_maps(model, [path], SIDE)[0]
+    return tensors
+
+
 def main() -> None:
     """Write all fixtures."""
     create_block = torch_model.create_fast_flow_block
@@ -57,7 +74,8 @@ def main() -> None:
             if not key.endswith(".w_perm_inv") and ".head" not in key and "token_only" not in key
         }
         path = TESTS / "data" / f"anomalib_{name.partition('_')[0]}.safetensors"
-        save_file({**tensors, "images": torch.from_numpy(images), "maps": maps}, path)
+        more = {"images": torch.from_numpy(images), "maps": maps, **read_files(model, seed)}
+        save_file({**tensors, **more}, path)
         spread = f"maps {maps.min():.3f} to {maps.max():.3f}, std {maps.std():.3f}"
         sys.stderr.write(f"{path.name}: {path.stat().st_size:,} bytes; {spread}\n")
 

@@ -1,5 +1,7 @@
 """In anomalib's environment: its own FastFlow, moved away from where it starts, as a checkpoint with images and maps.
 
+The maps are of pixels, which the model takes as they are, and of JPEG and PNG files, which anomalib reads and resizes.
+
 Run by `bench.parity` and, for small networks, by `anomalib_fixtures.py`. Knows nothing of flawstream.
 """
 
@@ -11,9 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import skimage.data
 import torch
+from anomalib.data.utils import read_image
+from anomalib.models import Fastflow
 from anomalib.models.image.fastflow.torch_model import FastflowModel
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,8 +72,34 @@ def compute_maps(model: FastflowModel, images: NDArray[np.uint8]) -> Tensor:
     return maps[:, 0]
 
 
+def write_files(folder: Path) -> None:
+    """Write photographs of several sizes into a folder, each as JPEG and as PNG."""
+    wall = np.tile(np.hstack([_photograph("brick.png"), _photograph("gravel.png")]), (3, 2, 1))
+    pictures = {
+        "700x500": wall[:500, 200:900],
+        "2000x1500": wall[:1500, :2000],
+        "300x900": wall[200:1100, 400:700],
+        "200x150": _photograph("coffee.png")[100:250, 100:300],
+    }
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(folder / f"{name}.jpg", quality=90)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+
+
+def _photograph(name: str) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(Path(skimage.data.__file__).parent / name).convert("RGB"))
+
+
+def compute_file_maps(model: FastflowModel, paths: list[Path], side: int) -> Tensor:
+    """Compute anomalib's anomaly maps of files, read and pre-processed by anomalib; (N, S, S) float32."""
+    transform = Fastflow.configure_pre_processor((side, side)).transform
+    with torch.inference_mode():
+        maps = [model.eval()(transform(read_image(path, as_tensor=True)[None])).anomaly_map[:, 0] for path in paths]
+    return torch.cat(maps)
+
+
 def main() -> None:
-    """Write `checkpoint.pt`, `images.npy` and `maps.npy` for one configuration."""
+    """Write `checkpoint.pt`, `images.npy`, `maps.npy`, `files/` and `file_maps.npy` for one configuration."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--configuration", required=True, help="Arguments of FastflowModel as JSON.")
     parser.add_argument("--out", type=Path, required=True)
@@ -82,6 +114,10 @@ def main() -> None:
     images = make_images(arguments.images, side, arguments.seed)
     np.save(arguments.out / "images.npy", images)
     np.save(arguments.out / "maps.npy", compute_maps(model, images).numpy())
+    files = arguments.out / "files"
+    files.mkdir()
+    write_files(files)
+    np.save(arguments.out / "file_maps.npy", compute_file_maps(model, sorted(files.iterdir()), side).numpy())
     torch.save(model.state_dict(), arguments.out / "checkpoint.pt")
     sys.stderr.write(f"anomalib: {configuration['backbone']} done\n")
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flawstream.engines.protocol import Read, no_files
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.statistics import FeatureStatistics
+from flawstream.imaging.pixels import Pixels
 from schemas.manifest import Arithmetic, BackboneSpec, ModelManifest
 
 
@@ -38,7 +39,7 @@ class FakeEngine:
         ]
 
     def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple[list[np.float32], NDArray[np.int64]]]
+        self, images: Pixels, heads: Sequence[tuple[list[np.float32], NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
         """Average each cell of the images and subtract what the row's head has; see `Engine`."""
         grids = []

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.imaging.pixels import Pixels
 from schemas.errors import RegistryError
 from schemas.manifest import Arithmetic, BackboneSpec, ModelManifest
 
@@ -55,13 +56,11 @@ class Engine(Protocol):
         """
         ...
 
-    def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple[Loaded, NDArray[np.int64]]]
-    ) -> list[NDArray[np.float32]]:
+    def detect(self, images: Pixels, heads: Sequence[tuple[Loaded, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
         """Judge a batch: the backbone once, then each head on its own rows.
 
         Args:
-            images: (B, S, S, 3) uint8 RGB.
+            images: (B, S, S, 3), of the form that the backbone sees.
             heads: What `load` gave, with the rows that are its own; together all rows, each once.
 
         Returns:

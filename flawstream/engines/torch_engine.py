@@ -12,6 +12,7 @@ from flawstream.engines.device import open_device
 from flawstream.engines.protocol import Read, no_files, run_heads
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.imaging.pixels import Pixels
 from schemas.manifest import Arithmetic, ModelManifest
 
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive")
@@ -64,16 +65,14 @@ class TorchEngine:
         return run
 
     @torch.inference_mode()
-    def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run", NDArray[np.int64]]]
-    ) -> list[NDArray[np.float32]]:
+    def detect(self, images: Pixels, heads: Sequence[tuple["_Run", NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
         """Run the backbone, then each head on its rows; see `Engine`."""
         with _memory_errors():
             with self._convolutions():
                 features: list[Tensor] = self._backbone(self._on_device(images))
             return run_heads([scale.float() for scale in features], heads, self.spec)
 
-    def _on_device(self, images: NDArray[np.uint8]) -> Tensor:
+    def _on_device(self, images: Pixels) -> Tensor:
         """Copy a batch: arrays from shared memory are read-only, which torch warns of. To a GPU from pinned memory."""
         copied = torch.tensor(images)
         if self._device.type == "cuda":

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from tritonclient import grpc
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flawstream.engines.protocol import Read, no_files
 from flawstream.export.triton import FRONT, MODEL, SPEC_PARAMETER, WEIGHTS_PARAMETER
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.imaging.pixels import Pixels
 from flawstream.registry.registry import WEIGHTS_FILE
 from schemas.errors import ConfigError, RegistryError, TransientError
 from schemas.manifest import Arithmetic, BackboneSpec, ModelManifest
@@ -78,9 +79,7 @@ class TritonEngine:
             )
         return name
 
-    def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple[str, NDArray[np.int64]]]
-    ) -> list[NDArray[np.float32]]:
+    def detect(self, images: Pixels, heads: Sequence[tuple[str, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
         """Have a batch judged, in as many requests as the server's largest batch asks for; see `Engine`.
 
         Raises:
@@ -102,13 +101,13 @@ class TritonEngine:
         with self._answering():
             return self._judge(images, names)
 
-    def _judge(self, images: NDArray[np.uint8], names: NDArray[np.object_]) -> list[NDArray[np.float32]]:
+    def _judge(self, images: Pixels, names: NDArray[np.object_]) -> list[NDArray[np.float32]]:
         starts = range(0, len(images), self._most)
         parts = [self._infer(images[start : start + self._most], names[start : start + self._most]) for start in starts]
         return [np.concatenate(grids) for grids in zip(*parts, strict=True)]
 
-    def _infer(self, images: NDArray[np.uint8], names: NDArray[np.object_]) -> list[NDArray[np.float32]]:
-        pixels = grpc.InferInput("images", images.shape, "UINT8")
+    def _infer(self, images: Pixels, names: NDArray[np.object_]) -> list[NDArray[np.float32]]:
+        pixels = grpc.InferInput("images", images.shape, np_to_triton_dtype(images.dtype))
         pixels.set_data_from_numpy(images)
         versions = grpc.InferInput(MODEL, names.shape, "BYTES")
         versions.set_data_from_numpy(names)

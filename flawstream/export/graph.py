@@ -15,6 +15,7 @@ from torch.nn import functional
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.fastflow.score import image_scores
+from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import BackboneSpec
 
 IMAGES = "images"
@@ -29,7 +30,7 @@ class Port:
     Attributes:
         name: What consumers address it by.
         shape: Without the batch dimension, which comes first.
-        dtype: uint8 for images, float32 for all else.
+        dtype: That of the pixels for images, float32 for all else.
     """
 
     name: str
@@ -75,8 +76,9 @@ class Extras:
 
 
 def images_port(spec: BackboneSpec) -> Port:
-    """Name the plain pixels that go in: (B, S, S, 3) uint8 RGB."""
-    return Port(IMAGES, (spec.input_size, spec.input_size, 3), torch.uint8)
+    """Name the pixels that go in, as they are decoded and resized."""
+    form = PixelForm.of(spec)
+    return Port(IMAGES, form.shape, getattr(torch, form.dtype))
 
 
 def feature_ports(spec: BackboneSpec) -> tuple[Port, ...]:

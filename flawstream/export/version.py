@@ -101,6 +101,7 @@ def _interface(graph: Graph, manifest: ModelManifest) -> dict[str, object]:
     return {
         "model": manifest.model,
         "inputs": [_told(port) for port in graph.inputs],
+        "resize": manifest.backbone.resize,
         "outputs": [_told(port) for port in graph.outputs],
         "threshold": calibration.threshold,
         "pixel_threshold": calibration.pixel_threshold,

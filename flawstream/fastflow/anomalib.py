@@ -21,7 +21,7 @@ from flawstream.fastflow.weights import matches, read_state_dict
 from schemas.errors import ConfigError, WeightsError
 from schemas.manifest import FlowSpec
 from schemas.presets import PRESETS, PresetName
-from schemas.settings import ModelSettings
+from schemas.settings import ModelSettings, Resize
 
 _FORMS: tuple[PresetName, ...] = ("resnet18", "wide_resnet50_2", "deit", "cait")
 """The presets whose backbones anomalib has."""
@@ -63,7 +63,7 @@ class AnomalibModel:
     """A checkpoint understood.
 
     Attributes:
-        settings: Backbone, layers and input size.
+        settings: Backbone, layers, input size and resize.
         flow: The shape of the flows.
         backbone_tensors: By timm's names, of the whole network or more than is needed.
         head_tensors: The state dict of a `FastFlowHead`.
@@ -96,13 +96,14 @@ class AnomalibModel:
         return head.eval()
 
 
-def read_anomalib(path: Path, backbone: str = "auto") -> AnomalibModel:
+def read_anomalib(path: Path, backbone: str = "auto", resize: Resize = "antialias") -> AnomalibModel:
     """Read a checkpoint of anomalib's FastFlow.
 
     Args:
         path: A Lightning .ckpt, a state dict of the Lightning module or of its `FastflowModel`, pickled by torch or
             as .safetensors.
         backbone: The one that it must be, by timm's name; `auto` takes the first whose tensors are there.
+        resize: How the model's images are to be resized; `antialias` is how anomalib's pre-processor does it.
 
     Raises:
         ConfigError: anomalib has no such backbone.
@@ -138,7 +139,7 @@ def read_anomalib(path: Path, backbone: str = "auto") -> AnomalibModel:
         clamp=_CLAMP,
         normalisation="layer_norm" if norms else "none",
     )
-    return AnomalibModel(settings, flow, backbone_tensors, head)
+    return AnomalibModel(settings.model_copy(update={"resize": resize}), flow, backbone_tensors, head)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

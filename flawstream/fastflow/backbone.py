@@ -70,7 +70,7 @@ class Backbone(nn.Module):
         """Compute features.
 
         Args:
-            images: (B, S, S, 3) uint8 RGB.
+            images: (B, S, S, 3) RGB in grey levels, of any dtype.
 
         Returns:
             One (B, C_s, H_s, W_s) float tensor per scale: stages finest first, or blocks in their order.
@@ -138,6 +138,7 @@ class FeatureNetwork:
             blocks=settings.blocks,
             channels=self.channels,
             input_size=settings.input_size,
+            resize=settings.resize,
             mean=self.mean,
             std=self.std,
         )
@@ -249,6 +250,7 @@ def load_trained_backbone(
         "strides": spec.strides,
         "blocks": spec.blocks,
         "input_size": spec.input_size,
+        "resize": spec.resize,
         "weights": named,
     }
     backbone = Backbone(settings.model_copy(update=changes), tensors)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.imaging.png import check_chunks
+from flawstream.imaging.resize import resize
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 
@@ -37,11 +38,11 @@ class DecodedImage:
     """An image as the model sees it.
 
     Attributes:
-        pixels: (size, size, 3) uint8 RGB, upright.
+        pixels: (S, S, 3) RGB, upright, S and the dtype those of the form asked for.
         original_shape: (height, width) in pixels before resizing, upright.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     original_shape: tuple[int, int]
 
 
@@ -62,7 +63,7 @@ class _Header:
     orientation: int = 1
 
 
-def decode_image(data: bytes, size: int, limits: LimitSettings) -> DecodedImage:
+def decode_image(data: bytes, form: PixelForm, limits: LimitSettings) -> DecodedImage:
     """Decode an image and resize it to a square, stretching where it is not one.
 
     Grey images become three equal channels, alpha is dropped (in TIFF libtiff blends it with black), 16 bits are
@@ -70,7 +71,7 @@ def decode_image(data: bytes, size: int, limits: LimitSettings) -> DecodedImage:
 
     Args:
         data: JPEG, PNG, WebP, BMP or TIFF bytes.
-        size: Side of the result in pixels.
+        form: What to resize it to.
         limits: What is too large to be decoded.
 
     Raises:
@@ -80,7 +81,7 @@ def decode_image(data: bytes, size: int, limits: LimitSettings) -> DecodedImage:
     _refuse_oversized(header.width, header.height, limits)
     try:
         if header.format == "JPEG":
-            return _decode_jpeg(data, size, header)
+            return _decode_jpeg(data, form, header)
         if header.format == "WEBP":  # OpenCV reads on behind the end of the container, and finds a picture in anything
             data = data[: 8 + int.from_bytes(data[4:8], "little")]
         elif header.format == "TIFF":
@@ -90,14 +91,15 @@ def decode_image(data: bytes, size: int, limits: LimitSettings) -> DecodedImage:
         raise MessageError(Reason.UNDECODABLE, f"the {header.format} is damaged ({_short(error)}); {_CURE}") from None
     if pixels is None:
         raise MessageError(Reason.UNDECODABLE, f"the {header.format} is damaged or of an unusual kind; {_CURE}")
-    return DecodedImage(_resize(pixels, size), (pixels.shape[0], pixels.shape[1]))
+    return DecodedImage(resize(pixels, form), (pixels.shape[0], pixels.shape[1]))
 
 
-def _decode_jpeg(data: bytes, size: int, header: _Header) -> DecodedImage:
+def _decode_jpeg(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
     """Decode at the smallest scale that is large enough, and turn what is left, which is cheap."""
-    pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=size, min_width=size, min_factor=1)
+    least = form.side_px if form.resize == "area" else 0  # decoding at a smaller scale is a filter of its own
+    pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=least, min_width=least, min_factor=1)
     shape = (header.width, header.height) if header.orientation in _ON_ITS_SIDE else (header.height, header.width)
-    return DecodedImage(_turn(_resize(pixels, size), header.orientation), shape)
+    return DecodedImage(_turn(resize(pixels, form), header.orientation), shape)
 
 
 def _read_header(data: bytes) -> _Header:
@@ -147,7 +149,7 @@ def _orientation(exif_data: bytes | None) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-_TURNS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda pixels: pixels,
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -160,7 +162,7 @@ _TURNS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
 _ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 
 
-def _turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def _turn(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(_TURNS[orientation](pixels))
 
 
@@ -177,16 +179,6 @@ def _refuse_oversized(width: int, height: int, limits: LimitSettings) -> None:
             f"{width} x {height} pixels are longer than {limits.max_aspect:g} to 1; "
             "cut the image or raise limits.max_aspect",
         )
-
-
-def _resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    if pixels.shape[:2] == (size, size):
-        return pixels
-    shrinks = pixels.shape[0] >= size and pixels.shape[1] >= size
-    resized: NDArray[np.uint8] = cv2.resize(
-        pixels, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
-    return resized
 
 
 def _short(error: Exception) -> str:

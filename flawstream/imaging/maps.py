@@ -75,6 +75,25 @@ def encode_map(
     return AnomalyMap(codec=codec, shape=shape, data=encode_jpeg(paint(values, threshold)))
 
 
+def decode_grids(encoded: AnomalyMap) -> list[NDArray[np.float16]]:
+    """Read back the grids of a `grid-f16` map.
+
+    Returns:
+        One (H_s, W_s) map per feature scale, nats per channel.
+
+    Raises:
+        MessageError: `malformed`: a map of another codec, or bytes that do not fit the grids.
+    """
+    if encoded.codec is not MapCodec.GRID_F16:
+        raise MessageError(Reason.MALFORMED, f"a map of codec {encoded.codec} holds no grids; choose grid-f16")
+    try:
+        counts = [rows * columns for rows, columns in encoded.grids]
+        parts = np.split(np.frombuffer(encoded.data, "<f2"), np.cumsum(counts)[:-1])
+        return [part.reshape(grid) for part, grid in zip(parts, encoded.grids, strict=True)]
+    except ValueError as error:
+        raise MessageError(Reason.MALFORMED, f"the map does not fit its grids {encoded.grids}: {error}") from error
+
+
 def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
     """Read a map back.
 
@@ -89,12 +108,7 @@ def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
         if encoded.codec is not MapCodec.NONE and not (0 < height <= _MAX_SIDE_PX and 0 < width <= _MAX_SIDE_PX):
             raise ValueError(f"a side must have 1 to {_MAX_SIDE_PX} pixels")  # noqa: TRY301 - told like the others below
         if encoded.codec is MapCodec.GRID_F16:
-            counts = [rows * columns for rows, columns in encoded.grids]
-            flat = np.frombuffer(encoded.data, "<f2")
-            parts = np.split(flat, np.cumsum(counts)[:-1])
-            return upsample(
-                [part.reshape(grid) for part, grid in zip(parts, encoded.grids, strict=True)], encoded.shape
-            )
+            return upsample(decode_grids(encoded), encoded.shape)
         if encoded.codec is MapCodec.F16:
             return np.frombuffer(encoded.data, "<f2").reshape(encoded.shape).astype(np.float32)
         if encoded.codec is MapCodec.PNG16:

@@ -22,6 +22,7 @@ from flawstream_cli.terminal import (
 )
 from schemas.errors import RegistryError, UnknownCategoryError
 from schemas.manifest import ModelManifest
+from schemas.settings import Resize
 
 app = typer.Typer(help="Look at model versions and promote them.", no_args_is_help=True)
 
@@ -207,6 +208,9 @@ def import_anomalib(
     backbone: Annotated[
         str, typer.Option(help="auto: found by the tensors; or one of anomalib's, by timm's name.")
     ] = "auto",
+    resize: Annotated[
+        Resize, typer.Option(help="antialias: images are resized as in anomalib; area: as models trained here.")
+    ] = "antialias",
     false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normal parts that may be rejected.")] = None,
     promote: Annotated[bool, typer.Option(help="Make the new version current as well.")] = False,
     registry: RegistryOption = None,
@@ -227,7 +231,7 @@ def import_anomalib(
 
     settings = read_settings(config, registry={"root": registry}, training={"false_alarm_rate": false_alarm_rate})
     with busy(f"reading {checkpoint}"):
-        model = read_anomalib(checkpoint, backbone)
+        model = read_anomalib(checkpoint, backbone, resize)
     say(f"found: {model.settings.backbone} at {model.settings.input_size} px, {model.flow.steps} steps")
     job = ImportJob(
         model=model,

@@ -172,9 +172,9 @@ def _add_detect(v1: APIRouter, detector: Detector, bodies: Bodies, limits: Limit
         started = time.perf_counter()
         async with bodies.read(request) as data:
             message = ImageMessage(id=id or uuid.uuid4().hex, category=category, image=data)
-            size = await detector.input_size()
+            form = await detector.pixel_form()
             decoding = time.perf_counter()
-            image = await run_in_threadpool(decode_image, data, size, limits)
+            image = await run_in_threadpool(decode_image, data, form, limits)
         detecting = time.perf_counter()
         (outcome,) = await detector.detect(image.pixels[np.newaxis], [category])
         if isinstance(outcome, Refusal):

@@ -297,6 +297,29 @@ class TestFakeEngine(EngineContract):
         return grids
 
 
+@pytest.mark.parametrize(
+    "contract", [TestTorchEngine, TestOpenvinoEngine, TestNcnnEngine, TestNcnnEngineBehindOpenvino]
+)
+def test_pixels_between_grey_levels_count(contract: type[EngineContract], weights: Path) -> None:
+    settings = ModelSettings(backbone="resnet18", weights=str(weights), input_size=SIZE, resize="antialias")
+    reference = Backbone(settings)
+    engine = contract.make_engine(settings, reference)
+    head = make_head(reference, 0)
+    version = load(engine, head, 0)
+    images = make_images(3) * np.float32(0.9) + np.float32(0.4)
+    with torch.no_grad():
+        expected, rounded = (
+            [grid.numpy() for grid in FoldedHead(head)(reference(torch.from_numpy(pixels)))]
+            for pixels in (images, images.round())
+        )
+    for rows in (slice(None), slice(1)):  # a batch, and an image alone
+        grids = judge(engine, version, images[rows])
+        for grid, exact, coarse in zip(grids, expected, rounded, strict=True):
+            error = np.abs(grid - exact[rows]).max()
+            assert error <= 1e-3 * exact.max()
+            assert error <= 0.1 * np.abs(coarse[rows] - exact[rows]).max()
+
+
 @pytest.mark.skipif(not int8_pays(), reason="this CPU has no instructions for int8, or OpenVINO is not installed")
 class Int8Contract(EngineContract):
     """Versions with int8 graphs, of the flows and of all, and one without: as any others, but for what int8 loses."""

@@ -12,6 +12,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from fakes import entry_id, png
 from redis.asyncio import Redis
 
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError, Reason, StreamUnavailableError
 from schemas.settings import LimitSettings, RedisSettings, ReferenceSettings
 from workers.clock import SystemClock
@@ -154,7 +155,7 @@ async def test_server_that_is_away_says_nothing_of_a_reference() -> None:
             Entry(entry_id(2), {b"category": b"a", b"image": IMAGE}),
         ]
         with pytest.raises(StreamUnavailableError):
-            await decoder.decode(entries, 8)
+            await decoder.decode(entries, PixelForm(8))
         decoder.close()
         await client.aclose()
 
@@ -333,7 +334,7 @@ async def test_images_by_reference_and_by_bytes_are_decoded_together_each_for_it
     ]
     entries.append(Entry(entry_id(9), {b"category": b"a", b"image": png(70)}))
     decoder = Decoder(2, LIMITS, SystemClock(), fetchers("key:frames:", camera.url("/images/")))
-    opened = await decoder.decode(entries, 8)
+    opened = await decoder.decode(entries, PixelForm(8))
     decoder.close()
     assert [one.image.pixels[0, 0, 0] if isinstance(one, Job) else one and one.reason for one in opened] == [
         50,
@@ -349,7 +350,9 @@ async def test_images_by_reference_and_by_bytes_are_decoded_together_each_for_it
 
 async def test_without_a_fetcher_every_reference_is_forbidden() -> None:
     decoder = Decoder(1, LIMITS, SystemClock())
-    (outcome,) = await decoder.decode([Entry(entry_id(1), {b"category": b"a", b"image_ref": b"key:frames:1"})], 8)
+    (outcome,) = await decoder.decode(
+        [Entry(entry_id(1), {b"category": b"a", b"image_ref": b"key:frames:1"})], PixelForm(8)
+    )
     decoder.close()
     assert isinstance(outcome, MessageError)
     assert (outcome.reason, "not enabled" in str(outcome)) == (Reason.FORBIDDEN_REFERENCE, True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from image_files import HEIGHT, WIDTH, write_category, write_image, write_images, write_mask
 
+from flawstream.imaging.pixels import PixelForm
 from schemas.settings import LimitSettings, TrainingSettings
 from training.datasets.check import (
     MIN_TRAIN_IMAGES,
@@ -30,7 +31,7 @@ SIDE = 64
 
 def check(data: CategoryData, limits: LimitSettings | None = None) -> list[Finding]:
     listing = check_listing(data, TrainingSettings())
-    return listing + check_content(data, decode_files(data, SIDE, limits or LimitSettings()))
+    return listing + check_content(data, decode_files(data, PixelForm(SIDE), limits or LimitSettings()))
 
 
 def problems(folder: Path) -> list[tuple[Problem, Path | None]]:

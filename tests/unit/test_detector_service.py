@@ -21,6 +21,7 @@ from tiny_models import (
     write_version,
 )
 
+from flawstream.imaging.pixels import PixelForm
 from flawstream.registry.registry import Registry
 from schemas.errors import MixedBackbonesError, Reason, RegistryError, ShapeError
 from schemas.messages import Verdict
@@ -75,7 +76,7 @@ async def test_image_is_judged_by_its_category_s_current_version(registry: Count
     write_version(registry, "bottle")
     async with running(registry) as service:
         outcome = await judge_one(service, 50)
-        assert await service.input_size() == SPEC.input_size
+        assert await service.pixel_form() == PixelForm(SPEC.input_size)
         assert service.alive
     assert not service.alive
     assert outcome.model == "bottle@v1"

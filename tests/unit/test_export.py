@@ -28,6 +28,7 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.fastflow.score import image_scores
 from flawstream.imaging.maps import upsample
+from flawstream.imaging.pixels import Pixels
 from flawstream.registry.registry import Registry
 from schemas.errors import ConfigError
 from schemas.manifest import BackboneSpec, ModelManifest
@@ -101,7 +102,7 @@ def make_images(count: int) -> NDArray[np.uint8]:
     return np.random.default_rng(count).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
 
 
-def assert_same(outputs: Outputs, images: NDArray[np.uint8], backbone: Backbone, head: FastFlowHead) -> None:
+def assert_same(outputs: Outputs, images: Pixels, backbone: Backbone, head: FastFlowHead) -> None:
     """Hold what came out to plain torch in float32: within a thousandth of the largest value."""
     with torch.no_grad():
         grids = FoldedHead(head)(backbone(torch.from_numpy(images)))
@@ -180,7 +181,29 @@ def test_what_a_foreign_consumer_needs_lies_beside(
     assert interface["pixel_threshold"] == manifest.calibration.pixel_threshold
     assert interface["calibration_scores"] == list(manifest.calibration.scores)
     assert interface["inputs"] == [{"name": "images", "shape": ["batch", 64, 64, 3], "dtype": "uint8"}]
+    assert interface["resize"] == "area"
     assert [output["name"] for output in interface["outputs"]] == ["grid_0", "grid_1", "score", "map"]
+
+
+def test_version_that_sees_float_pixels_takes_them(head: FastFlowHead, tmp_path: Path) -> None:
+    backbone = Backbone(ModelSettings(input_size=SIZE, resize="antialias"))
+    files = {WEIGHTS: head.to_bytes()}
+    finer = make_manifest("bottle", "v1", spec=backbone.spec, files=files)
+    registry = Registry(str(tmp_path / "models"))
+    registry.write(finer, files)
+    options = ExportOptions(map=True)
+    folder = export_version(
+        registry, finer, ModelSettings(), ExportFormat.ONNX, folder=tmp_path / "out", options=options
+    )
+    interface = json.loads((folder / "interface.json").read_text(encoding="utf-8"))
+    assert interface["resize"] == "antialias"
+    assert interface["inputs"] == [{"name": "images", "shape": ["batch", 64, 64, 3], "dtype": "float32"}]
+    images = make_images(2) * np.float32(0.9)
+    assert_same(run_onnx(folder / "model.onnx", {"images": images}), images, backbone, head)
+    repository = tmp_path / "triton"
+    write_triton(repository, finer, backbone, head, extras=Extras(), server=Server())
+    for model in (FRONT, BACKBONE):
+        assert "data_type: TYPE_FP32" in str(configuration(repository / model).input[0])
 
 
 def test_onnx_carries_how_to_judge_in_the_file_itself(written: dict[ExportFormat, Path]) -> None:

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.imaging.decode import decode_image
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import ConfigError, DatasetError
 from schemas.manifest import FlowSpec
-from schemas.settings import LimitSettings, ModelSettings, TrainingSettings
+from schemas.settings import LimitSettings, ModelSettings, Resize, TrainingSettings
 from training.steps.features import FeatureCache, FeatureExtractor
 from training.steps.fit import Step, fit_head, split_rows
 
@@ -66,6 +69,18 @@ def test_cached_features_are_the_backbone_s_but_for_float16(
     for cached, direct in zip(cache.take(rows), backbone(torch.from_numpy(images)), strict=True):
         assert cached.dtype == torch.float32
         torch.testing.assert_close(cached, direct, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("resize", get_args(Resize))
+def test_features_are_of_the_pixels_that_serving_sees(resize: Resize, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.jpg"), noise)
+    backbone = Backbone(ModelSettings(strides=(16, 32), input_size=64, resize=resize))
+    [(images, features)] = FeatureExtractor(backbone, LimitSettings()).batches([tmp_path / "a.jpg"])
+    served = decode_image((tmp_path / "a.jpg").read_bytes(), PixelForm.of(backbone.spec), LimitSettings())
+    np.testing.assert_array_equal(images[0].pixels, served.pixels)
+    for scale, direct in zip(features, backbone(torch.from_numpy(served.pixels)[None]), strict=True):
+        torch.testing.assert_close(scale.cpu(), direct, rtol=1e-3, atol=1e-3)
 
 
 def test_grid_rows_are_those_of_the_images(cache: FeatureCache) -> None:

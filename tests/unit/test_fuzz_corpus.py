@@ -6,6 +6,7 @@ import pytest
 from soak.fuzz_corpus import corpus
 
 from flawstream.imaging.decode import decode_image
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 from schemas.wire import parse_image
@@ -35,7 +36,7 @@ def test_good_entries_can_be_judged() -> None:
     assert good
     for entry in good:
         message = parse_image("1-0", entry.fields, LimitSettings())
-        assert decode_image(message.image or b"", 64, LimitSettings()).pixels.std() > 1
+        assert decode_image(message.image or b"", PixelForm(64), LimitSettings()).pixels.std() > 1
 
 
 def test_entries_with_a_wrong_field_are_refused_for_that_reason() -> None:

@@ -9,6 +9,7 @@ import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, MessageError, Reason
 from serving.deployments import HandleDetector
 
@@ -16,6 +17,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
 NEVER_S = 3600.0
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
+FORM = PixelForm(256, "antialias")
 
 
 class Response:
@@ -62,18 +64,18 @@ class Method:
         return self._handle.responses[-1]
 
 
-async def test_input_size_is_asked_once() -> None:
-    handle = Handle(256)
+async def test_pixel_form_is_asked_once() -> None:
+    handle = Handle(FORM)
     detector = HandleDetector(handle, NEVER_S)
-    assert [await detector.input_size() for _ in range(3)] == [256, 256, 256]
-    assert handle.calls == ["input_size"]
+    assert [await detector.pixel_form() for _ in range(3)] == [FORM, FORM, FORM]
+    assert handle.calls == ["pixel_form"]
 
 
-async def test_input_size_is_asked_again_after_a_failure() -> None:
-    detector = HandleDetector(Handle(ActorDiedError(), 256), NEVER_S)
+async def test_pixel_form_is_asked_again_after_a_failure() -> None:
+    detector = HandleDetector(Handle(ActorDiedError(), FORM), NEVER_S)
     with pytest.raises(DetectorOverloadedError):
-        await detector.input_size()
-    assert await detector.input_size() == 256
+        await detector.pixel_form()
+    assert await detector.pixel_form() == FORM
 
 
 async def test_replica_that_hangs_is_given_up_and_its_call_is_cancelled() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from flawstream.imaging import decode as images
 from flawstream.imaging.decode import decode_image
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.unit
 
 LIMITS = LimitSettings()
 SIZE = 32
+FORM = PixelForm(SIZE)
 ORIENTATION = 0x0112
 LOSSLESS: list[tuple[str, dict[str, Any]]] = [
     ("PNG", {}),
@@ -58,7 +60,7 @@ def turned(pixels: NDArray[np.uint8], image_format: str, orientation: int, **opt
 
 
 def decode(data: bytes, size: int = SIZE) -> NDArray[np.uint8]:
-    image = decode_image(data, size, LIMITS)
+    image = decode_image(data, PixelForm(size), LIMITS)
     assert image.pixels.shape == (size, size, 3)
     assert image.pixels.dtype == np.uint8
     assert image.pixels.flags.c_contiguous
@@ -78,21 +80,21 @@ def test_reference_is_the_area_average() -> None:
 
 @pytest.mark.parametrize(("image_format", "options"), LOSSLESS)
 def test_lossless_formats_give_the_same_pixels(image_format: str, options: dict[str, Any]) -> None:
-    image = decode_image(encode(picture(), image_format, **options), SIZE, LIMITS)
+    image = decode_image(encode(picture(), image_format, **options), FORM, LIMITS)
     assert difference(image.pixels, REFERENCE) == 0
     assert image.original_shape == (48, 80)
 
 
 @pytest.mark.parametrize(("image_format", "options"), LOSSY)
 def test_lossy_formats_give_nearly_the_same_pixels(image_format: str, options: dict[str, Any]) -> None:
-    image = decode_image(encode(picture(), image_format, **options), SIZE, LIMITS)
+    image = decode_image(encode(picture(), image_format, **options), FORM, LIMITS)
     assert difference(image.pixels, REFERENCE) <= 8
     assert image.original_shape == (48, 80)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 def test_image_smaller_than_the_model_is_enlarged(image_format: str) -> None:
-    image = decode_image(encode(picture(8, 12), image_format), 64, LIMITS)
+    image = decode_image(encode(picture(8, 12), image_format), PixelForm(64), LIMITS)
     assert image.pixels.shape == (64, 64, 3)
     assert image.original_shape == (8, 12)
 
@@ -152,7 +154,7 @@ def test_turned_camera_gives_an_upright_image_in_every_format(image_format: str,
             8: Image.Transpose.ROTATE_90,
         }.get(orientation)
         upright = np.asarray(stored if method is None else stored.transpose(method))
-    image = decode_image(data, SIZE, LIMITS)
+    image = decode_image(data, FORM, LIMITS)
     assert image.original_shape == upright.shape[:2]
     assert difference(image.pixels, decode(encode(upright, "PNG"))) <= 10
     assert image.pixels.flags.c_contiguous
@@ -181,7 +183,7 @@ def test_jpeg_with_more_pictures_behind_it_is_its_first() -> None:
 def test_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same() -> None:
     large = picture(480, 800)
     data = encode(large, "JPEG", quality=95)
-    image = decode_image(data, SIZE, LIMITS)
+    image = decode_image(data, FORM, LIMITS)
     assert image.original_shape == (480, 800)
     assert difference(image.pixels, decode(encode(large, "PNG"))) <= 8
 
@@ -212,7 +214,7 @@ def test_flipped_bits_raise_nothing_but_a_message_error(data: bytes, changes: li
     for position, mask in changes:
         damaged[position % len(damaged)] ^= mask
     try:
-        image = decode_image(bytes(damaged), SIZE, LIMITS)
+        image = decode_image(bytes(damaged), FORM, LIMITS)
     except MessageError as error:
         assert error.reason in (Reason.UNDECODABLE, Reason.TOO_LARGE)  # noqa: PT017 - it need not raise
     else:
@@ -226,7 +228,7 @@ def test_flipped_bits_raise_nothing_but_a_message_error(data: bytes, changes: li
 @example(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
 def test_what_is_no_image_is_undecodable(data: bytes) -> None:
     with pytest.raises(MessageError) as caught:
-        decode_image(data, SIZE, LIMITS)
+        decode_image(data, FORM, LIMITS)
     assert caught.value.reason is Reason.UNDECODABLE
 
 
@@ -252,20 +254,20 @@ def test_decompression_bomb_is_refused_before_it_is_decoded(
     monkeypatch.setattr(images.cv2, "imdecode", decoded)
     monkeypatch.setattr(images.simplejpeg, "decode_jpeg", decoded)
     with pytest.raises(MessageError, match=r"send a smaller image") as caught:
-        decode_image(png_header(width, height), SIZE, LIMITS)
+        decode_image(png_header(width, height), FORM, LIMITS)
     assert caught.value.reason is Reason.TOO_LARGE
 
 
 def test_limits_hold_to_the_pixel() -> None:
     limits = LimitSettings(max_pixels=48 * 80, max_aspect=80 / 48)
-    assert decode_image(encode(picture(), "PNG"), SIZE, limits).original_shape == (48, 80)
+    assert decode_image(encode(picture(), "PNG"), FORM, limits).original_shape == (48, 80)
     for wider, words in (
         (picture(48, 81), "max_pixels"),
         (picture(40, 72), "max_aspect"),
         (picture(72, 40), "max_aspect"),
     ):
         with pytest.raises(MessageError, match=words) as caught:
-            decode_image(encode(wider, "PNG"), SIZE, limits)
+            decode_image(encode(wider, "PNG"), FORM, limits)
         assert caught.value.reason is Reason.TOO_LARGE
 
 
@@ -275,7 +277,7 @@ def test_png_chunk_that_claims_more_than_there_is_takes_no_memory(monkeypatch: p
     start = data.index(b"IDAT") - 4
     data[start : start + 4] = struct.pack(">I", 2**31 - 1)
     with pytest.raises(MessageError, match="ends in the middle of a chunk") as caught:
-        decode_image(bytes(data), SIZE, LIMITS)
+        decode_image(bytes(data), FORM, LIMITS)
     assert caught.value.reason is Reason.UNDECODABLE
 
 
@@ -284,7 +286,7 @@ def test_png_of_endless_chunks_is_refused() -> None:
     empty = struct.pack(">I", 0) + b"teXt" + struct.pack(">I", zlib.crc32(b"teXt"))
     start = data.index(b"IDAT") - 4
     with pytest.raises(MessageError, match="more than 8,192 chunks"):
-        decode_image(data[:start] + empty * 70_000 + data[start:], SIZE, LIMITS)
+        decode_image(data[:start] + empty * 70_000 + data[start:], FORM, LIMITS)
 
 
 def test_png_with_something_behind_its_end_is_fine() -> None:

@@ -1,10 +1,12 @@
 """Checkpoints of anomalib: the fixtures hold its own maps (`bench/peers/anomalib_fixtures.py` made them)."""
 
+import asyncio
 import json
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,23 @@ from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.anomalib import ANOMALIB_BACKBONES, AnomalibModel, read_anomalib
 from flawstream.fastflow.head import FoldedHead
 from flawstream.fastflow.score import likelihood_map
+from flawstream.imaging.decode import decode_image
 from flawstream.registry.registry import Registry
 from flawstream.registry.versions import BACKBONE_FILE, open_backbone
 from schemas.errors import ConfigError, WeightsError
 from schemas.manifest import FlowSpec, ImportRecord
-from schemas.settings import ModelSettings
+from schemas.messages import ImageMessage
+from schemas.settings import DetectorSettings, ModelSettings, Settings
+from schemas.wire import result_fields
+from serving.detector import make_detector
 from serving.model_store import ModelStore
+from workers.consume.result_builder import Times, build_result
+from workers.ports import Detection
 
 pytestmark = pytest.mark.unit
 
 DATA = Path(__file__).parents[1] / "data"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "import-from-anomalib.md"
 LIMIT = 1e-4
 NAMES = {"resnet18": "resnet18", "deit": "deit_base_distilled_patch16_384", "cait": "cait_m48_448"}
 FLOWS = {
@@ -41,6 +50,10 @@ FLOWS = {
     "deit": FlowSpec(steps=4, hidden_ratio=0.3, conv3x3_only=False, clamp=2.0, normalisation="none"),
     "cait": FlowSpec(steps=2, hidden_ratio=1.0, conv3x3_only=True, clamp=2.0, normalisation="none"),
 }
+FILES_LIMIT = 1e-3
+"""Grids are float16 in a result."""
+KINDS = ("jpeg", "png")
+NOT_OF_THE_MODEL = ("images", "maps", *KINDS, *(f"{kind}_map" for kind in KINDS))
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -60,8 +73,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def read_fixture(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The checkpoint, (B, S, S, 3) uint8 images and anomalib's (B, S, S) maps."""
     tensors = safetensors.torch.load_file(DATA / f"anomalib_{name}.safetensors")
-    images, maps = tensors.pop("images"), tensors.pop("maps")
-    return tensors, images, maps
+    images, maps = tensors["images"], tensors["maps"]
+    return {key: tensor for key, tensor in tensors.items() if key not in NOT_OF_THE_MODEL}, images, maps
+
+
+def read_file(name: str, kind: str) -> tuple[bytes, Tensor]:
+    """An image's bytes, and anomalib's (S, S) map of what it reads in them."""
+    tensors = safetensors.torch.load_file(DATA / f"anomalib_{name}.safetensors")
+    return tensors[kind].numpy().tobytes(), tensors[f"{kind}_map"]
 
 
 def write(path: Path, tensors: dict[str, Tensor], **more: object) -> Path:
@@ -138,15 +157,76 @@ def test_imported_version_is_served_and_gives_anomalib_s_maps(
     assert isinstance(manifest.training, ImportRecord)
     assert manifest.training.calibration_images == len(manifest.calibration.scores) == 20
     assert BACKBONE_FILE in manifest.files
+    assert manifest.backbone.resize == "antialias"
     path.unlink()
     for make in (TorchEngine, OpenvinoEngine):
         engine = make(open_backbone(registry, manifest, ModelSettings()))
         loaded = ModelStore(registry, engine, 1).load("bottle").loaded
         for count in (1, 3):  # the graphs are of any batch size
-            many = images.numpy().repeat(count, axis=0)
+            many = images.numpy().repeat(count, axis=0).astype(np.float32)
             grids = engine.detect(many, [(loaded, np.arange(len(many)))])
             ours = likelihood_map([torch.from_numpy(grid) for grid in grids], (SIDE, SIDE))
             assert (ours - theirs).abs().max() <= LIMIT
+
+
+def import_version(path: Path, root: Path, normal_images: Path, run: Run, *options: str) -> None:
+    """Import a checkpoint as category `bottle`."""
+    told = ("-c", "bottle", "--data", str(normal_images), "--registry", str(root), *options)
+    ran = run("models", "import-anomalib", str(path), *told)
+    assert ran.code == 0, ran.err
+
+
+def judge(root: Path, files: Sequence[bytes]) -> list[dict[bytes, bytes]]:
+    """Judge images of `bottle` as a worker does, up to the fields of their results on the stream."""
+    settings = Settings()
+    detector = make_detector(str(root), settings.model, DetectorSettings(engine="torch", precision="f32"))
+
+    async def detect(data: bytes) -> dict[bytes, bytes]:
+        image = decode_image(data, await detector.pixel_form(), settings.limits)
+        (outcome,) = await detector.detect(image.pixels[np.newaxis], ["bottle"])
+        assert isinstance(outcome, Detection)
+        message = ImageMessage(id="1", category="bottle", image=data)
+        return result_fields(build_result(message, image, outcome, settings.worker.map_codec, Times(0, 0, 0, 0)))
+
+    async def detect_all() -> list[dict[bytes, bytes]]:
+        await detector.start()
+        results = [await detect(data) for data in files]
+        await detector.stop()
+        return results
+
+    return asyncio.run(detect_all())
+
+
+def run_page(fields: dict[bytes, bytes]) -> Tensor:
+    """Run the lines of the page that make anomalib's map of a result; give the (S, S) map."""
+    (lines,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    namespace: dict[str, Any] = {"fields": fields}
+    exec(lines, namespace)  # noqa: S102 - our own page
+    anomaly_map: Tensor = namespace["anomaly_map"]
+    return anomaly_map
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_files_come_out_as_anomalib_s_maps(name: str, tmp_path: Path, normal_images: Path, run: Run) -> None:
+    import_version(write(tmp_path / "a.pt", read_fixture(name)[0]), tmp_path / "models", normal_images, run)
+    files, theirs = zip(*(read_file(name, kind) for kind in KINDS), strict=True)
+    for fields, expected in zip(judge(tmp_path / "models", files), theirs, strict=True):
+        ours = run_page(fields)
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() <= FILES_LIMIT
+
+
+def test_images_are_resized_as_for_models_trained_here_on_request(
+    tmp_path: Path, normal_images: Path, run: Run
+) -> None:
+    root = tmp_path / "models"
+    path = write(tmp_path / "a.pt", read_fixture("resnet18")[0])
+    import_version(path, root, normal_images, run, "--resize", "area")
+    registry = Registry(str(root))
+    assert registry.manifest("bottle", registry.currents()["bottle"]).backbone.resize == "area"
+    data, theirs = read_file("resnet18", "png")
+    (fields,) = judge(root, [data])
+    assert (run_page(fields) - theirs).abs().max() > 10 * FILES_LIMIT
 
 
 def test_imported_version_is_evaluated_with_the_weights_that_came_with_it(

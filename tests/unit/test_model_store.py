@@ -168,7 +168,13 @@ def test_version_that_replaces_a_damaged_one_is_taken_at_once(bench: Bench) -> N
 
 @pytest.mark.parametrize(
     "difference",
-    [{"name": "other"}, {"input_size": 96}, {"strides": (8, 16)}, {"weights_sha256": "1" * 64}],
+    [
+        {"name": "other"},
+        {"input_size": 96},
+        {"strides": (8, 16)},
+        {"weights_sha256": "1" * 64},
+        {"resize": "antialias"},
+    ],
     ids=lambda difference: next(iter(difference)),
 )
 def test_version_of_another_backbone_is_refused(bench: Bench, difference: dict[str, object]) -> None:

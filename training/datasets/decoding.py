@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from flawstream.imaging.decode import decode_image
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError
 from schemas.settings import LimitSettings
 from training.datasets.samples import CategoryData
@@ -69,12 +70,12 @@ def count_files(data: CategoryData) -> int:
     return sum(path.is_file() for path in data.files())
 
 
-def decode_files(data: CategoryData, size: int, limits: LimitSettings) -> Iterator[Seen]:
+def decode_files(data: CategoryData, form: PixelForm, limits: LimitSettings) -> Iterator[Seen]:
     """Decode every image and mask of a category, on all processors. Those that are not there are passed over.
 
     Args:
         data: The category.
-        size: Side in pixels of what the model sees; images that are equal there are equal.
+        form: What the model sees; images that are equal there are equal.
         limits: What is too large to be decoded.
 
     Yields:
@@ -82,13 +83,13 @@ def decode_files(data: CategoryData, size: int, limits: LimitSettings) -> Iterat
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = [path for path in data.images() if path.is_file()]
-        yield from pool.map(lambda path: _see_image(path, size, limits), images)
+        yield from pool.map(lambda path: _see_image(path, form, limits), images)
         yield from pool.map(_see_mask, [path for path in data.masks() if path.is_file()])
 
 
-def _see_image(path: Path, size: int, limits: LimitSettings) -> Seen:
+def _see_image(path: Path, form: PixelForm, limits: LimitSettings) -> Seen:
     try:
-        image = decode_image(path.read_bytes(), size, limits)
+        image = decode_image(path.read_bytes(), form, limits)
     except OSError as error:
         return Unreadable(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
     except MessageError as error:

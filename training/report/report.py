@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flawstream.imaging.decode import decode_image
 from flawstream.imaging.maps import decode_map, encode_jpeg, paint
+from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import Metrics
 from schemas.messages import AnomalyMap
 from schemas.settings import LimitSettings
@@ -149,7 +150,8 @@ def _section(name: str, metrics: Metrics, judged: list[JudgedImage], versions: M
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:
-    pixels = decode_image(image.path.read_bytes(), image.map.shape[0], _LIMITS).pixels
+    shown = decode_image(image.path.read_bytes(), PixelForm(image.map.shape[0]), _LIMITS)
+    pixels = np.asarray(shown.pixels, np.uint8)
     return {
         "name": image.path.name,
         "label": image.defect,

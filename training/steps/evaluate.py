@@ -12,6 +12,7 @@ from flawstream.calibration import is_anomalous
 from flawstream.engines.protocol import Engine, Loaded
 from flawstream.fastflow.score import score_images
 from flawstream.imaging.maps import upsample
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DatasetError
 from schemas.manifest import DefectMetrics, Metrics
 from schemas.settings import LimitSettings
@@ -79,9 +80,10 @@ class ImageScorer:
         Raises:
             DatasetError: A file cannot be read or is no image.
         """
-        side = self._engine.spec.input_size
+        form = PixelForm.of(self._engine.spec)
+        side = form.side_px
         done = 0
-        for images in decode_batches(paths, side, self._limits):
+        for images in decode_batches(paths, form, self._limits):
             pixels = np.stack([image.pixels for image in images])
             rows = np.arange(len(images))
             found = [self._engine.detect(pixels, [(head, rows)]) for head in self._heads]

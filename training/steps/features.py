@@ -19,6 +19,7 @@ from flawstream.engines.device import open_device
 from flawstream.engines.openvino.compile import CompiledModule, openvino_is_installed
 from flawstream.fastflow.backbone import Backbone
 from flawstream.imaging.decode import DecodedImage, decode_image
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.errors import ConfigError, DatasetError, MessageError
 from schemas.settings import LimitSettings
 
@@ -41,6 +42,7 @@ class FeatureExtractor:
         spec: Its specification.
         threads: CPU threads.
         limits: As they were given.
+        form: Of the pixels that the backbone sees.
     """
 
     def __init__(self, backbone: Backbone, limits: LimitSettings, threads: int = 0) -> None:
@@ -48,19 +50,20 @@ class FeatureExtractor:
         self.spec = backbone.spec
         self.threads = threads
         self.limits = limits
+        self.form = PixelForm.of(backbone.spec)
 
     @cached_property
-    def _run(self) -> Callable[[NDArray[np.uint8]], list[Tensor]]:
+    def _run(self) -> Callable[[Pixels], list[Tensor]]:
         """The compiled backbone; an import that needs no features never compiles it."""
         device = open_device()
         if device.type == "cpu" and openvino_is_installed():
-            size = self.spec.input_size
-            compiled = CompiledModule(self.backbone, [(size, size, 3)], dtype=torch.uint8, threads=self.threads)
+            dtype = getattr(torch, self.form.dtype)
+            compiled = CompiledModule(self.backbone, [self.form.shape], dtype=dtype, threads=self.threads)
             return lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
         moved = self.backbone.to(device).to(memory_format=torch.channels_last)
 
         @torch.inference_mode()  # here and not around a `yield`, which would set it for whoever consumes
-        def run(images: NDArray[np.uint8]) -> list[Tensor]:
+        def run(images: Pixels) -> list[Tensor]:
             return moved(torch.from_numpy(images).to(device))  # type: ignore[no-any-return]
 
         return run
@@ -74,47 +77,47 @@ class FeatureExtractor:
         Raises:
             DatasetError: A file cannot be read or is no image.
         """
-        for images in decode_batches(paths, self.spec.input_size, self.limits):
+        for images in decode_batches(paths, self.form, self.limits):
             yield images, self._run(np.stack([image.pixels for image in images]))
 
-    def pixels(self, paths: Sequence[Path]) -> NDArray[np.uint8]:
-        """Decode images to (B, S, S, 3) RGB.
+    def pixels(self, paths: Sequence[Path]) -> Pixels:
+        """Decode images to (B, S, S, 3).
 
         Raises:
             DatasetError: A file cannot be read or is no image.
         """
-        return np.stack([read_image(path, self.spec.input_size, self.limits).pixels for path in paths])
+        return np.stack([read_image(path, self.form, self.limits).pixels for path in paths])
 
 
-def decode_batches(paths: Sequence[Path], size: int, limits: LimitSettings) -> Iterator[list[DecodedImage]]:
+def decode_batches(paths: Sequence[Path], form: PixelForm, limits: LimitSettings) -> Iterator[list[DecodedImage]]:
     """Decode image files in order, in batches, the next one while the caller works on the last.
 
     Args:
         paths: The files.
-        size: Side in pixels that images are resized to.
+        form: What to resize them to.
         limits: What is too large to be decoded.
 
     Raises:
         DatasetError: A file cannot be read or is no image.
     """
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        waiting = [pool.submit(read_image, path, size, limits) for path in paths[:_BATCH]]
+        waiting = [pool.submit(read_image, path, form, limits) for path in paths[:_BATCH]]
         for start in range(0, len(paths), _BATCH):
             images = [future.result() for future in waiting]
             waiting = [
-                pool.submit(read_image, path, size, limits) for path in paths[start + _BATCH : start + 2 * _BATCH]
+                pool.submit(read_image, path, form, limits) for path in paths[start + _BATCH : start + 2 * _BATCH]
             ]
             yield images
 
 
-def read_image(path: Path, size: int, limits: LimitSettings) -> DecodedImage:
+def read_image(path: Path, form: PixelForm, limits: LimitSettings) -> DecodedImage:
     """Read and decode one file; as `decode_batches`.
 
     Raises:
         DatasetError: It cannot be read or is no image.
     """
     try:
-        return decode_image(path.read_bytes(), size, limits)
+        return decode_image(path.read_bytes(), form, limits)
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error.strerror}") from error
     except MessageError as error:

@@ -24,6 +24,7 @@ from flawstream.engines.openvino.int8_versions import Int8Version, open_int8
 from flawstream.engines.openvino.quantise import fold_batch_norms, quantise
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.imaging.pixels import Pixels
 from schemas.manifest import Calibration, Int8Trial, Metrics
 from training.report.metrics import rate_interval
 from training.steps.features import FeatureExtractor
@@ -174,13 +175,13 @@ def write_flows(head: FastFlowHead, features: list[Tensor]) -> dict[str, bytes]:
     return write_int8(flows, [tuple(scale.shape[1:]) for scale in features], torch.float32)
 
 
-def write_version(backbone: Backbone, head: FastFlowHead, images: NDArray[np.uint8]) -> dict[str, bytes]:
+def write_version(backbone: Backbone, head: FastFlowHead, images: Pixels) -> dict[str, bytes]:
     """Write a backbone and a head as one int8 graph, from pixels to grids.
 
     Args:
         backbone: Left as it is, as is the head.
         head: Trained.
-        images: (B, S, S, 3) uint8 RGB, which ranges are taken from.
+        images: (B, S, S, 3), which ranges are taken from.
 
     Returns:
         The files by name.
@@ -189,7 +190,7 @@ def write_version(backbone: Backbone, head: FastFlowHead, images: NDArray[np.uin
     pixels = torch.from_numpy(images)
     fold_batch_norms(whole.backbone, lambda: whole.backbone(pixels[:1]))
     quantise(whole, lambda: whole(pixels), _is_spatial_or_dense)
-    return write_int8(whole, [images.shape[1:]], torch.uint8)
+    return write_int8(whole, [images.shape[1:]], pixels.dtype)
 
 
 def _is_spatial_or_dense(convolution: nn.Conv2d) -> bool:

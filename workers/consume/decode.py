@@ -13,6 +13,7 @@ from datetime import datetime
 import cv2
 
 from flawstream.imaging.decode import DecodedImage, decode_image
+from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError, TransientError
 from schemas.messages import ImageMessage
 from schemas.settings import LimitSettings
@@ -31,7 +32,7 @@ class Job:
     Attributes:
         entry: Where it came from.
         message: What the producer said; with a reference, without the bytes that it led to.
-        image: Pixels at the detector's input size.
+        image: Pixels of the form that the detector wants.
         queued_ms: From the entry's arrival on the server to the worker's first look.
         decode_ms: Bytes to pixels, without the time to fetch them.
     """
@@ -67,12 +68,12 @@ class Decoder:
         """Give the threads, for other work on pixels."""
         return self._pool
 
-    async def decode(self, entries: Sequence[Entry], size_px: int) -> list[Job | MessageError | None]:
+    async def decode(self, entries: Sequence[Entry], form: PixelForm) -> list[Job | MessageError | None]:
         """Decode a batch.
 
         Args:
             entries: As they came from the stream.
-            size_px: Side of the pixels to make.
+            form: Of the pixels to make.
 
         Returns:
             For each entry a job, why it can never be one, or nothing where a bug of ours came between (it is logged).
@@ -84,9 +85,9 @@ class Decoder:
         loop = asyncio.get_running_loop()
         outcomes = await asyncio.gather(
             *(
-                self._fetch_and_decode(entry, size_px, seen_at)
+                self._fetch_and_decode(entry, form, seen_at)
                 if entry.fields.get(b"image_ref")
-                else loop.run_in_executor(self._pool, self._decode_one, entry, size_px, seen_at)
+                else loop.run_in_executor(self._pool, self._decode_one, entry, form, seen_at)
                 for entry in entries
             ),
             return_exceptions=True,  # so that nothing is left running when the first fails
@@ -102,12 +103,12 @@ class Decoder:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _fetch_and_decode(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
+    async def _fetch_and_decode(self, entry: Entry, form: PixelForm, seen_at: datetime) -> Job | MessageError | None:
         try:
             message = parse_image(entry.entry_id, entry.fields, self._limits)
             async with self._references.fetch(message.image_ref or "") as data:
                 return await asyncio.get_running_loop().run_in_executor(
-                    self._pool, self._decode_bytes, entry, message, data, size_px, seen_at
+                    self._pool, self._decode_bytes, entry, message, data, form, seen_at
                 )
         except MessageError as error:
             return error
@@ -121,10 +122,10 @@ class Decoder:
             )
             return None
 
-    def _decode_one(self, entry: Entry, size_px: int, seen_at: datetime) -> Job | MessageError | None:
+    def _decode_one(self, entry: Entry, form: PixelForm, seen_at: datetime) -> Job | MessageError | None:
         try:
             message = parse_image(entry.entry_id, entry.fields, self._limits)
-            return self._decode_bytes(entry, message, message.image or b"", size_px, seen_at)
+            return self._decode_bytes(entry, message, message.image or b"", form, seen_at)
         except MessageError as error:
             return error
         except Exception:  # noqa: BLE001 - one image must not take its neighbours down
@@ -135,9 +136,11 @@ class Decoder:
             )
             return None
 
-    def _decode_bytes(self, entry: Entry, message: ImageMessage, data: bytes, size_px: int, seen_at: datetime) -> Job:
+    def _decode_bytes(
+        self, entry: Entry, message: ImageMessage, data: bytes, form: PixelForm, seen_at: datetime
+    ) -> Job:
         started_at = self._clock.now()
-        image = decode_image(data, size_px, self._limits)
+        image = decode_image(data, form, self._limits)
         return Job(
             entry=entry,
             message=message,

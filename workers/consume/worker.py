@@ -257,10 +257,10 @@ class StreamWorker:
                 fit.append(entry)
         if not fit:
             return endings
-        size_px = await self._persist(self._detector.input_size, self._patience_s)
+        form = await self._persist(self._detector.pixel_form, self._patience_s)
         jobs: list[Job] = []
         with batch.stage("decode"):
-            decoded = await self._persist(partial(self._decoder.decode, fit, size_px))
+            decoded = await self._persist(partial(self._decoder.decode, fit, form))
         for entry, opened in zip(fit, decoded, strict=True):
             if isinstance(opened, Job):
                 jobs.append(opened)

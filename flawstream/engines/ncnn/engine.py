@@ -26,6 +26,7 @@ from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart,
 from flawstream.engines.protocol import Read, empty_grids, fill_rows, no_files
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.manifest import Arithmetic, ModelManifest
 
 Grid = NDArray[np.float32]
@@ -56,8 +57,9 @@ class NcnnEngine:
         self._pool = ThreadPoolExecutor(self._threads, "ncnn")
         self._under_way, self._counting = 0, threading.Lock()
         if openvino_is_installed() and not is_mostly_3x3(backbone):
-            side = self.spec.input_size
-            self._backbone: _Backbone = ImageGraph(backbone, (side, side, 3), dtype=torch.uint8, threads=self._threads)
+            form = PixelForm.of(self.spec)
+            dtype = getattr(torch, form.dtype)
+            self._backbone: _Backbone = ImageGraph(backbone, form.shape, dtype=dtype, threads=self._threads)
         else:
             self._backbone = _BackboneGraphs(backbone, self._threads)
 
@@ -72,9 +74,7 @@ class NcnnEngine:
             loaded.judge(scale, values)
         return loaded
 
-    def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head | Int8Version", NDArray[np.int64]]]
-    ) -> list[Grid]:
+    def detect(self, images: Pixels, heads: Sequence[tuple["_Head | Int8Version", NDArray[np.int64]]]) -> list[Grid]:
         """Run backbone and head image by image, each on a thread of its own; see `Engine`."""
         with self._counting:
             self._under_way += 1
@@ -84,9 +84,7 @@ class NcnnEngine:
             with self._counting:
                 self._under_way -= 1
 
-    def _detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]
-    ) -> list[Grid]:
+    def _detect(self, images: Pixels, heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]) -> list[Grid]:
         grids = empty_grids(len(images), self.spec)
 
         def judge(place: tuple[int, "_Head"]) -> None:
@@ -107,7 +105,7 @@ class NcnnEngine:
                 fill_rows(grids, rows, flows(self._features(images[rows])))
         return grids
 
-    def _features(self, images: NDArray[np.uint8]) -> list[Grid]:
+    def _features(self, images: Pixels) -> list[Grid]:
         """Map (B, S, S, 3) images to one (B, C_s, H_s, W_s) array per scale."""
         if len(images) == 1 == self._under_way:
             return [scale[None] for scale in self._backbone.alone(images[0])]
@@ -116,13 +114,13 @@ class NcnnEngine:
 
 
 class _Backbone(Protocol):
-    """A backbone for one image at a time: (S, S, 3) uint8 to one (C_s, H_s, W_s) array per scale."""
+    """A backbone for one image at a time: (S, S, 3) to one (C_s, H_s, W_s) array per scale."""
 
-    def alone(self, image: NDArray[np.uint8], /) -> list[Grid]:
+    def alone(self, image: Pixels, /) -> list[Grid]:
         """Run it on all threads."""
         ...
 
-    def beside(self, image: NDArray[np.uint8], /) -> list[Grid]:
+    def beside(self, image: Pixels, /) -> list[Grid]:
         """Run it on one thread; as many as there are may do so at once."""
         ...
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.flow import FoldedFlow
+from flawstream.imaging.pixels import Pixels
 from schemas.errors import ConfigError
 
 Grid = NDArray[np.float32]
@@ -111,8 +112,10 @@ class NcnnGraph:
         """
         return self._run(self._ncnn.Mat(values))
 
-    def of_pixels(self, image: NDArray[np.uint8]) -> list[Grid]:
-        """Run the graph on an (H, W, 3) uint8 image, without gaps in memory; else as a call."""
+    def of_pixels(self, image: Pixels) -> list[Grid]:
+        """Run the graph on an (H, W, 3) image, without gaps in memory; else as a call."""
+        if image.dtype != np.uint8:
+            return self(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32))
         height, width, _ = image.shape
         return self._run(self._ncnn.Mat.from_pixels(image, self._ncnn.Mat.PixelType.PIXEL_RGB, width, height))
 

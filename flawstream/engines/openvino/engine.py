@@ -13,6 +13,7 @@ from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart,
 from flawstream.engines.protocol import Read, no_files, run_heads
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.manifest import Arithmetic, ModelManifest
 
 
@@ -46,9 +47,9 @@ class OpenvinoEngine:
         self._hint: Literal["f32", "bf16"] = precision
         self._threads = threads
         self.int8 = int8
-        side = self.spec.input_size
+        form = PixelForm.of(self.spec)
         self._backbone = CompiledModule(
-            backbone, [(side, side, 3)], dtype=torch.uint8, precision=precision, threads=threads
+            backbone, [form.shape], dtype=getattr(torch, form.dtype), precision=precision, threads=threads
         )
 
     def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Run | Int8Version":
@@ -71,13 +72,13 @@ class OpenvinoEngine:
         return run
 
     def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run | Int8Version", NDArray[np.int64]]]
+        self, images: Pixels, heads: Sequence[tuple["_Run | Int8Version", NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
         """Run the backbone, then each head on its rows; see `Engine`."""
         return detect_apart(images, heads, self.spec, self._detect)
 
     def _detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple["_Run | Int8Flows", NDArray[np.int64]]]
+        self, images: Pixels, heads: Sequence[tuple["_Run | Int8Flows", NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
         return run_heads(self._backbone(images), heads, self.spec)
 

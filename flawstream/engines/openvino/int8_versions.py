@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from flawstream.engines.openvino.int8_graph import CONSTANTS_FILE, GRAPH_FILE, Int8Flows, Int8Graph
 from flawstream.engines.protocol import Read, empty_grids, fill_rows
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.manifest import BackboneSpec, ModelManifest
 
-Images = NDArray[np.uint8]
 Grids = list[NDArray[np.float32]]
 Heads = Sequence[tuple[Any, NDArray[np.int64]]]
 
@@ -43,10 +43,11 @@ def open_int8(
     Raises:
         RuntimeError: It cannot be compiled.
     """
+    form = PixelForm.of(spec)
     count = 2  # once side by side, and once alone
     if scope == "version":
         graph = Int8Graph(files)
-        pixels = np.zeros((count, spec.input_size, spec.input_size, 3), np.uint8)
+        pixels = np.zeros((count, *form.shape), form.dtype)
         graph(pixels)
         graph(pixels[:1])
         return graph
@@ -57,7 +58,7 @@ def open_int8(
     return flows
 
 
-def detect_apart(images: Images, heads: Heads, spec: BackboneSpec, judge: Callable[[Images, Heads], Grids]) -> Grids:
+def detect_apart(images: Pixels, heads: Heads, spec: BackboneSpec, judge: Callable[[Pixels, Heads], Grids]) -> Grids:
     """Have versions with a backbone of their own judge their rows, and `judge` all others; see `Engine.detect`."""
     whole = [(graph, rows) for graph, rows in heads if isinstance(graph, Int8Graph)]
     if not whole:

@@ -1,0 +1,44 @@
+"""The form of the pixels that a model sees. Training, calibration and serving of a version must share it.
+
+Shape legend: B images, S side of an image in pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.manifest import BackboneSpec
+from schemas.settings import ModelSettings, Resize
+
+Pixels = NDArray[np.uint8 | np.float32]
+"""(S, S, 3) or (B, S, S, 3) RGB in grey levels, 0 to 255; of the dtype that a `PixelForm` names."""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelForm:
+    """How a decoded image is resized to the square that a model sees.
+
+    Attributes:
+        side_px: Side of the square.
+        resize: The filter: `flawstream.imaging.resize`.
+    """
+
+    side_px: int
+    resize: Resize = "area"
+
+    @classmethod
+    def of(cls, model: BackboneSpec | ModelSettings) -> Self:
+        """Take the form that a model version, or a model to be trained, sees."""
+        return cls(model.input_size, model.resize)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Give the shape of one image."""
+        return self.side_px, self.side_px, 3
+
+    @property
+    def dtype(self) -> Literal["uint8", "float32"]:
+        """Give the dtype: what `antialias` computes is not rounded, as whole levels change maps by up to 0.01."""
+        return "float32" if self.resize == "antialias" else "uint8"
