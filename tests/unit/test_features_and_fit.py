@@ -2,7 +2,9 @@
 
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -12,16 +14,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import SPEC
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.fastflow.head import FastFlowHead
+from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.fastflow.score import score_images
+from flawstream.fastflow.statistics import FeatureStatistics
 from flawstream.imaging.decode import decode_image
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import ConfigError, DatasetError
 from schemas.manifest import FlowSpec
 from schemas.settings import LimitSettings, ModelSettings, Resize, TrainingSettings
-from training.steps.features import FeatureCache, FeatureExtractor
-from training.steps.fit import Step, fit_head, split_rows
+from training.steps import fit as fit_module
+from training.steps.features import FeatureCache, FeatureExtractor, FeatureStore
+from training.steps.fit import Step, fit_head, split_rows, whiten_across_folds
 
 pytestmark = pytest.mark.unit
 
@@ -184,8 +190,9 @@ def test_loss_falls(cache: FeatureCache, extractor: FeatureExtractor) -> None:
     assert steps[-1].loss < steps[0].loss
 
 
-def test_last_epoch_remains(cache: FeatureCache, extractor: FeatureExtractor) -> None:
+def test_last_epoch_remains(many: None, cache: FeatureCache, extractor: FeatureExtractor) -> None:
     """Whatever its loss: the recipe's rate is so high that later epochs are worse than the first."""
+    del many
     recipe = RECIPE.model_copy(update={"epochs": 3, "learning_rate": 0.3, "batch_size": 16})
     head = FastFlowHead(extractor.spec, FLOW)
     rows, _ = split_rows(COUNT, recipe)
@@ -199,7 +206,14 @@ def test_last_epoch_remains(cache: FeatureCache, extractor: FeatureExtractor) ->
     assert not head.training
 
 
-def test_only_the_rows_given_train(cache: FeatureCache, extractor: FeatureExtractor) -> None:
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have so few images count as many."""
+    monkeypatch.setattr(fit_module, "_MANY_IMAGES", 2)
+
+
+def test_only_the_rows_given_train(many: None, cache: FeatureCache, extractor: FeatureExtractor) -> None:
+    del many
     seen: list[int] = []
     for_statistics: set[int] = set()
 
@@ -220,6 +234,55 @@ def test_only_the_rows_given_train(cache: FeatureCache, extractor: FeatureExtrac
     assert set(seen) == for_statistics == set(rows.tolist())
     assert not set(seen) & set(held_out.tolist())
     assert all(seen.count(row) == RECIPE.epochs for row in rows)
+
+
+def test_of_few_images_each_is_made_white_by_others(cache: FeatureCache, extractor: FeatureExtractor) -> None:
+    """Whatever an image is itself, its white features are what the others' statistics make of it."""
+    head = FastFlowHead(extractor.spec, FLOW)
+    statistics = [one for one in head.statistics if isinstance(one, FeatureStatistics)]
+    rows, _ = split_rows(COUNT, RECIPE)
+    white = whiten_across_folds(statistics, cache, rows, seed=0).take(np.arange(len(rows)))
+    for one, scale in zip(statistics, range(len(white)), strict=True):
+        one.set_from(partial(cache.grid_rows, scale, rows))
+    own = [one(scale) for one, scale in zip(statistics, cache.take(rows), strict=True)]
+    for others, by_itself in zip(white, own, strict=True):
+        assert others.square().mean() > 1.5 * by_itself.square().mean()  # an image flatters its own statistics
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_hardly_any_images_train_all_the_same(count: int, cache: FeatureCache, extractor: FeatureExtractor) -> None:
+    head = FastFlowHead(extractor.spec, FLOW)
+    list(fit_head(head, cache, np.arange(count), RECIPE))
+    latents, log_dets = head(cache.take(np.arange(COUNT)))
+    assert all(torch.isfinite(one).all() for one in (*latents, *log_dets))
+
+
+def test_scores_of_few_images_stay_in_the_range_of_many() -> None:
+    """Features of rank 8 in noise: with 13 images, held-out ones scored 10,000 times what they score with 300."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(32, 8, generator=generator)
+    spec = SPEC.model_copy(update={"channels": (32, 32), "strides": (8, 16)})
+
+    def features(count: int) -> list[torch.Tensor]:
+        def scale(side: int) -> torch.Tensor:
+            causes = torch.randn(count, 8, side, side, generator=generator)
+            noise = torch.randn(count, 32, side, side, generator=generator)
+            return torch.einsum("ck,nkhw->nchw", mixing, causes) + 0.3 * noise
+
+        return [scale(side) for side in spec.grid_sizes]
+
+    held_out = features(40)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (13, 300):
+            store = FeatureStore(Path(folder), count, spec.feature_shapes)
+            store.put(slice(0, count), features(count))
+            head = FastFlowHead(spec, FlowSpec(steps=8, hidden_ratio=1.0, conv3x3_only=False, clamp=2.0))
+            list(fit_head(head, store, np.arange(count), TrainingSettings(epochs=20)))
+            with torch.no_grad():
+                grids = FoldedHead(head)(held_out)
+            found.append(float(np.quantile(score_images([grid.numpy() for grid in grids], 0.03), 0.95)))
+    assert found[0] < 10 * found[1]
 
 
 @given(count=st.integers(3, 500), fraction=st.floats(0.01, 0.33), seed=st.integers(0, 2**32))

@@ -160,8 +160,8 @@ def test_version_on_another_backbone_than_other_categories_is_not_promoted(regis
     with pytest.raises(MixedBackbonesError) as caught:
         registry.promote("can", "v2")
     message = str(caught.value)
-    assert "resnet18 at 256 px with strides 8, 16 and weights 000000000000 (bottle)" in message
-    assert "wide_resnet50_2 at 256 px with strides 8, 16 and weights 999999999999 (can)" in message
+    assert "resnet18 at 256 px (resize area) with strides 8, 16 and weights 000000000000 (bottle)" in message
+    assert "wide_resnet50_2 at 256 px (resize area) with strides 8, 16 and weights 999999999999 (can)" in message
     assert all(way in message for way in ("train", "registry and a service of its own", "--other-backbone"))
     assert registry.currents() == {"bottle": "v1", "can": "v1"}
     registry.promote("can", "v2", other_backbone=True)
@@ -172,7 +172,14 @@ def test_version_on_another_backbone_than_other_categories_is_not_promoted(regis
 
 @pytest.mark.parametrize(
     "difference",
-    [{"name": "other"}, {"input_size": 96}, {"strides": (4, 8)}, {"blocks": (1, 2)}, {"weights_sha256": "1" * 64}],
+    [
+        {"name": "other"},
+        {"input_size": 96},
+        {"strides": (4, 8)},
+        {"blocks": (1, 2)},
+        {"resize": "antialias"},
+        {"weights_sha256": "1" * 64},
+    ],
     ids=lambda difference: next(iter(difference)),
 )
 def test_each_part_of_a_backbone_s_identity_counts(registry: Registry, difference: dict[str, object]) -> None:
