@@ -102,7 +102,7 @@ def test_doctor_reports_the_served_backbone_and_versions_that_cannot_be_served(r
     registry = Registry(str(tmp_path))
     for category in ("bottle", "cable"):
         write_version(registry, category)
-    served = "2 categories: bottle, cable; on tiny at 64 px with strides 16, 32 and weights 000000000000"
+    served = "2 categories: bottle, cable; on tiny at 64 px (resize area) with strides 16, 32 and weights 000000000000"
     assert look() == (0, True, f"{tmp_path}: {served}")
     write_version(registry, "tile", spec=SPEC.model_copy(update={"name": "other"}), promote=False)
     registry.promote("tile", "v1", other_backbone=True)
