@@ -310,10 +310,8 @@ def test_detector_does_not_start_on_a_registry_of_several_backbones(registry: Co
     with pytest.raises(MixedBackbonesError) as caught:
         make_detector(registry.root, ModelSettings(), DetectorSettings())
     message = str(caught.value)
-    assert (
-        "tiny at 64 px (resize area) with strides 16, 32 and weights 000000000000 (bottle, cable); other at 64 px (resize area)"
-        in message
-    )
+    assert "tiny at 64 px (resize area) with strides 16, 32 and weights 000000000000 (bottle, cable)" in message
+    assert "; other at 64 px" in message
     assert "(tile)" in message
     assert "flawstream models promote" in message
     write_version(registry, "tile", "v2")
