@@ -2,10 +2,12 @@
 
     make bench-verdicts                          ELPV mono cut to 16, 24 and 40 training images, then all of them
     make bench-verdicts ARGS="--tiles DIR"       magnetic tiles cut to 20 as well
+    make bench-verdicts ARGS="--images 16 --presets efficientnet_lite2 resnet18"
 
 Each version is trained with the default recipe by the command line. Then, for each engine, `flawstream evaluate --json
 --images` judges the test images, and the same files go through Valkey and `flawstream worker`. Scores may differ by a
-relative 1e-5, verdicts not at all. The last line is JSON.
+relative 1e-5, verdicts not at all. A preset whose weights no package has gets random ones: its verdicts can be
+compared, its AUROC says nothing. The last line is JSON.
 """
 
 import argparse
@@ -19,14 +21,20 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
+import torch
+from safetensors.torch import save_file
 
 from flawstream.calibration import expected_false_alarms
+from flawstream.fastflow.weights import PACKAGED_BACKBONES
 from flawstream.registry.registry import Registry
 from flawstream_cli.round_trip import RoundTrip, stream_samples
+from schemas.presets import PRESETS, PresetName
 from schemas.settings import RedisSettings, Settings
 from training.datasets.elpv import export_elpv
 from training.datasets.magnetic_tile import load_magnetic_tile
@@ -169,6 +177,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="draws of training images for each number of them")
     parser.add_argument("--images", type=int, nargs="*", default=[16, 24, 40], help="training images of ELPV mono")
     parser.add_argument("--tile-images", type=int, nargs="*", default=[20], help="training images of the tiles")
+    parser.add_argument("--presets", nargs="*", default=["efficientnet_lite0"], choices=PRESETS)
     parser.add_argument("--test-images", type=int, help="at most about so many test images of each class")
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
     asked = parser.parse_args()
@@ -180,20 +189,32 @@ def main() -> None:
         if asked.tiles is not None:
             sets["mtd"] = load_magnetic_tile(asked.tiles)[0], asked.tile_images
         print(
-            f"{'set':<14} {'seed':>4} {'engine':<9} {'AUROC':>6} {'recall':>6} {'worker':>6} {'false alarms':>12} "
+            f"{'set':<33} {'seed':>4} {'engine':<9} {'AUROC':>6} {'recall':>6} {'worker':>6} {'false alarms':>12} "
             f"{'expected':>13} {'threshold':>9} {'difference':>10} {'flips':>5}"
         )
         for set_name, (data, counts) in sets.items():
-            for count, seed in ((count, seed) for count in counts for seed in range(asked.seeds)):
+            for preset, count, seed in product(asked.presets, counts, range(asked.seeds)):
                 with tempfile.TemporaryDirectory() as name:
                     folder = Path(name)
                     write_cut(data, folder / "data", count, seed, asked.test_images)
-                    found = compare(folder, f"{set_name}-{count}", data.name, asked.engines, {})
+                    model = {"FLAWSTREAM_MODEL__PRESET": preset, "FLAWSTREAM_MODEL__WEIGHTS": _weights(preset, folder)}
+                    found = compare(folder, f"{set_name}-{count} {preset}", data.name, asked.engines, model)
                     manifest = _current(folder / "models", data.name)
                 rows += [_row(one, set_name, seed, expected_false_alarms(manifest.calibration)) for one in found]
     failed = [row for row in rows if not row["equal"]]
     print(json.dumps({"bench": "verdicts", "equal": not failed, "rows": rows}))
     sys.exit(bool(failed))
+
+
+def _weights(preset: PresetName, folder: Path) -> str:
+    """Name a preset's weights; write random ones where no package has any."""
+    backbone = PRESETS[preset].fields["backbone"]
+    if backbone in PACKAGED_BACKBONES:
+        return "package"
+    torch.manual_seed(0)
+    path = folder / "random.safetensors"
+    save_file(timm.create_model(backbone).state_dict(), path)
+    return str(path)
 
 
 def _current(root: Path, category: str) -> Any:
@@ -205,7 +226,7 @@ def _row(one: Compared, set_name: str, seed: int, expected: tuple[float, float])
     said = one.evaluated
     low, high = expected
     cells = (
-        f"{one.name:<14} {seed:>4} {one.engine:<9} {said['image_auroc']:>6.3f} {said['recall']:>6.3f}",
+        f"{one.name:<33} {seed:>4} {one.engine:<9} {said['image_auroc']:>6.3f} {said['recall']:>6.3f}",
         f"{one.recall:>6.3f} {said['false_alarm_rate']:>12.3f} {low:>6.3f}-{high:<6.3f} {said['threshold']:>9.3g}",
         f"{one.difference:>10.1e} {one.flips:>5}",
     )
