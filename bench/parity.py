@@ -12,6 +12,7 @@ maps vary stands beside the difference, so that the comparison cannot pass on no
 import argparse
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -123,15 +124,18 @@ def map_pixels(settings: ModelSettings, folder: Path) -> Tensor:
 def compare_files(folder: Path, resize: Resize) -> dict[str, float]:
     """Import the checkpoint and judge the files; give the largest difference of a map value by file."""
     paths = sorted((folder / "files").iterdir())
+    normal = folder / f"normal-{resize}"
+    normal.mkdir()
+    shutil.copy(paths[0], normal)  # one image calibrates: no verdict is looked at
     root = str(folder / f"models-{resize}")
     checkpoint = folder / "checkpoint.pt"
     job = ImportJob(
         model=read_anomalib(checkpoint, resize=resize),
         checkpoint=checkpoint,
         category=CATEGORY,
-        normal=folder / "files",
+        normal=normal,
         top_fraction=0.0,
-        false_alarm_rate=0.5,  # no verdict is looked at
+        false_alarm_rate=0.5,
         limits=LimitSettings(),
         detector=DetectorSettings(precision="f32"),
         registry_root=root,
