@@ -22,18 +22,18 @@ from training.steps.features import FeatureExtractor
 
 def main(job_file: str, result_file: str) -> None:
     """Train with the default recipe, then score every test image with the version that was published."""
-    told = json.loads(Path(job_file).read_text())
-    torch.set_num_threads(told["threads"])
+    job = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(job["threads"])
     started = time.monotonic()
     samples = tuple(
         Sample(Path(path), anomalous=anomalous, defect="defective" if anomalous else "good", mask=None)
-        for path, anomalous in zip(told["test"], told["anomalous"], strict=True)
+        for path, anomalous in zip(job["test"], job["anomalous"], strict=True)
     )
-    data = CategoryData(told["set_name"], tuple(map(Path, told["train"])), samples)
-    recipe = TrainingSettings(epochs=told["epochs"], seed=told["seed"])
+    data = CategoryData(job["set_name"], tuple(map(Path, job["train"])), samples)
+    recipe = TrainingSettings(epochs=job["epochs"], seed=job["seed"])
     backbone = Backbone(ModelSettings())
-    extractor = FeatureExtractor(backbone, LimitSettings(), told["threads"])
-    engine = make_local_engine(DetectorSettings(), lambda: backbone, told["threads"])
+    extractor = FeatureExtractor(backbone, LimitSettings(), job["threads"])
+    engine = make_local_engine(DetectorSettings(), lambda: backbone, job["threads"])
     epoch = ""
     with tempfile.TemporaryDirectory() as root:
         for progress in run_job(Job(data, ModelSettings(), recipe, root), extractor, engine):

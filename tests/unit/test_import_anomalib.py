@@ -170,9 +170,9 @@ def test_imported_version_is_served_and_gives_anomalib_s_maps(
 
 
 def import_version(path: Path, root: Path, normal_images: Path, run: Run, *options: str) -> None:
-    """Import a checkpoint as category `bottle`."""
-    told = ("-c", "bottle", "--data", str(normal_images), "--registry", str(root), *options)
-    ran = run("models", "import-anomalib", str(path), *told)
+    """Import a checkpoint as category `bottle` and have it serve."""
+    arguments = ("-c", "bottle", "--data", str(normal_images), "--registry", str(root), "--promote", *options)
+    ran = run("models", "import-anomalib", str(path), *arguments)
     assert ran.code == 0, ran.err
 
 
