@@ -226,6 +226,7 @@ def test_train_refuses_before_training_what_could_not_be_promoted(
         started.append("Ray")
         raise ConfigError("no Ray in this test")
 
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's cluster may be there
     monkeypatch.setattr(ray, "init", start)
     command = ("train", tmp_path / "data", "--registry", tmp_path / "models", "--input-size", 64)
     ran = run(*command)

@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from fakes import png
 
 from flawstream.engines.choose import make_engine
 from flawstream.engines.device import open_device
@@ -69,15 +71,21 @@ def test_tf32_is_off_on_a_gpu_and_modules_can_still_be_exported() -> None:
     torch.export.export(torch.nn.Conv2d(3, 4, 3), (torch.zeros(1, 3, 8, 8),))
 
 
+def features_of(image: Path) -> None:
+    list(FeatureExtractor(Backbone(SMALL), LimitSettings()).batches([image]))
+
+
 @pytest.mark.parametrize(
     "start",
     [
-        pytest.param(lambda: TorchEngine(Backbone(SMALL)), id="engine"),
-        pytest.param(lambda: FeatureExtractor(Backbone(SMALL), LimitSettings()), id="training"),
+        pytest.param(lambda _: TorchEngine(Backbone(SMALL)), id="engine"),
+        pytest.param(features_of, id="training"),
     ],
 )
 @pytest.mark.usefixtures("gpu")
-def test_tf32_is_off_before_a_network_is_moved_to_the_gpu(start: Callable[[], object]) -> None:
+def test_tf32_is_off_before_a_network_is_moved_to_the_gpu(start: Callable[[Path], object], tmp_path: Path) -> None:
+    image = tmp_path / "1.png"
+    image.write_bytes(png())
     with contextlib.suppress(RuntimeError, AssertionError):  # there is no GPU to move it to
-        start()
+        start(image)
     assert tf32_allowed() == {"convolutions": False, "products": False}
