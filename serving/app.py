@@ -91,7 +91,7 @@ def require_startable(settings: Settings) -> None:
 
 
 def run(settings: Settings) -> str:
-    """Deploy on the cluster that `flawstream.cluster.connect` joined, and wait until every replica is ready.
+    """Deploy on the cluster that `flawstream_cli.cluster.connect` joined, and wait until every replica is ready.
 
     Where Serve runs on the cluster already, its HTTP address stands, whatever the settings say.
 

@@ -17,13 +17,13 @@ from starlette.types import ASGIApp
 from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.logs import set_up_logging
-from flawstream.telemetry.ray_metrics import RayMetrics
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError, StreamUnavailableError
 from schemas.keys import all_keys
 from schemas.settings import Settings
 from serving.api.api import build_api
 from serving.autoscaling import autoscaling_stats
 from serving.detector import make_detector
+from serving.ray_metrics import RayMetrics
 from workers.consume.sharded import ShardedWorker
 from workers.observe.backlog import Backlog
 from workers.observe.stream_gauges import StreamGauges, report_for_ever

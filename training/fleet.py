@@ -12,7 +12,6 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from flawstream.cluster import Cluster
 from flawstream.engines.choose import make_local_engine
 from flawstream.engines.protocol import Engine
 from flawstream.fastflow.backbone import Backbone
@@ -69,12 +68,11 @@ def train_fleet(
     model: ModelSettings,
     limits: LimitSettings,
     detector: DetectorSettings,
-    cluster: Cluster,
     *,
     num_gpus: float = 0.0,
     metrics: Metrics = NO_METRICS,
 ) -> Iterator[Progress]:
-    """Train all jobs in parallel, as many at a time as the cluster has room for.
+    """Train all jobs in parallel on the Ray cluster joined, as many at a time as fit on it.
 
     A job that fails ends in `Stage.FAILED` with what was wrong as its note; the others go on. Whoever stops consuming
     stops the training.
@@ -84,14 +82,13 @@ def train_fleet(
         model: Which backbone.
         limits: What is too large to be decoded.
         detector: Which engine will serve: it sets the thresholds.
-        cluster: Where to train; `flawstream.cluster.connect` gives it.
         num_gpus: GPUs, or a share of one, for each job; 0 takes a whole one where the cluster has any.
         metrics: Where numbers go.
 
     Yields:
         The progress of all jobs as it comes, each job ending in `DONE` or `FAILED`.
     """
-    with contextlib.closing(_train(jobs, model, limits, detector, cluster, num_gpus=num_gpus)) as training:
+    with contextlib.closing(_train(jobs, model, limits, detector, num_gpus=num_gpus)) as training:
         yield from recorded(training, metrics)
 
 
@@ -100,11 +97,10 @@ def _train(
     model: ModelSettings,
     limits: LimitSettings,
     detector: DetectorSettings,
-    cluster: Cluster,
     *,
     num_gpus: float,
 ) -> Generator[Progress, None, None]:
-    gpus = num_gpus or (1.0 if cluster.gpus else 0.0)
+    gpus = num_gpus or (1.0 if ray.cluster_resources().get("GPU") else 0.0)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     actors, threads = share_cluster(nodes, len(jobs), gpus)
     remote = ray.remote(Trainer).options(num_cpus=threads, num_gpus=gpus)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from flawstream_cli.cluster import on_cluster
 from flawstream_cli.commands.serve import running, wait_for_stop, with_redis
 from flawstream_cli.commands.train import train_all, training_table
-from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.round_trip import RoundTrip, stream_samples
 from flawstream_cli.terminal import ExitCode, err, print_json, read_settings, say, table
 from schemas.manifest import Metrics
@@ -56,7 +56,7 @@ def demo(
 
     err.rule("2. Training")
     with on_cluster(None) as joined:
-        manifests, failures = train_all(data, settings, joined)
+        manifests, failures = train_all(data, settings)
         if failures:
             for name, reason in failures.items():
                 say(f"{name} failed: {reason}", "red")

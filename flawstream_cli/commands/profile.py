@@ -16,8 +16,8 @@ from rich.progress import Progress
 from flawstream.registry.registry import Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import Histogram, NoMetrics
+from flawstream_cli.cluster import on_cluster
 from flawstream_cli.commands.serve import running, with_redis
-from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,

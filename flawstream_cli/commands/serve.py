@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from flawstream.cluster import Cluster
 from flawstream.registry.registry import Registry
-from flawstream_cli.on_cluster import on_cluster
+from flawstream_cli.cluster import Cluster, on_cluster
 from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, busy, print_json, read_settings, say
 from schemas.errors import ConfigError
 from schemas.settings import Settings

@@ -7,13 +7,11 @@ import typer
 from rich.table import Table
 
 from flawstream.calibration import shortage_of
-from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
-from flawstream.telemetry.ray_metrics import RayMetrics
+from flawstream_cli.cluster import on_cluster
 from flawstream_cli.data_sets import CategoryOption, LayoutOption, exclude_faulty
-from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,
@@ -30,6 +28,7 @@ from schemas.errors import RegistryError
 from schemas.manifest import ModelManifest
 from schemas.presets import PresetName
 from schemas.settings import Settings
+from serving.ray_metrics import RayMetrics
 from training.datasets.open import Layout, open_dataset
 from training.datasets.samples import CategoryData
 from training.fleet import train_fleet
@@ -90,8 +89,8 @@ def train(
     sound, faulty = exclude_faulty(data, settings, decode=check, strict=strict)
     if promote:
         _refuse_other_backbone(sound, settings)
-    with on_cluster(ray_address) as joined:
-        manifests, failures = train_all(sound, settings, joined, promote=promote, seeds=seeds)
+    with on_cluster(ray_address):
+        manifests, failures = train_all(sound, settings, promote=promote, seeds=seeds)
     failures |= faulty
     if as_json:
         trained = [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests]
@@ -107,14 +106,13 @@ def train(
 
 
 def train_all(
-    data: list[CategoryData], settings: Settings, joined: Cluster, *, promote: bool = True, seeds: int = 1
+    data: list[CategoryData], settings: Settings, *, promote: bool = True, seeds: int = 1
 ) -> tuple[list[ModelManifest], dict[str, str]]:
     """Train all categories, with a bar for each version, and say where there were too few images to calibrate.
 
     Args:
         data: One item a category.
         settings: The recipe, its seed the first.
-        joined: Where to train.
         promote: Whether the first seed's versions become current.
         seeds: Versions of each category.
 
@@ -132,7 +130,6 @@ def train_all(
             settings.model,
             settings.limits,
             settings.detector,
-            joined,
             num_gpus=settings.training.num_gpus,
             metrics=metrics,
         ):

@@ -260,7 +260,7 @@ class TestRedisStreamReader(StreamReaderContract):
         await keeper.read(1, PLENTY_BYTES)
         await keeper.forget_the_dead()
         assert await world.consumers() == {"busy", "gone", "keeper"}
-        forget = Script(world.client, "forget.lua")
+        forget = Script(world.client, "remove_stale_consumers.lua")
         await asyncio.sleep(0.002)  # the server counts whole milliseconds
         await forget(keys=[world.keys.images], args=[world.keys.group, "keeper", 0])
         assert await world.consumers() == {"busy", "keeper"}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flawstream import cluster as ray_cluster
+from flawstream_cli import cluster as ray_cluster
 
 
 @pytest.fixture(scope="session")

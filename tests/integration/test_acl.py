@@ -40,24 +40,24 @@ pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 PASSWORD = "correct horse battery staple"  # noqa: S105 - of a server that lives for this test
 SCRIPTS = Path(scripts_module.__file__).parent / "lua"
 WHO_RUNS = {
-    "ask.lua": (Role.PRODUCER, Role.SERVICE),
-    "backlog.lua": (Role.WORKER, Role.SERVICE),
+    "ask_capacity.lua": (Role.PRODUCER, Role.SERVICE),
+    "measure_backlog.lua": (Role.WORKER, Role.SERVICE),
     "claim.lua": (Role.WORKER, Role.SERVICE),
-    "count.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
-    "forget.lua": (Role.WORKER, Role.SERVICE),
-    "letters.lua": (Role.OPERATOR,),
-    "owned.lua": (Role.WORKER, Role.SERVICE),
-    "publish.lua": (Role.WORKER, Role.SERVICE),
-    "push.lua": (Role.PRODUCER, Role.SERVICE),
-    "read.lua": (Role.WORKER, Role.SERVICE),
+    "count_refusal.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
+    "remove_stale_consumers.lua": (Role.WORKER, Role.SERVICE),
+    "list_dead_letters.lua": (Role.OPERATOR,),
+    "_owned_by.lua": (Role.WORKER, Role.SERVICE),
+    "publish_outcomes.lua": (Role.WORKER, Role.SERVICE),
+    "push_image.lua": (Role.PRODUCER, Role.SERVICE),
+    "read_new.lua": (Role.WORKER, Role.SERVICE),
     "release.lua": (Role.WORKER, Role.SERVICE),
-    "replay.lua": (Role.OPERATOR,),
-    "retention.lua": (Role.WORKER, Role.SERVICE),
-    "room.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
-    "touch.lua": (Role.WORKER, Role.SERVICE),
+    "replay_dead_letter.lua": (Role.OPERATOR,),
+    "trim.lua": (Role.WORKER, Role.SERVICE),
+    "_capacity.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
+    "heartbeat.lua": (Role.WORKER, Role.SERVICE),
 }
 """Whoever adds a script says here who runs it."""
-TOLD = {"letters.lua": {"command": ("XRANGE", "XREVRANGE")}}
+TOLD = {"list_dead_letters.lua": {"command": ("XRANGE", "XREVRANGE")}}
 """Commands that a script is told by its caller, by the name of the variable."""
 
 

@@ -13,9 +13,9 @@ from raw_redis import RawRedis
 from ray import serve
 from tiny_models import write_version
 
-from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
+from flawstream_cli.cluster import Cluster
 from schemas.settings import Settings
 from serving import app as service
 from serving import autoscaling

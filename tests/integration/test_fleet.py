@@ -18,10 +18,10 @@ import torch
 from ray.util.state import list_actors
 from tiny_models import write_version
 
-from flawstream.cluster import Cluster
 from flawstream.engines.choose import make_local_engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
+from flawstream_cli.cluster import Cluster
 from flawstream_cli.commands.train import train_all
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, Settings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
@@ -63,8 +63,8 @@ def make_job(folder: Path, name: str, seed: int = 0, *, epochs: int = 1) -> Job:
     return Job(data, MODEL, RECIPE.model_copy(update={"epochs": epochs}), str(folder / "models"))
 
 
-def fleet(jobs: list[Job], cluster: Cluster, model: ModelSettings = MODEL) -> Generator[Progress, None, None]:
-    generator = train_fleet(jobs, model, LIMITS, DETECTOR, cluster)
+def fleet(jobs: list[Job], model: ModelSettings = MODEL) -> Generator[Progress, None, None]:
+    generator = train_fleet(jobs, model, LIMITS, DETECTOR)
     assert isinstance(generator, Generator)
     return generator
 
@@ -83,6 +83,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    del cluster  # what is trained on
     folder = tmp_path_factory.mktemp("fleet")
     jobs = {name: make_job(folder, name, seed) for seed, name in enumerate(("corrupt", "buggy", "bottle", "cable"))}
     jobs["corrupt"].data.train[5].write_bytes(b"\x89PNG\r\n\x1a\nno image")
@@ -90,7 +91,7 @@ def outcome(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outco
     jobs["buggy"] = replace(jobs["buggy"], data=nonsense)
     log = QueueHandler(SimpleQueue())
     logging.getLogger("training.fleet").addHandler(log)
-    progress = list(fleet(list(jobs.values()), cluster))
+    progress = list(fleet(list(jobs.values())))
     logging.getLogger("training.fleet").removeHandler(log)
     return Outcome(jobs, progress, [log.queue.get().getMessage() for _ in range(log.queue.qsize())])
 
@@ -156,11 +157,12 @@ def test_bug_is_told_in_one_line_and_logged_whole(outcome: Outcome) -> None:
     assert "in run_job" in text
 
 
-def test_fleet_whose_every_job_fails_ends_and_says_why(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_fleet_whose_every_job_fails_ends_and_says_why(tmp_path: Path) -> None:
     jobs = [make_job(tmp_path, name) for name in ("bottle", "cable", "tile")]
     (tmp_path / "weights.pth").write_bytes(b"garbage")
     model = MODEL.model_copy(update={"backbone": "resnet18", "weights": str(tmp_path / "weights.pth")})
-    progress = list(fleet(jobs, cluster, model))
+    progress = list(fleet(jobs, model))
     assert [one.stage for one in progress] == [Stage.FAILED] * 3
     assert {one.job for one in progress} == {"bottle", "cable", "tile"}
     for one in progress:
@@ -182,7 +184,7 @@ def test_dead_actors_fail_their_jobs_and_whoever_stops_consuming_stops_the_rest(
     jobs = [make_job(tmp_path, name, epochs=100_000) for name in [*names, "last"]]
     last: dict[str, Progress] = {}
     killed: set[int] = set()
-    progress = fleet(jobs, cluster)
+    progress = fleet(jobs)
     for one in progress:
         last[one.job] = one
         if not killed and [latest.stage for latest in last.values()] == [Stage.TRAINING] * len(names):
@@ -203,9 +205,9 @@ def test_dead_actors_fail_their_jobs_and_whoever_stops_consuming_stops_the_rest(
     assert Registry(jobs[0].registry_root).categories() == []
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("corrupt", [False, True], ids=["all are trained", "one fails"])
 def test_run_that_changes_the_backbone_promotes_all_categories_or_none(
-    cluster: Cluster,
     tmp_path: Path,
     corrupt: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
@@ -217,7 +219,7 @@ def test_run_that_changes_the_backbone_promotes_all_categories_or_none(
         jobs[1].data.train[5].write_bytes(b"no image")
     settings = Settings().model_copy(update={"model": MODEL, "training": RECIPE.model_copy(update={"int8": False})})
     settings = settings.model_copy(update={"registry": settings.registry.model_copy(update={"root": registry.root})})
-    manifests, failures = train_all([job.data for job in jobs], settings, cluster)
+    manifests, failures = train_all([job.data for job in jobs], settings)
     if not corrupt:
         assert failures == {}
         assert registry.currents() == {one.category: one.version for one in manifests}

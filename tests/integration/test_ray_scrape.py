@@ -16,14 +16,14 @@ from ray import serve
 from scraped import Scraped, scrape
 from tiny_models import write_version
 
-from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import ALL, Metric
-from flawstream.telemetry.ray_metrics import PREFIX, RayMetrics
+from flawstream_cli.cluster import Cluster
 from schemas.settings import Settings
 from serving import app as service
+from serving.ray_metrics import PREFIX, RayMetrics
 from training.pipeline import Progress, Stage
 from training.progress_metrics import recorded
 from workers.redis.embedded import EmbeddedServer

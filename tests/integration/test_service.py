@@ -17,9 +17,9 @@ import ray
 from raw_redis import RawRedis
 from tiny_models import write_version
 
-from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
+from flawstream_cli.cluster import Cluster
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service

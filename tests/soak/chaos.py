@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 from tiny_models import write_version
 
-from flawstream import cluster
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
+from flawstream_cli import cluster
 from schemas.errors import TransientError
 from schemas.settings import RedisSettings, Settings
 from serving import app as service

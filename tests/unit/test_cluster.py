@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from flawstream import cluster
+from flawstream_cli import cluster
 from schemas.errors import ConfigError
 
 pytestmark = pytest.mark.unit

@@ -163,7 +163,7 @@ def test_training_over_seeds_promotes_the_first_alone_and_keeps_the_jobs_apart(
 
     monkeypatch.setattr(train, "train_fleet", fleet)
     settings = read_settings(None, training={"seed": 5}, registry={"root": registry.root})
-    manifests, failures = train_all(load_mvtec(data), settings, None, seeds=3)  # type: ignore[arg-type]
+    manifests, failures = train_all(load_mvtec(data), settings, seeds=3)
     assert [(job.name, job.training.seed) for job in seen] == [
         ("bottle seed 5", 5),
         ("bottle seed 6", 6),

@@ -47,11 +47,11 @@ class RedisStreamReader:
         self._consumer = consumer
         self._block_ms = settings.block_ms
         self._claim_idle_ms = claim_idle_ms
-        self._read_script = Script(client, "read.lua")
+        self._read_script = Script(client, "read_new.lua")
         self._claim_script = Script(client, "claim.lua")
-        self._touch_script = Script(client, "owned.lua", "touch.lua")
-        self._release_script = Script(client, "owned.lua", "release.lua")
-        self._forget_script = Script(client, "forget.lua")
+        self._touch_script = Script(client, "_owned_by.lua", "heartbeat.lua")
+        self._release_script = Script(client, "_owned_by.lua", "release.lua")
+        self._forget_script = Script(client, "remove_stale_consumers.lua")
         self._claim_cursor = _OLDEST
         self._own_cursor: str | None = _OLDEST  # None: nothing of before the start is left
 

@@ -25,7 +25,7 @@ class RedisResultSink:
         self._client = client
         self._keys = keys
         self._consumer = consumer
-        self._script = Script(client, "owned.lua", "publish.lua")
+        self._script = Script(client, "_owned_by.lua", "publish_outcomes.lua")
 
     async def publish(self, endings: Sequence[Ending]) -> list[bool]:
         """Write each outcome and take its entry off the images stream, in one step per entry.

@@ -47,7 +47,7 @@ class Backlog:
         self._client = client
         self._keys = keys
         self._max_age_s = max_age_s
-        self._script = Script(client, "backlog.lua")
+        self._script = Script(client, "measure_backlog.lua")
         self._reading: asyncio.Task[BacklogState] | None = None
         self._read_at_s = 0.0
 

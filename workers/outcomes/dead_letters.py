@@ -85,8 +85,8 @@ class DeadLetterBox:
         self._client = client
         self._shards = all_keys(settings)
         self._room = Room(client, backlog)
-        self._letters = Script(client, "letters.lua")
-        self._replay = Script(client, "room.lua", "replay.lua")
+        self._letters = Script(client, "list_dead_letters.lua")
+        self._replay = Script(client, "_capacity.lua", "replay_dead_letter.lua")
 
     async def newest(
         self, limit: int = 20, *, before: str | None = None, reason: Reason | None = None

@@ -22,7 +22,7 @@ class RedisRetention:
         self._client = client
         self._names = [keys.results, keys.counters]
         self._policy = [backlog.keep_results, round(backlog.keep_results_s * 1000)]
-        self._script = Script(client, "retention.lua")
+        self._script = Script(client, "trim.lua")
 
     async def trim(self) -> int:
         """Take old results off their stream, never one that a registered group has still to read or acknowledge.

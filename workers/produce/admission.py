@@ -26,8 +26,8 @@ REMEMBER_S = 600
 class Room:
     """The bounds of a backlog.
 
-    A script that adds an image is put together of `room.lua` and its own file. Its first keys are those of `keys`, its
-    first arguments `bounds`, and its reply is for `entry_id`.
+    A script that adds an image is put together of `_capacity.lua` and its own file. Its first keys are those of
+    `keys`, its first arguments `bounds`, and its reply is for `entry_id`.
 
     Args:
         client: Of the server that has the stream.
@@ -37,7 +37,7 @@ class Room:
     def __init__(self, client: StreamConnection, backlog: BacklogSettings) -> None:
         self.bounds = (backlog.max_images, backlog.max_bytes)
         self._client = client
-        self._count = Script(client, "count.lua")
+        self._count = Script(client, "count_refusal.lua")
 
     @staticmethod
     def keys(keys: StreamKeys) -> list[str]:

@@ -51,8 +51,8 @@ class Producer(StreamClient):
         self._shards = cycle(all_keys(settings))
         self._room = Room(self._client, backlog)
         self._full: set[StreamKeys] = set()
-        self._ask = Script(self._client, "room.lua", "ask.lua")
-        self._script = DurableScript(self._client, settings, "room.lua", "push.lua")
+        self._ask = Script(self._client, "_capacity.lua", "ask_capacity.lua")
+        self._script = DurableScript(self._client, settings, "_capacity.lua", "push_image.lua")
 
     async def open(self) -> None:
         """See that the server answers, can run our scripts, and can wait as asked.

@@ -1,5 +1,5 @@
 -- Release entries: with the idle time that a claim asks for they may be claimed at once. This delivery does not count.
--- Behind owned.lua.
+-- Behind _owned_by.lua.
 -- KEYS: images.  ARGV: group, consumer, idle ms to pretend, ids ...
 -- Returns how many were the caller's.
 

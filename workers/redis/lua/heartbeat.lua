@@ -1,5 +1,5 @@
 -- Say that entries are still under work, so that no other consumer claims them; only of those that are the caller's.
--- Behind owned.lua.
+-- Behind _owned_by.lua.
 -- KEYS: images.  ARGV: group, consumer, ids ...
 -- Returns how many were the caller's.
 

@@ -1,4 +1,4 @@
--- Move a dead letter's image back to the images stream, unless the backlog is full. Behind room.lua.
+-- Move a dead letter's image back to the images stream, unless the backlog is full. Behind _capacity.lua.
 -- KEYS: images, counters, what was measured, dead, and where the producer gave an id: what remembers it.
 -- ARGV: most images, most bytes, seconds to remember, the letter's id.
 -- Returns {new entry id}, or {'', 'images' or 'bytes', how many there are}, or {'', 'gone'}, or {'', 'foreign'}.

@@ -1,4 +1,4 @@
--- Add an image unless the backlog is full, and never the same one twice. Behind room.lua.
+-- Add an image unless the backlog is full, and never the same one twice. Behind _capacity.lua.
 -- KEYS: images, counters, what was measured, and where the producer gave an id: what remembers it.
 -- ARGV: most images, most bytes, seconds to remember, field, value, field, value ...
 -- Returns {entry id}, or {'', 'images' or 'bytes', how many there are}.

@@ -1,12 +1,15 @@
 """Joining a Ray cluster or starting one on this machine: once a process, for training and for serving alike."""
 
+import contextlib
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
 
+from flawstream_cli.terminal import busy
 from schemas.errors import ConfigError
 
 _QUIET = {
@@ -77,3 +80,18 @@ def _knock(address: str) -> None:
 def disconnect() -> None:
     """Leave the cluster; one that `connect` started ends."""
     ray.shutdown()
+
+
+@contextlib.contextmanager
+def on_cluster(address: str | None) -> Iterator[Cluster]:
+    """Join the cluster at an address, or start one on this machine; leave it, or end it, whatever happens.
+
+    Raises:
+        ConfigError: No cluster answers at the address.
+    """
+    try:
+        with busy("starting Ray" if address is None else f"joining Ray at {address}"):
+            joined = connect(address)
+        yield joined
+    finally:
+        disconnect()
