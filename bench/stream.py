@@ -47,8 +47,8 @@ from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import Registry
 from schemas.manifest import FlowSpec
 from schemas.settings import ModelSettings, RedisSettings, Settings
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer, free_port
-from workers.redis.scripts import make_client
 
 CATEGORIES = [f"part-{k:02}" for k in range(32)]
 PHOTOGRAPHS = 32

@@ -17,7 +17,7 @@ from training.datasets.samples import Sample
 from training.steps.evaluate import summarise
 from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.produce.producer import Producer
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 _WINDOW = 32
 """Images under way at once: two batches of a worker, so that latency is not the length of a queue."""

@@ -26,7 +26,8 @@ from serving.api.security import Tokens, warn_if_open
 from serving.autoscaling import autoscaling_config
 from serving.deployments import ApiDeployment, DetectorDeployment, StreamWorkerDeployment
 from serving.detector import newest_manifest
-from workers.redis.scripts import make_client, require_server
+from workers.redis.client import require_server
+from workers.redis.connection import make_client
 
 _log = logging.getLogger(__name__)
 

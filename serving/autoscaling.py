@@ -12,7 +12,8 @@ from typing import Any
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from schemas.errors import ConfigError, FlawstreamError
-from schemas.settings import DetectorSettings, WorkerSettings
+from schemas.settings import WorkerSettings
+from schemas.settings.section import ScaledSection
 from workers.observe.backlog import Backlog
 
 IMAGES_WAITING = "images_waiting"
@@ -74,7 +75,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
-def autoscaling_config(section: WorkerSettings | DetectorSettings) -> AutoscalingConfig | None:
+def autoscaling_config(section: ScaledSection) -> AutoscalingConfig | None:
     """Make what Serve is told of a deployment's autoscaling; nothing where it has a fixed number of replicas.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Drain-when-free batching: an idle model starts at once; while it computes, the next batch fills.
+"""Dynamic batching without a timer: an idle model starts at once; while it computes, the next batch fills.
 
-No timer: waiting for a batch to fill costs latency when traffic is low and nothing is gained when it is high. Knows
-nothing of models; it hands slices of what was submitted to one function, which runs in a thread, or in a few where it
-may run at once. A batch that does not fit in memory is halved until it does.
+Waiting for a batch to fill adds latency when traffic is low and gains nothing when it is high. Knows nothing of models:
+batches go to one function, which runs in a thread, or in a few where it may run at once. A batch that does not fit in
+memory is halved until it does.
 """
 
 import asyncio
@@ -10,10 +10,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from schemas.errors import DetectorOverloadedError, ShapeError
 log = logging.getLogger(__name__)
 
 _BATCHES_BEFORE_GROWTH = 256
-"""So many batches must fit after one that did not before a larger one is tried: memory may be short for a while."""
+"""After a batch that did not fit, so many must fit before a larger one is tried: memory may be short for a while."""
 _NEWEST_WEIGHT = 0.2
 """Of the newest batch in the moving average of the time an image takes."""
 
@@ -33,20 +33,26 @@ Tag = TypeVar("Tag")
 Out = TypeVar("Out")
 
 
-@dataclass(eq=False)
-class _Request(Generic[Tag, Out]):
+@dataclass(eq=False, slots=True)
+class _Call:
     images: Pixels
-    tags: Sequence[Tag]
-    done: "asyncio.Future[list[Out]]"
-    taken: int = 0
-    outputs: dict[int, Out] = field(default_factory=dict)
-    since_s: float = field(default_factory=time.perf_counter)
+    since_s: float
+
+
+@dataclass(eq=False, slots=True)
+class _Item(Generic[Tag, Out]):
+    """One image that waits: a row of its call's images, its tag, and the future of its output."""
+
+    call: _Call
+    row: int
+    tag: Tag
+    output: "asyncio.Future[Out]"
 
 
 class BatchBound:
     """How many images a batch may have now: what is allowed, what fits in memory, what is done in the target time.
 
-    Several threads may teach it.
+    Thread-safe.
 
     Args:
         most: Never more than these.
@@ -63,13 +69,13 @@ class BatchBound:
 
     @property
     def images(self) -> int:
-        """Tell the bound; at least 1."""
+        """Return the bound; at least 1."""
         if self._target_s is None or self._image_s is None:
             return self._fits
         return max(1, min(self._fits, int(self._target_s / self._image_s)))
 
     def ran(self, images: int, took_s: float) -> None:
-        """Learn from a batch that went through."""
+        """Learn from a batch that was run."""
         image_s = took_s / images
         with self._learning:
             before = image_s if self._image_s is None else self._image_s
@@ -80,7 +86,7 @@ class BatchBound:
                 self._since_failure = 0
 
     def did_not_fit(self, images: int) -> None:
-        """Learn from a batch for which there was no memory."""
+        """Learn from a batch that did not fit in memory."""
         with self._learning:
             self._fits = min(self._fits, max(1, images // 2))
             self._since_failure = 0
@@ -120,8 +126,7 @@ class DrainBatcher(Generic[Tag, Out]):
         self._metrics = metrics
         self._bound = BatchBound(max_batch_images, target_batch_s)
         self._max_queue = max_queue_images
-        self._waiting: deque[_Request[Tag, Out]] = deque()
-        self._queued_images = 0
+        self._waiting: deque[_Item[Tag, Out]] = deque()
         self._arrival = asyncio.Event()
         self._concurrent_batches = concurrent_batches
         self._threads = ThreadPoolExecutor(concurrent_batches, thread_name_prefix="detect")
@@ -136,36 +141,34 @@ class DrainBatcher(Generic[Tag, Out]):
         self.calls_s = 0.0
 
     def start(self) -> None:
-        """Begin to work; in a running event loop."""
+        """Start; in a running event loop."""
         self._loops = [asyncio.create_task(self._work()) for _ in range(self._concurrent_batches)]
 
     async def stop(self) -> None:
-        """Finish the batches under way, whose callers get their outputs; calls that still wait are refused."""
+        """Finish the batches that run, whose callers get their outputs; calls that wait are refused."""
         self._stopping = True
         self._arrival.set()
         await asyncio.gather(*self._loops)
-        for request in self._waiting:
-            _fail(request, DetectorOverloadedError("the detector is stopping; call another replica"))
+        _fail(self._waiting, DetectorOverloadedError("the detector is stopping; call another replica"))
         self._waiting.clear()
-        self._queued_images = 0
         self._threads.shutdown(wait=True)
 
     @property
     def alive(self) -> bool:
-        """Tell whether all loops run."""
+        """Return whether all loops run."""
         return bool(self._loops) and not any(loop.done() for loop in self._loops) and not self._stopping
 
     @property
     def queued_images(self) -> int:
-        """Tell how many images wait."""
-        return self._queued_images
+        """Return how many images wait."""
+        return len(self._waiting)
 
     async def submit(self, images: Pixels, tags: Sequence[Tag]) -> list[Out]:
         """Have images judged, together with those of other calls.
 
         Args:
             images: (N, S, S, 3).
-            tags: N, handed to `run` beside the images.
+            tags: N, passed to `run` with the images.
 
         Returns:
             N outputs, in order.
@@ -178,49 +181,50 @@ class DrainBatcher(Generic[Tag, Out]):
         if not self.alive:
             raise DetectorOverloadedError("the detector does not run; call another replica")
         # an empty queue takes any call, so that one larger than the bound is served and not refused for ever
-        if self._queued_images and self._queued_images + len(images) > self._max_queue:
+        if self._waiting and len(self._waiting) + len(images) > self._max_queue:
             self._metrics.add(m.DETECTOR_REFUSALS)
             raise DetectorOverloadedError(
-                f"{self._queued_images} images wait and {self._max_queue} may; come back later, "
+                f"{len(self._waiting)} images wait and {self._max_queue} may; come back later, "
                 "add replicas or raise detector.max_queue_images"
             )
-        request: _Request[Tag, Out] = _Request(images, tags, asyncio.get_running_loop().create_future())
-        self._waiting.append(request)
-        self._queued_images += len(images)
-        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, self._queued_images)
+        call = _Call(images, time.perf_counter())
+        loop = asyncio.get_running_loop()
+        items: list[_Item[Tag, Out]] = [_Item(call, row, tag, loop.create_future()) for row, tag in enumerate(tags)]
+        self._waiting += items
+        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, len(self._waiting))
         self._arrival.set()
-        outputs = await request.done
-        self.calls_s += time.perf_counter() - request.since_s
+        try:
+            outputs = await asyncio.gather(*(item.output for item in items))
+        finally:
+            for item in items:  # where the caller has gone, they are not to be run
+                item.output.cancel()
+        self.calls_s += time.perf_counter() - call.since_s
         return outputs
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._stopping:
-            parts = self._drain()
-            if not parts:
+            batch = self._next_batch()
+            if not batch:
                 self._arrival.clear()
                 await self._arrival.wait()
                 continue
-            tags = [tag for request, rows in parts for tag in request.tags[rows]]
             began_s = self._begin()
             try:
-                pieces = [request.images[rows] for request, rows in parts]
-                images = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-                outputs = await loop.run_in_executor(self._threads, self._run_what_fits, images, tags)
-                if len(outputs) != len(images):
-                    raise ShapeError(f"{len(images)} images were judged and {len(outputs)} outputs came back")  # noqa: TRY301 - it belongs to the callers, as any other failure does
-            except Exception as error:  # noqa: BLE001 - whatever it was, it belongs to those who wait for it
-                for request, _ in parts:
-                    _fail(request, error)
+                tags = [item.tag for item in batch]
+                outputs = await loop.run_in_executor(self._threads, self._run_what_fits, _stack(batch), tags)
+                if len(outputs) != len(batch):
+                    raise ShapeError(f"{len(batch)} images were judged and {len(outputs)} outputs came back")  # noqa: TRY301 - the callers get it, as any other failure
+            except Exception as error:  # noqa: BLE001 - the callers get it, and the loop goes on
+                calls = {item.call for item in batch}
+                _fail([*batch, *(item for item in self._waiting if item.call in calls)], error)
                 continue
             finally:
                 self._end()
-            self._count(len(images), began_s - parts[0][0].since_s, time.perf_counter() - began_s)
-            remaining = iter(outputs)
-            for request, rows in parts:
-                request.outputs |= zip(range(rows.start, rows.stop), remaining, strict=False)
-                if len(request.outputs) == len(request.images) and not request.done.done():
-                    request.done.set_result([request.outputs[row] for row in range(len(request.images))])
+            self._count(len(batch), began_s - batch[0].call.since_s, time.perf_counter() - began_s)
+            for item, output in zip(batch, outputs, strict=True):
+                if not item.output.done():
+                    item.output.set_result(output)
 
     def _begin(self) -> float:
         now_s = time.perf_counter()
@@ -235,13 +239,13 @@ class DrainBatcher(Generic[Tag, Out]):
             self.detect_s += time.perf_counter() - self._running_since_s
 
     def _count(self, images: int, waited_s: float, took_s: float) -> None:
-        """Note a batch, and how long the first of its calls had waited for it."""
+        """Count a batch, and how long its first image had waited for it."""
         self.batches += 1
         self.images += images
         self._metrics.observe(m.BATCH_IMAGES, images, stage="detect")
         self._metrics.observe(m.STAGE_SECONDS, waited_s, stage="wait")
         self._metrics.observe(m.STAGE_SECONDS, took_s, stage="detect")
-        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, self._queued_images)
+        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, len(self._waiting))
 
     def _run_what_fits(self, images: Pixels, tags: Sequence[Tag]) -> list[Out]:
         """Run a batch, in halves where it does not fit in memory."""
@@ -254,7 +258,7 @@ class DrainBatcher(Generic[Tag, Out]):
                     f"there is no memory for even one image ({error}); lower detector.max_resident_mb, or give the "
                     "detector more memory"
                 ) from error
-            # halves are tried after this block: with the exception goes what the failed run held
+            # halves are tried after this block: the exception keeps the failed run's memory
             self.halvings += 1
             self._metrics.add(m.HALVINGS)
             self._bound.did_not_fit(len(images))
@@ -265,30 +269,26 @@ class DrainBatcher(Generic[Tag, Out]):
         half = len(images) // 2
         return self._run_what_fits(images[:half], tags[:half]) + self._run_what_fits(images[half:], tags[half:])
 
-    def _drain(self) -> list[tuple[_Request[Tag, Out], slice]]:
-        """Take up to a batch's worth from the front of the queue; calls larger than the rest of it are split.
-
-        Returns:
-            Calls, and which of their rows are in this batch.
-        """
-        parts: list[tuple[_Request[Tag, Out], slice]] = []
-        room = self._bound.images
-        while room and self._waiting:
-            request = self._waiting[0]
-            if request.done.done():  # failed with an earlier part, or its caller has gone
-                self._queued_images -= len(request.images) - request.taken
-                self._waiting.popleft()
-                continue
-            first, last = request.taken, min(request.taken + room, len(request.images))
-            self._queued_images -= last - first
-            room -= last - first
-            request.taken = last
-            if last == len(request.images):
-                self._waiting.popleft()
-            parts.append((request, slice(first, last)))
-        return parts
+    def _next_batch(self) -> list[_Item[Tag, Out]]:
+        """Take as many images from the front of the queue as a batch may have."""
+        most = self._bound.images
+        batch: list[_Item[Tag, Out]] = []
+        while self._waiting and len(batch) < most:
+            item = self._waiting.popleft()
+            if not item.output.done():
+                batch.append(item)
+        return batch
 
 
-def _fail(request: _Request[Any, Any], error: Exception) -> None:
-    if not request.done.done():
-        request.done.set_exception(error)
+def _stack(batch: Sequence[_Item[Tag, Out]]) -> Pixels:
+    """Return (B, S, S, 3): without a copy where all are neighbours in one call."""
+    call, first = batch[0].call, batch[0].row
+    if all(item.call is call and item.row == first + number for number, item in enumerate(batch)):
+        return call.images[first : first + len(batch)]
+    return np.stack([item.call.images[item.row] for item in batch])
+
+
+def _fail(batch: Iterable[_Item[Tag, Out]], error: Exception) -> None:
+    for item in batch:
+        if not item.output.done():
+            item.output.set_exception(error)

@@ -27,9 +27,10 @@ from serving.ray_metrics import RayMetrics
 from workers.consume.sharded import ShardedWorker
 from workers.observe.backlog import Backlog
 from workers.observe.stream_gauges import StreamGauges, report_for_ever
-from workers.ports import Outcome
+from workers.ports import Judgement
 from workers.produce.producer import Producer
-from workers.redis.scripts import make_client, require_server
+from workers.redis.client import require_server
+from workers.redis.connection import make_client
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class HandleDetector:
             self._pixel_form = await self._call("pixel_form")
         return self._pixel_form
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Outcome]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         """Judge a batch; see `workers.ports.Detector`.
 
         Raises:
@@ -64,7 +65,7 @@ class HandleDetector:
             DetectorDiedError: The replica ended while it had the call.
         """
         try:
-            outcomes: Sequence[Outcome] = await self._call("detect", images, list(categories))
+            outcomes: Sequence[Judgement] = await self._call("detect", images, list(categories))
         except DetectorOverloadedError as error:
             if isinstance(error.__cause__, ActorDiedError):
                 raise DetectorDiedError(f"a detector replica ended while it had {len(images)} images") from error
@@ -111,7 +112,7 @@ class DetectorDeployment:
         """Return the form that images must have."""
         return await self._service.pixel_form()
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Outcome]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Judgement]:
         """Judge a batch; see `workers.ports.Detector`."""
         return await self._service.detect(images, categories)
 

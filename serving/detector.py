@@ -28,7 +28,7 @@ from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.batching import DrainBatcher
 from serving.model_store import ModelStore, ResidentModel
-from workers.ports import Deferral, Detection, Outcome, Refusal
+from workers.ports import Deferral, Detection, Judgement, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class DetectorService:
         """Return the form that images must have."""
         return PixelForm.of(self._engine.spec)
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Outcome]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Judgement]:
         """Judge a batch.
 
         Args:
@@ -124,7 +124,7 @@ class DetectorService:
         models: dict[str, ResidentModel | Refusal | Deferral] = {}
         for category in dict.fromkeys(categories):
             models[category] = self._store.get(category) or await self._load(category)
-        outcomes: list[Outcome | None] = []
+        outcomes: list[Judgement | None] = []
         rows: list[int] = []
         tags: list[ResidentModel] = []
         for row, category in enumerate(categories):

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from schemas.settings import Settings
 from workers.consume.sharded import ShardedWorker
-from workers.ports import Outcome
-from workers.redis.scripts import make_client
+from workers.ports import Judgement
+from workers.redis.connection import make_client
 
 DEADLY = 66
 MAX_DELIVERIES = 2
@@ -22,7 +22,7 @@ MAX_DELIVERIES = 2
 class DeadlyDetector(FakeDetector):
     """Takes its process along when it sees the image."""
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Outcome]:
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Judgement]:
         if any(int(image.mean()) == DEADLY for image in images):
             os.kill(os.getpid(), signal.SIGKILL)
         return await super().detect(images, categories)

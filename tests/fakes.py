@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DetectorDiedError
 from schemas.messages import DetectionResult, Verdict
-from workers.ports import Deferral, Detection, Ending, Entry, Outcome, Refusal
+from workers.ports import Completion, Deferral, Detection, Entry, Judgement, Refusal
 
 ARRIVED = datetime(2026, 1, 1, tzinfo=UTC)
 """When entries made by `entry_id` arrived."""
@@ -89,7 +89,7 @@ class FakeStream:
         self.clock = clock or FakeClock()
         self.waiting: list[Entry] = []
         self.pending: dict[str, _Pending] = {}
-        self.ended: list[Ending] = []
+        self.ended: list[Completion] = []
 
     def add(self, *entries: Entry) -> None:
         self.waiting += entries
@@ -151,7 +151,7 @@ class FakeReader:
         self._claimed = claimed[-1].entry_id if len(claimed) == max_entries else ""
         return claimed
 
-    async def touch(self, held: Collection[str]) -> None:
+    async def heartbeat(self, held: Collection[str]) -> None:
         self.touched.append(sorted(held))
         for pending in self._ours(held):
             pending.since = self._stream.clock.now()
@@ -161,7 +161,7 @@ class FakeReader:
             pending.entry = replace(pending.entry, deliveries=pending.entry.deliveries - 1)
             pending.since = self._stream.clock.now() - (self._claim_idle if at_once else timedelta())
 
-    async def forget_the_dead(self) -> None:
+    async def remove_stale_consumers(self) -> None:
         """Consumers leave no trace here."""
 
     def _ours(self, held: Collection[str]) -> list["_Pending"]:
@@ -178,26 +178,26 @@ class FakeSink:
     def __init__(self, stream: FakeStream, consumer: str = "a") -> None:
         self.failures: list[Exception] = []
         self.lost_replies: list[Exception] = []
-        self.calls: list[list[Ending]] = []
+        self.calls: list[list[Completion]] = []
         self._stream = stream
         self._consumer = consumer
 
-    async def publish(self, endings: Sequence[Ending]) -> list[bool]:
+    async def publish(self, completions: Sequence[Completion]) -> list[bool]:
         await asyncio.sleep(0)
-        self.calls.append(list(endings))
+        self.calls.append(list(completions))
         if self.failures:
             raise self.failures.pop(0)
-        ended = [self._end(ending) for ending in endings]
+        ended = [self._end(completion) for completion in completions]
         if self.lost_replies:
             raise self.lost_replies.pop(0)
         return ended
 
-    def _end(self, ending: Ending) -> bool:
-        pending = self._stream.pending.get(ending.entry_id)
+    def _end(self, completion: Completion) -> bool:
+        pending = self._stream.pending.get(completion.entry_id)
         if pending is None or pending.consumer != self._consumer:
             return False
-        del self._stream.pending[ending.entry_id]
-        self._stream.ended.append(ending)
+        del self._stream.pending[completion.entry_id]
+        self._stream.ended.append(completion)
         return True
 
 
@@ -225,7 +225,7 @@ class FakeDetector:
     async def pixel_form(self) -> PixelForm:
         return PixelForm(self._size_px)
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Outcome]:
+    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Judgement]:
         assert images.dtype == np.uint8
         assert images.shape == (len(categories), self._size_px, self._size_px, 3)
         self.batches.append(list(categories))

@@ -1,6 +1,6 @@
-"""What the worker loop is handed, as protocols, and the values that pass between them.
+"""The protocols that the worker's loop depends on, and the values that pass between them.
 
-The loop knows these and nothing of Redis, Ray or torch; a test hands it fakes, a deployment the real things.
+The loop knows these and nothing of Redis, Ray or torch: tests give it fakes, deployments the real implementations.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,12 +18,12 @@ from schemas.messages import DeadLetter, DetectionResult, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row of the images stream, given to this worker.
+    """One entry of the images stream, delivered to this worker.
 
     Attributes:
         entry_id: Redis's id, `<milliseconds>-<sequence>`.
         fields: As the producer wrote them.
-        deliveries: How often the entry was given out, this time included.
+        deliveries: How often the entry was delivered, this time included.
     """
 
     entry_id: str
@@ -33,7 +33,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What a model says of one image.
+    """A model's judgement of one image.
 
     Attributes:
         score: Image score, nats per channel, higher is more anomalous.
@@ -56,7 +56,7 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why one image of a batch cannot be judged; its neighbours are not concerned."""
+    """Why one image of a batch can never be judged; the others of the batch are."""
 
     reason: Reason
     detail: str
@@ -64,18 +64,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Deferral:
-    """Why one image of a batch cannot be judged now but may be later; its neighbours are not concerned."""
+    """Why one image of a batch cannot be judged now but may be later; the others of the batch are."""
 
     detail: str
 
 
-Outcome = Detection | Refusal | Deferral
-"""What a detector answers for one image."""
+Judgement = Detection | Refusal | Deferral
+"""What a detector returns for one image."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """How one entry ends: it leaves the images stream and this is written, in one step."""
+class Completion:
+    """How one entry completes: its outcome is written and it leaves the images stream, in one atomic step."""
 
     entry_id: str
     outcome: DetectionResult | DeadLetter
@@ -88,7 +88,7 @@ class Detector(Protocol):
         """Return the form that images must have."""
         ...
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Outcome]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         """Judge a batch.
 
         Args:
@@ -96,7 +96,7 @@ class Detector(Protocol):
             categories: B names.
 
         Returns:
-            B outcomes, in order.
+            B judgements, in order.
 
         Raises:
             TransientError: Nothing was judged and a later call may succeed.
@@ -105,56 +105,56 @@ class Detector(Protocol):
 
 
 class StreamReader(Protocol):
-    """Gives out entries of the images stream to one named consumer of the workers' group."""
+    """Delivers entries of the images stream to one named consumer of the workers' consumer group."""
 
     async def read(self, max_entries: int, max_bytes: int) -> list[Entry]:
-        """Take what this consumer was given before it started, one at a time, then new entries; wait where none is.
+        """Read this consumer's own pending entries first, one at a time, then new ones; wait for the first.
 
         Args:
             max_entries: At most so many.
-            max_bytes: None past so many bytes of fields, but always one.
+            max_bytes: No further entry once their fields have so many bytes.
 
         Raises:
             StreamUnavailableError: The server does not answer.
         """
         ...
 
-    async def claim(self, max_entries: int, held: Collection[str] = ()) -> list[Entry]:
-        """Take over entries that their consumer, be it this one, has not touched for too long.
+    async def claim(self, max_entries: int, in_flight: Collection[str] = ()) -> list[Entry]:
+        """Claim entries without a heartbeat for too long, of any consumer.
 
         Args:
             max_entries: At most so many.
-            held: Ids that this worker has in hand; they are not given out again.
+            in_flight: Ids of the entries that this worker works on; they are not claimed.
 
         Raises:
             StreamUnavailableError: The server does not answer.
         """
         ...
 
-    async def touch(self, held: Collection[str]) -> None:
-        """Say that entries in hand are still under work, so that no other consumer claims them.
+    async def heartbeat(self, in_flight: Collection[str]) -> None:
+        """Renew the idle time of entries, so that no other consumer claims them (XCLAIM JUSTID).
 
-        What another consumer has meanwhile stays with it.
+        An entry that another consumer owns by now stays with it.
 
         Raises:
             StreamUnavailableError: The server does not answer.
         """
         ...
 
-    async def release(self, held: Collection[str], *, at_once: bool = True) -> None:
-        """Release entries: delivering them to this consumer does not count.
+    async def release(self, ids: Collection[str], *, at_once: bool = True) -> None:
+        """Release entries: their delivery to this consumer does not count.
 
         Args:
-            held: Ids.
-            at_once: Whether they may be claimed at once, or only when they have been idle as others must be.
+            ids: Theirs.
+            at_once: Whether they may be claimed at once, or only after the idle time of any other entry.
 
         Raises:
             StreamUnavailableError: The server does not answer.
         """
         ...
 
-    async def forget_the_dead(self) -> None:
-        """Remove consumers that have not asked for long and have nothing pending.
+    async def remove_stale_consumers(self) -> None:
+        """Remove consumers that have not read for long and have nothing pending.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -163,29 +163,29 @@ class StreamReader(Protocol):
 
 
 class ResultSink(Protocol):
-    """Ends entries, each exactly once."""
+    """Writes outcomes and acknowledges their entries, each exactly once."""
 
-    async def publish(self, endings: Sequence[Ending]) -> list[bool]:
-        """Write each outcome and take its entry off the images stream, in one step per entry.
+    async def publish(self, completions: Sequence[Completion]) -> list[bool]:
+        """Write each outcome and take its entry off the images stream, in one atomic step per entry.
 
         Returns:
-            For each ending, whether the entry was still this consumer's. Where not, nothing was written: another
-            worker has the entry.
+            For each, whether the entry was still this consumer's. Where not, nothing was written: another worker
+            owns the entry.
 
         Raises:
-            StreamUnavailableError: The server does not answer. Each entry either ended or is still pending.
+            StreamUnavailableError: The server does not answer. Each entry is either completed or still pending.
         """
         ...
 
 
 class Retention(Protocol):
-    """Keeps the results stream from growing for ever."""
+    """Keeps the results stream within its bounds."""
 
     async def trim(self) -> int:
-        """Take old results off their stream, never one that a registered group has still to read.
+        """Remove old results, never one that a registered group has still to read.
 
         Returns:
-            How many were taken off.
+            How many were removed.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -194,12 +194,12 @@ class Retention(Protocol):
 
 
 class Clock(Protocol):
-    """Time, handed in so that a test can hold it."""
+    """The time, injected so that a test can control it."""
 
     def now(self) -> datetime:
-        """Tell the time of day, with its zone."""
+        """Return the time of day, with its zone."""
         ...
 
     async def sleep(self, duration_s: float) -> None:
-        """Let a time pass."""
+        """Wait."""
         ...

@@ -28,7 +28,7 @@ from flawstream_cli.terminal import (
 from schemas.errors import BacklogFullError, MessageError, Reason
 from schemas.settings import Settings
 from workers.outcomes.dead_letters import DeadEntry, DeadLetterBox
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 _WAIT_FOR_ROOM_S = 60.0
 _PAGE = 8

@@ -30,8 +30,9 @@ from flawstream_cli.terminal import (
 from schemas.errors import FlawstreamError
 from schemas.settings import ENV_PREFIX, Settings
 from serving.detector import newest_manifest
+from workers.redis.client import require_server
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
-from workers.redis.scripts import make_client, require_server
 
 _PACKAGES = (
     "flawstream",

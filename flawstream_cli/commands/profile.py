@@ -39,8 +39,8 @@ from training.datasets.folders import IMAGE_SUFFIXES, image_files
 from workers.consume.sharded import ShardedWorker
 from workers.ports import Detector
 from workers.produce.producer import Producer
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer, free_port
-from workers.redis.scripts import make_client
 
 _WARM_UP_BATCHES = 4
 _BAR_CELLS = 24

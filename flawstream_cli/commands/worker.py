@@ -25,7 +25,8 @@ from flawstream_cli.terminal import (
 from schemas.settings import Settings
 from serving.detector import DetectorService, make_detector
 from workers.consume.sharded import ShardedWorker
-from workers.redis.scripts import make_client, require_server
+from workers.redis.client import require_server
+from workers.redis.connection import make_client
 
 _TELL_S = 10.0
 

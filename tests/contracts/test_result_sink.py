@@ -14,19 +14,19 @@ from schemas.settings import RedisSettings
 from schemas.wire import parse_dead_letter, parse_result
 from workers.consume.reader import RedisStreamReader
 from workers.consume.sink import RedisResultSink
-from workers.ports import Ending, ResultSink
-from workers.redis.scripts import make_client
+from workers.ports import Completion, ResultSink
+from workers.redis.connection import make_client
 
 pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
 
 PLENTY_BYTES = 1 << 30
 
 
-def result_of(entry_id: str) -> Ending:
-    return Ending(entry_id, make_result(entry_id))
+def result_of(entry_id: str) -> Completion:
+    return Completion(entry_id, make_result(entry_id))
 
 
-def dead_letter_of(entry_id: str, fields: dict[bytes, bytes] | None = None) -> Ending:
+def dead_letter_of(entry_id: str, fields: dict[bytes, bytes] | None = None) -> Completion:
     letter = DeadLetter(
         fields=fields or {b"image": b"\xff\x00", b"category": b"bottle"},
         reason=Reason.UNDECODABLE,
@@ -35,7 +35,7 @@ def dead_letter_of(entry_id: str, fields: dict[bytes, bytes] | None = None) -> E
         failed_at=ARRIVED,
         entry_id=entry_id,
     )
-    return Ending(entry_id, letter)
+    return Completion(entry_id, letter)
 
 
 class World(Protocol):
@@ -54,17 +54,17 @@ class ResultSinkContract:
 
     async def test_a_result_is_written_and_its_entry_is_gone(self, world: World) -> None:
         (entry_id,) = await world.give("a", 1)
-        ending = result_of(entry_id)
-        assert await world.sink("a").publish([ending]) == [True]
-        assert await world.results() == [ending.outcome]
+        completion = result_of(entry_id)
+        assert await world.sink("a").publish([completion]) == [True]
+        assert await world.results() == [completion.outcome]
         assert await world.left() == 0
 
     async def test_results_and_dead_letters_end_together_each_on_its_stream(self, world: World) -> None:
         first, second, third = await world.give("a", 3)
-        endings = [result_of(first), dead_letter_of(second), result_of(third)]
-        assert await world.sink("a").publish(endings) == [True, True, True]
+        completions = [result_of(first), dead_letter_of(second), result_of(third)]
+        assert await world.sink("a").publish(completions) == [True, True, True]
         assert [result.id for result in await world.results()] == [first, third]
-        assert await world.dead() == [endings[1].outcome]
+        assert await world.dead() == [completions[1].outcome]
         assert await world.left() == 0
 
     async def test_publishing_again_writes_nothing(self, world: World) -> None:
@@ -186,6 +186,6 @@ class TestRedisResultSink(ResultSinkContract):
 
     async def test_the_largest_dead_letter_that_may_be_can_be_written(self, world: RedisWorld) -> None:
         (entry_id,) = await world.give("a", 1)
-        ending = dead_letter_of(entry_id, {f"field-{k}".encode(): b"x" for k in range(1000)})
-        assert await world.sink("a").publish([ending]) == [True]
-        assert await world.dead() == [ending.outcome]
+        completion = dead_letter_of(entry_id, {f"field-{k}".encode(): b"x" for k in range(1000)})
+        assert await world.sink("a").publish([completion]) == [True]
+        assert await world.dead() == [completion.outcome]

@@ -13,7 +13,8 @@ from schemas.keys import StreamKeys
 from schemas.settings import RedisSettings
 from workers.consume.reader import RedisStreamReader
 from workers.ports import Entry, StreamReader
-from workers.redis.scripts import Script, make_client
+from workers.redis.connection import make_client
+from workers.redis.scripts import Script
 
 pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
 
@@ -112,7 +113,7 @@ class StreamReaderContract:
         first = world.reader("a")
         await first.read(8, PLENTY_BYTES)
         await world.pass_time(50)
-        await first.touch(ids[:1])
+        await first.heartbeat(ids[:1])
         claimed = await world.reader("b", claim_idle_ms=50).claim(8)
         assert [entry.entry_id for entry in claimed] == ids[1:]
 
@@ -120,16 +121,16 @@ class StreamReaderContract:
         ids = await world.add(1)
         first, second = world.reader("a"), world.reader("b", claim_idle_ms=_ALWAYS_IDLE_MS)
         await first.read(8, PLENTY_BYTES)
-        await first.touch(ids)
+        await first.heartbeat(ids)
         assert [entry.deliveries for entry in await second.claim(8)] == [2]
         await world.pass_time(50)
-        await first.touch(ids)
+        await first.heartbeat(ids)
         (entry,) = await world.reader("c", claim_idle_ms=50).claim(8)
         assert (entry.entry_id, entry.deliveries) == (ids[0], 3)
 
     async def test_touching_what_is_not_pending_does_nothing(self, world: World) -> None:
-        await world.reader("a").touch(["1-1"])
-        await world.reader("a").touch([])
+        await world.reader("a").heartbeat(["1-1"])
+        await world.reader("a").heartbeat([])
 
     async def test_what_is_handed_back_is_claimed_at_once_and_the_delivery_is_not_counted(self, world: World) -> None:
         ids = await world.add(2)
@@ -258,7 +259,7 @@ class TestRedisStreamReader(StreamReaderContract):
         await world.reader("gone").read(1, PLENTY_BYTES)
         keeper = world.reader("keeper")
         await keeper.read(1, PLENTY_BYTES)
-        await keeper.forget_the_dead()
+        await keeper.remove_stale_consumers()
         assert await world.consumers() == {"busy", "gone", "keeper"}
         forget = Script(world.client, "remove_stale_consumers.lua")
         await asyncio.sleep(0.002)  # the server counts whole milliseconds
@@ -266,7 +267,7 @@ class TestRedisStreamReader(StreamReaderContract):
         assert await world.consumers() == {"busy", "keeper"}
 
     async def test_forgetting_where_there_is_no_group_does_nothing(self, world: RedisWorld) -> None:
-        await world.reader("a").forget_the_dead()
+        await world.reader("a").remove_stale_consumers()
 
     async def test_what_came_before_the_first_worker_is_not_lost(self, world: RedisWorld) -> None:
         ids = await world.add(2)

@@ -32,8 +32,8 @@ from workers.outcomes.dead_letters import DeadLetterBox
 from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.produce.producer import Producer
 from workers.redis import scripts as scripts_module
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
-from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

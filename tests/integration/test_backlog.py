@@ -10,7 +10,7 @@ from schemas.errors import StreamUnavailableError
 from schemas.keys import all_keys
 from schemas.settings import RedisSettings
 from workers.observe.backlog import Backlog
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

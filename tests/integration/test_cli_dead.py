@@ -47,7 +47,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def bury(raw: RawRedis, message_id: str, reason: Reason = Reason.UNDECODABLE, at: str = "*") -> str:
+def make_dead_letter(raw: RawRedis, message_id: str, reason: Reason = Reason.UNDECODABLE, at: str = "*") -> str:
     letter = DeadLetter(
         fields={b"id": message_id.encode(), b"category": b"bottle", b"image": b"\x00"},
         reason=reason,
@@ -67,7 +67,7 @@ def replayed(raw: RawRedis) -> list[str]:
 
 
 def test_replay_sends_those_named_again_and_says_which_are_not_there_any_more(run: Run, raw: RawRedis) -> None:
-    ids = [bury(raw, name) for name in "abc"]
+    ids = [make_dead_letter(raw, name) for name in "abc"]
     ran = run("dead", "replay", ids[2], ids[0], "--json")
     told = [json.loads(line) for line in ran.out.splitlines()]
     assert (ran.code, replayed(raw)) == (0, ["c", "a"])
@@ -80,8 +80,8 @@ def test_replay_sends_those_named_again_and_says_which_are_not_there_any_more(ru
 
 def test_replay_by_reason_leaves_the_others(run: Run, raw: RawRedis) -> None:
     for number in range(3):
-        bury(raw, f"unknown-{number}", Reason.UNKNOWN_CATEGORY)
-        bury(raw, f"broken-{number}")
+        make_dead_letter(raw, f"unknown-{number}", Reason.UNKNOWN_CATEGORY)
+        make_dead_letter(raw, f"broken-{number}")
     ran = run("dead", "replay", "--reason", "unknown_category", "--yes")
     assert (ran.code, ran.err) == (0, "3 replayed\n")
     assert replayed(raw) == [f"unknown-{number}" for number in range(3)]
@@ -89,8 +89,8 @@ def test_replay_by_reason_leaves_the_others(run: Run, raw: RawRedis) -> None:
 
 
 def test_replay_and_purge_of_many_ask_and_do_nothing_unless_agreed(run: Run, raw: RawRedis, answer: list[str]) -> None:
-    bury(raw, "a")
-    bury(raw, "b", Reason.POISON)
+    make_dead_letter(raw, "a")
+    make_dead_letter(raw, "b", Reason.POISON)
     for arguments in (
         ("replay", "--all"),
         ("purge", "--all"),
@@ -112,7 +112,7 @@ def test_replay_and_purge_of_many_ask_and_do_nothing_unless_agreed(run: Run, raw
 
 
 def test_where_nobody_can_answer_nothing_is_done(run: Run, raw: RawRedis, monkeypatch: pytest.MonkeyPatch) -> None:
-    bury(raw, "a")
+    make_dead_letter(raw, "a")
     with Path("/dev/null").open(encoding="utf-8") as nobody:
         monkeypatch.setattr("sys.stdin", nobody)
         ran = run("dead", "purge", "--all")
@@ -127,7 +127,7 @@ def test_a_replay_that_finds_no_room_says_how_far_it_came(
     monkeypatch.setenv("FLAWSTREAM_BACKLOG__MAX_IMAGES", "2")
     monkeypatch.setattr("flawstream_cli.commands.dead._WAIT_FOR_ROOM_S", 0.0)
     for name in "abc":
-        bury(raw, name)
+        make_dead_letter(raw, name)
     ran = run("dead", "replay", "--all", "--yes")
     assert (ran.code, replayed(raw)) == (4, ["a", "b"])
     assert "2 replayed; the rest stay dead letters" in ran.err
@@ -137,8 +137,8 @@ def test_a_replay_that_finds_no_room_says_how_far_it_came(
 
 def test_purge_by_id_by_age_and_of_all(run: Run, raw: RawRedis) -> None:
     week_ago = datetime.now(UTC) - timedelta(days=7)
-    old = [bury(raw, "old", at=f"{round(week_ago.timestamp() * 1000)}-{number}") for number in range(1, 4)]
-    young = bury(raw, "young")
+    old = [make_dead_letter(raw, "old", at=f"{round(week_ago.timestamp() * 1000)}-{number}") for number in range(1, 4)]
+    young = make_dead_letter(raw, "young")
     assert run("dead", "purge", old[0]).code == 0
     assert run("dead", "purge", old[0]).code == 1
     assert run("dead", "purge", "--older-than", "6d", "--yes", "--json").out == '{"purged": 2}\n'
@@ -158,7 +158,7 @@ def test_purge_by_id_by_age_and_of_all(run: Run, raw: RawRedis) -> None:
     ids=" ".join,
 )
 def test_a_choice_that_is_not_clear_is_refused(run: Run, raw: RawRedis, arguments: tuple[str, ...]) -> None:
-    bury(raw, "a")
+    make_dead_letter(raw, "a")
     assert run("dead", *arguments).code == 2
     assert raw.count("XLEN", "flawstream:dead") == 1
 
@@ -171,8 +171,8 @@ def test_what_is_no_id_is_refused_with_how_one_looks(run: Run) -> None:
 
 def test_list_by_reason_shows_these_alone_under_the_count_of_all(run: Run, raw: RawRedis) -> None:
     for number in range(12):
-        bury(raw, f"broken-{number}")
-    poison = bury(raw, "worst", Reason.POISON)
+        make_dead_letter(raw, f"broken-{number}")
+    poison = make_dead_letter(raw, "worst", Reason.POISON)
     ran = run("dead", "list", "--reason", "poison", "--json")
     assert [json.loads(line)["dead_id"] for line in ran.out.splitlines()] == [poison]
     title = run("dead", "list", "--reason", "poison").out.splitlines()[0]

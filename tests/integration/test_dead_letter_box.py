@@ -18,7 +18,7 @@ from schemas.settings import BacklogSettings, RedisSettings
 from schemas.wire import dead_letter_fields
 from workers.outcomes.dead_letters import DeadLetterBox
 from workers.produce.producer import Producer
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 
@@ -38,7 +38,7 @@ def box(client: Redis, redis_settings: RedisSettings) -> DeadLetterBox:
     return DeadLetterBox(client, redis_settings)
 
 
-async def bury(
+async def make_dead_letter(
     client: Redis,
     message_id: str | None = None,
     *,
@@ -63,7 +63,7 @@ async def images(client: Redis, keys: StreamKeys = KEYS) -> list[tuple[str, dict
 
 
 async def test_letters_are_listed_newest_first_and_page_by_page(client: Redis, box: DeadLetterBox) -> None:
-    ids = [await bury(client, name) for name in "abcde"]
+    ids = [await make_dead_letter(client, name) for name in "abcde"]
     await client.xadd(KEYS.dead, {"hello": "world"})
     assert [entry.dead_id for entry in await box.newest(3)] == [ids[4], ids[3], ids[2]]  # and what is no letter, not
     assert [entry.dead_id for entry in await box.newest(3, before=ids[2])] == [ids[1], ids[0]]
@@ -72,10 +72,10 @@ async def test_letters_are_listed_newest_first_and_page_by_page(client: Redis, b
 
 
 async def test_letters_of_one_reason_are_found_among_many(client: Redis, box: DeadLetterBox) -> None:
-    poison = [await bury(client, reason=Reason.POISON)]
+    poison = [await make_dead_letter(client, reason=Reason.POISON)]
     for _ in range(700):
-        await bury(client, image=b"")
-    poison.append(await bury(client, reason=Reason.POISON))
+        await make_dead_letter(client, image=b"")
+    poison.append(await make_dead_letter(client, reason=Reason.POISON))
     assert [entry.dead_id for entry in await box.newest(5, reason=Reason.POISON)] == poison[::-1]
     assert [page async for page in box.walk(Reason.POISON)] == [poison[:1], poison[1:]]
     await client.xadd(KEYS.dead, {"dead.reason": "bad luck"})
@@ -83,7 +83,7 @@ async def test_letters_of_one_reason_are_found_among_many(client: Redis, box: De
 
 
 async def test_one_letter_is_shown_by_its_id(client: Redis, box: DeadLetterBox) -> None:
-    dead_id = await bury(client)
+    dead_id = await make_dead_letter(client)
     found = await box.get(dead_id)
     assert found is not None
     assert (found.letter.fields[b"image"], found.letter.reason) == (IMAGE, Reason.UNDECODABLE)
@@ -93,7 +93,7 @@ async def test_one_letter_is_shown_by_its_id(client: Redis, box: DeadLetterBox) 
 async def test_a_replayed_image_has_its_original_fields_and_its_letter_is_gone(
     client: Redis, box: DeadLetterBox
 ) -> None:
-    dead_id = await bury(client, "cam1-1")
+    dead_id = await make_dead_letter(client, "cam1-1")
     entry_id = await box.replay(dead_id)
     fields = {b"category": b"bottle", b"image": IMAGE, b"shift": b"\x00", b"id": b"cam1-1"}
     assert await images(client) == [(entry_id, fields)]
@@ -104,14 +104,14 @@ async def test_a_replayed_image_has_its_original_fields_and_its_letter_is_gone(
 async def test_an_image_without_an_id_is_replayed_under_its_original_entrys(
     client: Redis, box: DeadLetterBox, given_id: str | None
 ) -> None:
-    await box.replay(await bury(client, given_id, entry_id="1763900000000-7"))
+    await box.replay(await make_dead_letter(client, given_id, entry_id="1763900000000-7"))
     ((_, fields),) = await images(client)
     assert fields[b"id"] == b"1763900000000-7"
     assert await client.keys("*seen*") == []
 
 
 async def test_a_producers_field_that_looks_like_ours_and_is_not_comes_back(client: Redis, box: DeadLetterBox) -> None:
-    dead_id = await bury(client)
+    dead_id = await make_dead_letter(client)
     ((_, fields),) = await client.xrange(KEYS.dead)
     await client.xdel(KEYS.dead, dead_id)
     dead_id = (await client.xadd(KEYS.dead, {**fields, b"dead.line": b"7"})).decode()
@@ -122,7 +122,7 @@ async def test_a_producers_field_that_looks_like_ours_and_is_not_comes_back(clie
 
 
 async def test_a_letter_is_replayed_once(client: Redis, box: DeadLetterBox) -> None:
-    dead_id = await bury(client, "cam1-1")
+    dead_id = await make_dead_letter(client, "cam1-1")
     assert await box.replay(dead_id) is not None
     assert await box.replay(dead_id) is None
     assert len(await images(client)) == 1
@@ -143,7 +143,7 @@ def test_however_many_replay_and_purge_at_once_each_image_is_there_at_most_once_
             assert isinstance(client, Redis)
             await client.flushall()
             box = DeadLetterBox(client, redis_settings)
-            dead_ids = [await bury(client, f"part-{number}") for number in range(letters)]
+            dead_ids = [await make_dead_letter(client, f"part-{number}") for number in range(letters)]
             replays = dead_ids * tries
             seed.shuffle(replays)
             doomed = [dead_ids[number] for number in purged if number < letters]
@@ -163,7 +163,7 @@ async def test_a_replay_is_not_taken_for_a_duplicate_and_a_producers_repeat_stil
     async with Producer(redis_settings) as producer:
         first = await producer.push(IMAGE, "bottle", id="cam1-1")
         await client.xdel(KEYS.images, first)  # as a worker does that buries it
-        again = await box.replay(await bury(client, "cam1-1", entry_id=first))
+        again = await box.replay(await make_dead_letter(client, "cam1-1", entry_id=first))
         assert again not in {None, first}
         assert await producer.push(IMAGE, "bottle", id="cam1-1") == again
     assert [entry_id for entry_id, _ in await images(client)] == [again]
@@ -193,7 +193,7 @@ async def test_a_full_backlog_refuses_a_replay_and_the_letter_stays(
     client: Redis, redis_settings: RedisSettings, backlog: BacklogSettings, counter: bytes
 ) -> None:
     await client.xadd(KEYS.images, {"category": "bottle", "image": b"x" * (2 << 20)})
-    dead_id = await bury(client, "cam1-1")
+    dead_id = await make_dead_letter(client, "cam1-1")
     full = DeadLetterBox(client, redis_settings, backlog)
     with pytest.raises(BacklogFullError, match="nothing was written"):
         await full.replay(dead_id)
@@ -205,7 +205,7 @@ async def test_a_full_backlog_refuses_a_replay_and_the_letter_stays(
 
 async def test_a_replay_may_wait_for_room(client: Redis, redis_settings: RedisSettings) -> None:
     in_the_way = await client.xadd(KEYS.images, {"category": "bottle"})
-    dead_id = await bury(client)
+    dead_id = await make_dead_letter(client)
     waiting = asyncio.create_task(
         DeadLetterBox(client, redis_settings, BacklogSettings(max_images=1)).replay(dead_id, wait_s=240)
     )
@@ -217,7 +217,7 @@ async def test_a_replay_may_wait_for_room(client: Redis, redis_settings: RedisSe
 
 
 async def test_a_server_without_memory_refuses_a_replay_and_the_letter_stays(client: Redis, box: DeadLetterBox) -> None:
-    dead_id = await bury(client)
+    dead_id = await make_dead_letter(client)
     await client.config_set("maxmemory", "1mb")
     with pytest.raises(BacklogFullError, match="out of memory"):
         await box.replay(dead_id)
@@ -226,19 +226,19 @@ async def test_a_server_without_memory_refuses_a_replay_and_the_letter_stays(cli
 
 
 async def test_a_walk_ends_though_what_it_replays_fails_again(client: Redis, box: DeadLetterBox) -> None:
-    before = {await bury(client, f"part-{number}") for number in range(3)}
+    before = {await make_dead_letter(client, f"part-{number}") for number in range(3)}
     walked: list[str] = []
     async for page in box.walk():
         for dead_id in page:
             walked.append(dead_id)
             await box.replay(dead_id)
-            await bury(client, "again")
+            await make_dead_letter(client, "again")
     assert {*walked} == before
     assert await box.count() == 3
 
 
 async def test_purged_letters_are_gone_and_counted(client: Redis, box: DeadLetterBox) -> None:
-    first, second, third = [await bury(client) for _ in range(3)]
+    first, second, third = [await make_dead_letter(client) for _ in range(3)]
     assert await box.purge([first, third, "1-1"]) == 2
     assert [entry.dead_id for entry in await box.newest()] == [second]
     assert await box.purge([first]) == 0
@@ -248,15 +248,15 @@ async def test_letters_past_an_age_are_purged(client: Redis, box: DeadLetterBox)
     now = datetime.now(UTC)
     old = now - timedelta(days=8)
     for number in range(1, 1501):  # more than one step's
-        await bury(client, at=f"{round(old.timestamp() * 1000)}-{number}", image=b"")
-    young = await bury(client, image=b"")
+        await make_dead_letter(client, at=f"{round(old.timestamp() * 1000)}-{number}", image=b"")
+    young = await make_dead_letter(client, image=b"")
     assert sum([gone async for gone in box.purge_until(now - timedelta(days=7))]) == 1500
     assert [entry.dead_id for entry in await box.newest()] == [young]
 
 
 async def test_all_letters_are_purged(client: Redis, box: DeadLetterBox) -> None:
     for _ in range(5):
-        await bury(client)
+        await make_dead_letter(client)
     await client.xadd(KEYS.dead, {"hello": "world"})
     assert sum([gone async for gone in box.purge_until()]) == 6
     assert await box.count() == 0
@@ -271,7 +271,7 @@ def sharded(redis_settings: RedisSettings) -> RedisSettings:
 async def test_letters_of_all_shards_are_listed_by_age(client: Redis, sharded: RedisSettings) -> None:
     places = [(2, "5-1"), (0, "7-1"), (1, "7-1"), (2, "7-1"), (1, "7-2"), (0, "9-1")]
     for shard, entry_id in places:
-        await bury(client, keys=StreamKeys(shard=shard), at=entry_id)
+        await make_dead_letter(client, keys=StreamKeys(shard=shard), at=entry_id)
     newest_first = [f"{shard}:{entry_id}" for shard, entry_id in places[::-1]]
     box = DeadLetterBox(client, sharded)
     assert [entry.dead_id for entry in await box.newest()] == newest_first
@@ -288,7 +288,7 @@ async def test_letters_of_all_shards_are_listed_by_age(client: Redis, sharded: R
 
 async def test_a_letter_is_replayed_and_purged_in_its_shard(client: Redis, sharded: RedisSettings) -> None:
     for shard in range(3):
-        await bury(client, "cam1-1", keys=StreamKeys(shard=shard), at="5-1")
+        await make_dead_letter(client, "cam1-1", keys=StreamKeys(shard=shard), at="5-1")
     box = DeadLetterBox(client, sharded)
     await box.replay("1:5-1")
     assert [len(await images(client, StreamKeys(shard=shard))) for shard in range(3)] == [0, 1, 0]

@@ -13,8 +13,8 @@ from schemas.keys import StreamKeys, all_keys
 from schemas.settings import BacklogSettings, RedisSettings
 from workers.outcomes.dead_letters import DeadLetterBox
 from workers.produce.producer import Producer
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
-from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

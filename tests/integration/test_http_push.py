@@ -15,7 +15,7 @@ from schemas.settings import ApiSettings, BacklogSettings, LimitSettings, RedisS
 from serving.api.api import build_api
 from workers.acl import Role, access_rules
 from workers.produce.producer import Producer
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -14,8 +14,8 @@ from flawstream.registry.registry import Registry
 from schemas.settings import RedisSettings, Settings
 from serving.detector import make_detector
 from workers.consume.sharded import ShardedWorker
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
-from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -9,7 +9,8 @@ from redis_servers import Server, cluster, replicated, running
 
 from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings
-from workers.redis.scripts import make_client, stream_errors
+from workers.redis.connection import make_client
+from workers.redis.errors import stream_errors
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -13,7 +13,7 @@ from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
 from workers.produce.producer import Producer
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -18,7 +18,7 @@ from flawstream.registry.registry import Registry
 from schemas.settings import DetectorSettings, RedisSettings, Settings
 from serving.detector import DetectorService
 from workers.consume.sharded import ShardedWorker
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -17,8 +17,11 @@ from schemas.settings import RedisSettings, Settings, WorkerSettings
 from workers.consume.sharded import ShardedWorker
 from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.produce.producer import Producer
+from workers.redis.client import require_server
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
-from workers.redis.scripts import create_group, make_client, read_group, require_server, stream_errors
+from workers.redis.errors import stream_errors
+from workers.redis.groups import create_group, read_group
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -16,9 +16,9 @@ from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError, Reason, StreamUnavailableError
 from schemas.settings import LimitSettings, RedisSettings, ReferenceSettings
 from workers.clock import SystemClock
-from workers.consume.decode import Decoder, Job
+from workers.consume.decode import DecodedEntry, Decoder
 from workers.ports import Entry
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 from workers.references import ReferenceFetcher
 from workers.references.http import HttpSource
 
@@ -336,7 +336,7 @@ async def test_images_by_reference_and_by_bytes_are_decoded_together_each_for_it
     decoder = Decoder(2, LIMITS, SystemClock(), fetchers("key:frames:", camera.url("/images/")))
     opened = await decoder.decode(entries, PixelForm(8))
     decoder.close()
-    assert [one.image.pixels[0, 0, 0] if isinstance(one, Job) else one and one.reason for one in opened] == [
+    assert [one.image.pixels[0, 0, 0] if isinstance(one, DecodedEntry) else one and one.reason for one in opened] == [
         50,
         128,
         Reason.UNDECODABLE,
@@ -344,7 +344,7 @@ async def test_images_by_reference_and_by_bytes_are_decoded_together_each_for_it
         Reason.UNAVAILABLE_REFERENCE,
         70,
     ]
-    assert isinstance(opened[0], Job)
+    assert isinstance(opened[0], DecodedEntry)
     assert opened[0].message.image is None
 
 

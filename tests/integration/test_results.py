@@ -15,7 +15,7 @@ from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
 from workers.outcomes.results import DeadLetterReader, ResultReader
-from workers.redis.scripts import StreamConnection, make_client
+from workers.redis.connection import StreamConnection, make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings, RedisSettings
 from workers.outcomes.retention import RedisRetention
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -16,7 +16,7 @@ from schemas.errors import ConfigError, MessageError, Reason, RegistryError
 from schemas.manifest import BackboneSpec, Calibration, FlowSpec, ModelManifest, TrainingRecord
 from schemas.settings import LimitSettings, RedisSettings, ReferenceSettings
 from workers.clock import SystemClock
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 from workers.references import ReferenceFetcher
 from workers.references import s3 as s3_module
 

@@ -15,7 +15,9 @@ from schemas.settings import RedisSettings, Settings, WorkerSettings
 from workers.consume.sharded import ShardedWorker
 from workers.outcomes.results import ResultReader
 from workers.produce.producer import Producer
-from workers.redis.scripts import StreamConnection, make_client, require_server, stream_errors
+from workers.redis.client import require_server
+from workers.redis.connection import StreamConnection, make_client
+from workers.redis.errors import stream_errors
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -22,10 +22,10 @@ from workers.consume.sink import RedisResultSink
 from workers.consume.worker import StreamWorker
 from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.outcomes.retention import RedisRetention
-from workers.ports import Deferral, Ending
+from workers.ports import Completion, Deferral
 from workers.produce.producer import Producer
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
-from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 
@@ -126,7 +126,7 @@ async def test_a_worker_killed_before_it_published_is_taken_over_and_the_image_e
     killed = make_worker(client, redis_settings, "a")
     reached = asyncio.Event()
 
-    async def die_here(_: Sequence[Ending]) -> list[bool]:
+    async def die_here(_: Sequence[Completion]) -> list[bool]:
         reached.set()
         await asyncio.Event().wait()
         return []

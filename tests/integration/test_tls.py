@@ -12,8 +12,9 @@ import trustme
 
 from schemas.errors import ConfigError, StreamUnavailableError
 from schemas.settings import RedisSettings
+from workers.redis.client import require_server
+from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
-from workers.redis.scripts import make_client, require_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -19,7 +19,7 @@ from schemas.errors import ConfigError
 from schemas.settings import RedisSettings, Settings, TracingSettings
 from workers.consume.sharded import ShardedWorker
 from workers.produce.producer import Producer
-from workers.redis.scripts import make_client
+from workers.redis.connection import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 

@@ -12,8 +12,9 @@ from redis.asyncio.sentinel import MasterNotFoundError, SlaveNotFoundError
 
 from schemas.errors import ConfigError, StreamUnavailableError
 from schemas.settings import RedisSettings
-from workers.redis.clients import PasswordFile
-from workers.redis.scripts import address, make_client, require_server, stream_errors
+from workers.redis.client import require_server
+from workers.redis.connection import PasswordFile, address, make_client
+from workers.redis.errors import stream_errors
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 

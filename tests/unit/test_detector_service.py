@@ -27,7 +27,7 @@ from schemas.errors import MixedBackbonesError, Reason, RegistryError, ShapeErro
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.detector import DetectorService, make_detector, newest_manifest
-from workers.ports import Deferral, Detection, Outcome, Refusal
+from workers.ports import Deferral, Detection, Judgement, Refusal
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
@@ -62,7 +62,7 @@ async def running(
         await service.stop()
 
 
-async def judge(service: DetectorService, levels: Sequence[int], categories: Sequence[str]) -> list[Outcome]:
+async def judge(service: DetectorService, levels: Sequence[int], categories: Sequence[str]) -> list[Judgement]:
     return await service.detect(np.stack([image(level) for level in levels]), categories)
 
 

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class DecodedEntry:
     """A decoded image on its way to the detector.
 
     Attributes:
@@ -68,7 +68,7 @@ class Decoder:
         """Give the threads, for other work on pixels."""
         return self._pool
 
-    async def decode(self, entries: Sequence[Entry], form: PixelForm) -> list[Job | MessageError | None]:
+    async def decode(self, entries: Sequence[Entry], form: PixelForm) -> list[DecodedEntry | MessageError | None]:
         """Decode a batch.
 
         Args:
@@ -92,7 +92,7 @@ class Decoder:
             ),
             return_exceptions=True,  # so that nothing is left running when the first fails
         )
-        opened: list[Job | MessageError | None] = []
+        opened: list[DecodedEntry | MessageError | None] = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, MessageError):
                 raise outcome
@@ -103,7 +103,9 @@ class Decoder:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _fetch_and_decode(self, entry: Entry, form: PixelForm, seen_at: datetime) -> Job | MessageError | None:
+    async def _fetch_and_decode(
+        self, entry: Entry, form: PixelForm, seen_at: datetime
+    ) -> DecodedEntry | MessageError | None:
         try:
             message = parse_image(entry.entry_id, entry.fields, self._limits)
             async with self._references.fetch(message.image_ref or "") as data:
@@ -122,7 +124,7 @@ class Decoder:
             )
             return None
 
-    def _decode_one(self, entry: Entry, form: PixelForm, seen_at: datetime) -> Job | MessageError | None:
+    def _decode_one(self, entry: Entry, form: PixelForm, seen_at: datetime) -> DecodedEntry | MessageError | None:
         try:
             message = parse_image(entry.entry_id, entry.fields, self._limits)
             return self._decode_bytes(entry, message, message.image or b"", form, seen_at)
@@ -138,10 +140,10 @@ class Decoder:
 
     def _decode_bytes(
         self, entry: Entry, message: ImageMessage, data: bytes, form: PixelForm, seen_at: datetime
-    ) -> Job:
+    ) -> DecodedEntry:
         started_at = self._clock.now()
         image = decode_image(data, form, self._limits)
-        return Job(
+        return DecodedEntry(
             entry=entry,
             message=message,
             image=image,

@@ -9,16 +9,11 @@ from redis.exceptions import ResponseError
 from schemas.keys import StreamKeys
 from schemas.settings import RedisSettings
 from workers.ports import Entry
-from workers.redis.scripts import (
-    Row,
-    Script,
-    StreamConnection,
-    in_group,
-    is_missing_group,
-    read_group,
-    rows,
-    stream_errors,
-)
+from workers.redis.connection import StreamConnection
+from workers.redis.error_texts import is_missing_group
+from workers.redis.errors import stream_errors
+from workers.redis.groups import Row, in_group, read_group, rows
+from workers.redis.scripts import Script
 
 _OLDEST = "0-0"
 _DEAD_AFTER_MS = 600_000
@@ -97,7 +92,7 @@ class RedisStreamReader:
                 if found or cursor == _OLDEST:
                     return found
 
-    async def touch(self, held: Collection[str]) -> None:
+    async def heartbeat(self, held: Collection[str]) -> None:
         """Say that entries in hand are still under work, so that no other consumer claims them.
 
         What another consumer has meanwhile stays with it.
@@ -128,7 +123,7 @@ class RedisStreamReader:
                     keys=[self._keys.images], args=(self._keys.group, self._consumer, idle_ms, *held)
                 )
 
-    async def forget_the_dead(self) -> None:
+    async def remove_stale_consumers(self) -> None:
         """Remove consumers that have not asked for ten minutes and have nothing pending.
 
         Raises:

@@ -19,7 +19,7 @@ from workers.observe.stream_gauges import StreamGauges, report_for_ever
 from workers.observe.tally import Tally, WorkerStats
 from workers.outcomes.retention import RedisRetention
 from workers.ports import Detector
-from workers.redis.scripts import StreamConnection
+from workers.redis.connection import StreamConnection
 from workers.references import ReferenceFetcher
 
 

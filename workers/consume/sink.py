@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from schemas.keys import StreamKeys
 from schemas.messages import DetectionResult
 from schemas.wire import dead_letter_fields, result_fields
-from workers.ports import Ending
-from workers.redis.scripts import Script, StreamConnection, stream_errors
+from workers.ports import Completion
+from workers.redis.connection import StreamConnection
+from workers.redis.errors import stream_errors
+from workers.redis.scripts import Script
 
 
 class RedisResultSink:
@@ -27,29 +29,29 @@ class RedisResultSink:
         self._consumer = consumer
         self._script = Script(client, "_owned_by.lua", "publish_outcomes.lua")
 
-    async def publish(self, endings: Sequence[Ending]) -> list[bool]:
+    async def publish(self, completions: Sequence[Completion]) -> list[bool]:
         """Write each outcome and take its entry off the images stream, in one step per entry.
 
         Returns:
-            For each ending, whether the entry was still this consumer's. Where not, nothing was written: another
+            For each completion, whether the entry was still this consumer's. Where not, nothing was written: another
             worker has the entry, or an earlier call whose reply was lost has ended it.
 
         Raises:
             StreamUnavailableError: The server does not answer. Each entry either ended or is still pending.
             ConfigError: The server refuses the user.
         """
-        if not endings:
+        if not completions:
             return []
         targets: list[str] = []
         values: list[str | bytes | int] = [self._keys.group, self._consumer]
-        for ending in endings:
-            if isinstance(ending.outcome, DetectionResult):
+        for completion in completions:
+            if isinstance(completion.outcome, DetectionResult):
                 targets.append(self._keys.results)
-                fields = result_fields(ending.outcome)
+                fields = result_fields(completion.outcome)
             else:
                 targets.append(self._keys.dead)
-                fields = dead_letter_fields(ending.outcome)
-            values += (ending.entry_id, 2 * len(fields))
+                fields = dead_letter_fields(completion.outcome)
+            values += (completion.entry_id, 2 * len(fields))
             for name, value in fields.items():
                 values += (name, value)
         with stream_errors(self._client):

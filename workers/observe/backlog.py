@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from schemas.keys import StreamKeys
-from workers.redis.scripts import Script, StreamConnection, stream_errors
+from workers.redis.connection import StreamConnection
+from workers.redis.errors import stream_errors
+from workers.redis.scripts import Script
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from schemas.messages import DeadLetter, DetectionResult
-from workers.ports import Ending, Entry
+from workers.ports import Completion, Entry
 
 _LONGEST = 256
 _NAMED = {b"id": "image_id", b"category": "category", b"traceparent": "traceparent"}
@@ -16,7 +16,7 @@ def entries(those: Sequence[Entry]) -> dict[str, object]:
     return {"entry_ids": [entry.entry_id for entry in those]} if those else {}
 
 
-def ending(one: Ending) -> dict[str, object]:
+def completion(one: Completion) -> dict[str, object]:
     """Describe for `extra` how an image ended."""
     match one.outcome:
         case DetectionResult() as result:

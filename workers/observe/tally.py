@@ -14,7 +14,7 @@ from schemas.errors import ModelUnavailableError, Reason
 from schemas.messages import DeadLetter, DetectionResult
 from workers.observe import log_fields
 from workers.observe.drift import Quality
-from workers.ports import Ending
+from workers.ports import Completion
 
 _log = logging.getLogger(__name__)
 
@@ -101,18 +101,18 @@ class Tally:
         """Note what a batch spent in a stage."""
         self._metrics.observe(m.STAGE_SECONDS, duration_s, stage=stage)
 
-    def ended(self, batch: "Batch", endings: Sequence[Ending], ours: Sequence[bool]) -> None:
+    def completed(self, batch: "Batch", completions: Sequence[Completion], ours: Sequence[bool]) -> None:
         """Note how the images of a batch ended.
 
         Args:
             batch: What `took_up` gave.
-            endings: What came of them.
+            completions: What came of them.
             ours: For each, whether it was written.
         """
         results: Counter[tuple[str, str]] = Counter()
         dead: Counter[Reason] = Counter()
-        for ending, written in zip(endings, ours, strict=True):
-            match ending.outcome:
+        for completion, written in zip(completions, ours, strict=True):
+            match completion.outcome:
                 case DetectionResult() as result if written:
                     results[result.category, result.verdict.value] += 1
                     self._metrics.observe(m.IMAGE_SECONDS, result.total_ms / 1000)
@@ -124,9 +124,9 @@ class Tally:
             self._metrics.add(m.RESULTS, count, category=category, verdict=verdict)
         for reason, count in dead.items():
             self._metrics.add(m.DEAD_LETTERS, count, reason=reason.value)
-        self._log(endings, ours)
+        self._log(completions, ours)
         if self._tracer is not NO_TRACER:
-            self._trace(batch, endings, ours)
+            self._trace(batch, completions, ours)
         not_ours = len(ours) - sum(ours)
         self._metrics.add(m.NOT_OURS, not_ours)
         self.stats.results += results.total()
@@ -134,27 +134,27 @@ class Tally:
         self.stats.not_ours += not_ours
 
     @staticmethod
-    def _log(endings: Sequence[Ending], ours: Sequence[bool]) -> None:
+    def _log(completions: Sequence[Completion], ours: Sequence[bool]) -> None:
         if _log.isEnabledFor(logging.INFO):
-            for ending, written in zip(endings, ours, strict=True):
-                if written and isinstance(ending.outcome, DeadLetter):
-                    _log.info("dead letter: %s", ending.outcome.detail, extra=log_fields.ending(ending))
+            for completion, written in zip(completions, ours, strict=True):
+                if written and isinstance(completion.outcome, DeadLetter):
+                    _log.info("dead letter: %s", completion.outcome.detail, extra=log_fields.completion(completion))
                 elif written:
-                    _log.debug("result", extra=log_fields.ending(ending))
+                    _log.debug("result", extra=log_fields.completion(completion))
 
-    def _trace(self, batch: "Batch", endings: Sequence[Ending], ours: Sequence[bool]) -> None:
-        for ending, written in zip(endings, ours, strict=True):
+    def _trace(self, batch: "Batch", completions: Sequence[Completion], ours: Sequence[bool]) -> None:
+        for completion, written in zip(completions, ours, strict=True):
             if not written:
                 continue
-            about = log_fields.ending(ending)
+            about = log_fields.completion(completion)
             traceparent = about.pop("traceparent", None)
-            arrived_ns = min(int(ending.entry_id.partition("-")[0]) * 1_000_000, batch.began_ns)
+            arrived_ns = min(int(completion.entry_id.partition("-")[0]) * 1_000_000, batch.began_ns)
             self._tracer.image(
                 traceparent if isinstance(traceparent, str) else None,
                 Stage("image", arrived_ns, time.time_ns()),
                 [Stage("queue", arrived_ns, batch.began_ns), *batch.stages],
                 {name: value for name, value in about.items() if isinstance(value, str | int | float)},
-                ending.outcome.detail if isinstance(ending.outcome, DeadLetter) else None,
+                completion.outcome.detail if isinstance(completion.outcome, DeadLetter) else None,
             )
 
     def tried_again(self, cause: str) -> None:

@@ -10,7 +10,7 @@ from workers.ports import Entry, Refusal
 _KEPT_FIRST = (b"id", b"category", b"image", b"image_ref", b"captured_at", b"traceparent")
 
 
-def bury(entry: Entry, why: MessageError | Refusal, failed_at: datetime) -> DeadLetter:
+def make_dead_letter(entry: Entry, why: MessageError | Refusal, failed_at: datetime) -> DeadLetter:
     """Make the dead letter of an entry.
 
     All fields are kept as they came, the image too: the stream has carried them once, and whoever mends the cause

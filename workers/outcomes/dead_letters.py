@@ -16,7 +16,10 @@ from schemas.messages import DeadLetter
 from schemas.settings import BacklogSettings, RedisSettings
 from schemas.wire import parse_dead_letter
 from workers.produce.admission import REMEMBER_S, Room, when_there_is_room
-from workers.redis.scripts import Script, StreamConnection, rows, stream_errors
+from workers.redis.connection import StreamConnection
+from workers.redis.errors import stream_errors
+from workers.redis.groups import rows
+from workers.redis.scripts import Script
 
 _log = logging.getLogger(__name__)
 

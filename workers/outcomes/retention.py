@@ -2,7 +2,9 @@
 
 from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings
-from workers.redis.scripts import Script, StreamConnection, stream_errors
+from workers.redis.connection import StreamConnection
+from workers.redis.errors import stream_errors
+from workers.redis.scripts import Script
 
 _AT_ONCE = 1000
 """Most results taken off by one script: about a millisecond in which the server does nothing else."""

@@ -15,7 +15,8 @@ from schemas.errors import BacklogFullError
 from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings
 from workers.backoff import backoff_s
-from workers.redis.scripts import Script, StreamConnection, address
+from workers.redis.connection import StreamConnection, address
+from workers.redis.scripts import Script
 
 _T = TypeVar("_T")
 

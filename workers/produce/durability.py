@@ -12,7 +12,9 @@ from redis.exceptions import MovedError, NoPermissionError, RedisError, Response
 
 from schemas.errors import ConfigError
 from schemas.settings import RedisSettings
-from workers.redis.scripts import Script, StreamConnection, address, stream_errors
+from workers.redis.connection import StreamConnection, address
+from workers.redis.errors import stream_errors
+from workers.redis.scripts import Script
 
 _T = TypeVar("_T")
 _SHARE = 0.75

@@ -16,7 +16,9 @@ from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
 from workers.produce.admission import REMEMBER_S, Room, when_there_is_room
 from workers.produce.durability import DurableScript
-from workers.redis.scripts import Script, StreamClient, stream_errors
+from workers.redis.client import StreamClient
+from workers.redis.errors import stream_errors
+from workers.redis.scripts import Script
 
 
 class Producer(StreamClient):

@@ -11,7 +11,7 @@ from schemas.references import Reference, parse_allowed, parse_reference
 from schemas.settings import LimitSettings, ReferenceSettings
 from workers.backoff import backoff_s
 from workers.ports import Clock
-from workers.redis.scripts import StreamConnection
+from workers.redis.connection import StreamConnection
 from workers.references.http import HttpSource
 from workers.references.key import KeySource
 from workers.references.s3 import S3Source

@@ -6,7 +6,8 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from schemas.errors import ConfigError
 from schemas.references import Reference
-from workers.redis.scripts import StreamConnection, stream_errors
+from workers.redis.connection import StreamConnection
+from workers.redis.errors import stream_errors
 from workers.references.source import too_large, unavailable
 
 

@@ -1,0 +1,20 @@
+"""The HTTP API."""
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+
+from schemas.settings.section import Section
+
+
+class ApiSettings(Section):
+    """The HTTP API."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network.")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    tokens: tuple[SecretStr, ...] = Field(
+        (), description="Tokens of which a request must carry one, as `Authorization: Bearer`; none: all may ask."
+    )
+    tokens_file: Path | None = Field(
+        None, description="File of tokens, one a line, such as a mounted secret; instead of `tokens`."
+    )

@@ -1,0 +1,28 @@
+"""What every section of the settings shares."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIB = 1 << 20
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A section: frozen, without unknown fields, and its values never in an error, as one may be a password."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ScaledSection(Section):
+    """A section of something that runs in replicas."""
+
+    replicas: int = Field(1, ge=0, description="Replicas to run; with max_replicas the fewest.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Most replicas; with it their number follows the backlog, between replicas and this."
+    )
+    images_per_replica: int = Field(
+        500, ge=1, description="Images waiting for each replica, above which replicas are added."
+    )
+    num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for a replica.")
