@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from combinations import AXES
-from image_files import write_category
-from node import Node, image_environment
-from rendered import Body, Pod, merged, pods, profile, render
+from helpers.chart.combinations import AXES
+from helpers.chart.node import Node, image_environment
+from helpers.chart.rendered import Body, Pod, merged, pods, profile, render
+from helpers.image_files import write_category
+from helpers.places import ROOT
 
-FOLDER = Path(__file__).parents[2] / "build" / "image"
+FOLDER = ROOT / "build" / "image"
 ROOT = FOLDER / "root"
 USER = 10001
 PATIENCE_S = 200

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.tiny_models import make_manifest
 from numpy.typing import NDArray
-from tiny_models import make_manifest
 
 from flawstream.engines.fake_engine import FakeEngine
 from flawstream.engines.ncnn import engine as ncnn_engine

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 import pytest
-from fakes import ARRIVED, FakeReader, FakeSink, FakeStream, image_entry, make_result, png
+from helpers.fakes import ARRIVED, FakeReader, FakeSink, FakeStream, image_entry, make_result, png
 from redis.asyncio import Redis
 
 from schemas.errors import Reason

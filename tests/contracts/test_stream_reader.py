@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import pytest
-from fakes import FakeReader, FakeStream, image_entry, png
+from helpers.fakes import FakeReader, FakeStream, image_entry, png
 from redis.asyncio import Redis
 
 from schemas.keys import StreamKeys

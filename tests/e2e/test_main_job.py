@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from raw_redis import RawRedis
+from helpers.raw_redis import RawRedis
 
 from flawstream.imaging.maps import decode_map
 from schemas.messages import AnomalyMap

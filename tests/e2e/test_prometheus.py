@@ -24,11 +24,12 @@ from typing import IO, Any
 
 import pytest
 import yaml
-from boards import ALERTS, alerts, boards, filled_in, queries, vector_selectors
-from fakes import png
-from prometheus_server import PrometheusServer, needs_prometheus
-from raw_redis import RawRedis
-from tiny_models import write_version
+from helpers.boards import ALERTS, alerts, boards, filled_in, queries, vector_selectors
+from helpers.fakes import png
+from helpers.places import ROOT
+from helpers.prometheus_server import PrometheusServer, needs_prometheus
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -43,7 +44,7 @@ from workers.redis.embedded import EmbeddedServer, free_port
 pytestmark = [pytest.mark.e2e, needs_prometheus]
 
 PATIENCE_S = 180.0
-GUIDE = Path(__file__).parents[2] / "docs" / "how-to" / "monitor.md"
+GUIDE = ROOT / "docs" / "how-to" / "monitor.md"
 MODEL = {"strides": [16, 32], "input_size": 64, "flow_steps": 2, "hidden_ratio": 0.2}
 NO_DATA_YET: dict[str, str] = {}
 """Queries of boards that have no data in this scene, and why."""

@@ -4,21 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.places import ROOT, TESTS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
-
-TESTS = Path(__file__).parent.parent
 
 
 def run(program: str, *options: str) -> dict[str, Any]:
     """Run one of the long tests; gives what its last line says."""
     done = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-m", f"soak.{program}", *options],
-        cwd=TESTS.parent,
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,

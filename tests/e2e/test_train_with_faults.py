@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from image_files import write_images
+from helpers.image_files import write_images
 
 from flawstream.registry.registry import Registry
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import make_run
-from fakes import FakeDetector, png
-from raw_redis import RawRedis
+from helpers.command_line import make_run
+from helpers.fakes import FakeDetector, png
+from helpers.raw_redis import RawRedis
+from helpers.redis_servers import Server, cluster
+from helpers.redis_servers import running as running_server
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
-from redis_servers import Server, cluster
-from redis_servers import running as running_server
 
 from flawstream_cli.terminal import ExitCode
 from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError

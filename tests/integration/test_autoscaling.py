@@ -9,9 +9,9 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-from raw_redis import RawRedis
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
 from ray import serve
-from tiny_models import write_version
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone

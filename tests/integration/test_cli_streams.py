@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from command_line import Ran, Run, make_run
-from fakes import make_result, png
-from raw_redis import RawRedis
-from tiny_models import SPEC, write_version
+from helpers.command_line import Ran, Run, make_run
+from helpers.fakes import make_result, png
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import SPEC, write_version
 
 from flawstream.registry.registry import Registry
 from schemas.errors import Reason

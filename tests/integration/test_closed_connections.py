@@ -4,8 +4,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from helpers.redis_servers import Server, running
 from redis.asyncio import Redis
-from redis_servers import Server, running
 
 from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings

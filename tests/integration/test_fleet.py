@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers.tiny_models import write_version
 from ray.util.state import list_actors
-from tiny_models import write_version
 
 from flawstream.cluster import Cluster
 from flawstream.engines.choose import make_local_engine

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny_models import FLOW, write_version
+from helpers.tiny_models import FLOW, write_version
 
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone

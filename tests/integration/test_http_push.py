@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from fakes import FakeDetector, png
+from helpers.fakes import FakeDetector, png
 from PIL import Image
 from pydantic import SecretStr
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes import png
-from raw_redis import RawRedis
-from tiny_models import write_version
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry

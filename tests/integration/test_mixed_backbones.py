@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fakes import png
-from raw_redis import RawRedis
-from stream_work import until, working
-from tiny_models import write_version
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
+from helpers.stream_work import until, working
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from redis_servers import Server, cluster, replicated, running
+from helpers.redis_servers import Server, cluster, replicated, running
 
 from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings

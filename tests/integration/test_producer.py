@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
-from fakes import png
+from helpers.fakes import png
 from redis.asyncio import Redis
 
 from schemas.errors import BacklogFullError, ConfigError, MessageError, Reason, StreamUnavailableError

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import png
-from tiny_models import write_version
+from helpers.fakes import png
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry

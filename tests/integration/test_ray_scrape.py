@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import ray
-from fakes import png
-from raw_redis import RawRedis
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
+from helpers.scraped import Scraped, scrape
+from helpers.tiny_models import write_version
 from ray import serve
-from scraped import Scraped, scrape
-from tiny_models import write_version
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone

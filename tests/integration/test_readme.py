@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fakes import png
-from raw_redis import RawRedis
-from stream_work import until, working
-from tiny_models import SPEC, TinyEngine, write_version
+from helpers.fakes import png
+from helpers.places import ROOT, TESTS
+from helpers.raw_redis import RawRedis
+from helpers.stream_work import until, working
+from helpers.tiny_models import SPEC, TinyEngine, write_version
 
 from flawstream.registry.registry import Registry
 from schemas.settings import DetectorSettings, RedisSettings, Settings
@@ -22,7 +23,6 @@ from workers.redis.scripts import make_client
 
 pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 
-ROOT = Path(__file__).parents[2]
 DARK, BRIGHT = 50, 220
 """Grey levels: `TinyEngine` scores them 0.5, which is normal, and 2.2, which is anomalous."""
 
@@ -104,7 +104,7 @@ async def output_of(command: Sequence[str], settings: RedisSettings, folder: Pat
 async def test_shell_block_prints_the_verdict_of_its_own_image(
     cli: str, others: int, redis_settings: RedisSettings, tmp_path: Path
 ) -> None:
-    program = [sys.executable, str(ROOT / "tests" / "redis_cli.py"), str(port_of(redis_settings))]
+    program = ["env", f"PYTHONPATH={TESTS}", sys.executable, "-m", "helpers.redis_cli", str(port_of(redis_settings))]
     if cli == "redis-cli":
         if (real := shutil.which("redis-cli")) is None:
             pytest.skip("redis-cli is not installed (Debian: redis-tools); the stand-in runs the block")

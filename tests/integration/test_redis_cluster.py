@@ -6,10 +6,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from fakes import FakeDetector, png
+from helpers.fakes import FakeDetector, png
+from helpers.redis_servers import Server, cluster
+from helpers.stream_work import ended, push_surely, until, working
 from redis.asyncio import RedisCluster
-from redis_servers import Server, cluster
-from stream_work import ended, push_surely, until, working
 
 from schemas.errors import ConfigError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys, keys_of

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
-from fakes import entry_id, png
+from helpers.fakes import entry_id, png
 from redis.asyncio import Redis
 
 from flawstream.imaging.pixels import PixelForm

@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 
 import pytest
-from fakes import ARRIVED, make_result
+from helpers.fakes import ARRIVED, make_result
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import boto3
 import pytest
-from fakes import png
+from helpers.fakes import png
 from moto.server import ThreadedMotoServer
 
 from flawstream.registry.registry import WEIGHTS_FILE, Registry

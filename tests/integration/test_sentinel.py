@@ -6,9 +6,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from fakes import FakeDetector, png
-from redis_servers import Replicated, replicated
-from stream_work import ended, push_surely, until, working
+from helpers.fakes import FakeDetector, png
+from helpers.redis_servers import Replicated, replicated
+from helpers.stream_work import ended, push_surely, until, working
 
 from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings, Settings, WorkerSettings

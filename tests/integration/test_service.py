@@ -14,8 +14,8 @@ import httpx
 import numpy as np
 import pytest
 import ray
-from raw_redis import RawRedis
-from tiny_models import write_version
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
 
 from flawstream.cluster import Cluster
 from flawstream.fastflow.backbone import Backbone

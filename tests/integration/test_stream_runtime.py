@@ -7,7 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fakes import FakeDetector, png
+from helpers.fakes import FakeDetector, png
 from redis.asyncio import Redis
 
 from schemas.errors import Reason

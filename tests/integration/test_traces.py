@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from fakes import FakeDetector, png
+from helpers.fakes import FakeDetector, png
+from helpers.otlp_receiver import Receiver, attributes, receiving
+from helpers.raw_redis import RawRedis
+from helpers.stream_work import until, working
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.sdk.trace import TracerProvider
-from otlp_receiver import Receiver, attributes, receiving
-from raw_redis import RawRedis
-from stream_work import until, working
 
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.traces import NO_TRACER, Tracer

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fakes import png
-from raw_redis import RawRedis
-from scraped import Scraped, scrape
-from tiny_models import write_version
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
+from helpers.scraped import Scraped, scrape
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry

@@ -8,8 +8,8 @@ from typing import Any
 import click
 import pytest
 import yaml
-from boards import ALERTS, RUNBOOKS, alerts
-from prometheus_server import needs_prometheus, promtool
+from helpers.boards import ALERTS, RUNBOOKS, alerts
+from helpers.prometheus_server import needs_prometheus, promtool
 
 from flawstream_cli.main import load_command
 from k8s.reference import VALUES

@@ -6,7 +6,7 @@ from typing import Any
 
 import promql_parser
 import pytest
-from boards import Asked, alerts, boards, filled_in, panels, parts, queries, vector_selectors
+from helpers.boards import Asked, alerts, boards, filled_in, panels, parts, queries, vector_selectors
 
 from flawstream.telemetry.metrics import ALL, Histogram
 from k8s.boards.__main__ import FOLDER, make

@@ -28,12 +28,12 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
-from raw_redis import RawRedis
+from helpers.raw_redis import RawRedis
+from helpers.redis_servers import Server
+from helpers.tiny_models import write_version
 from ray.util.state import list_actors
-from redis_servers import Server
 from rich.console import Console
 from rich.table import Table
-from tiny_models import write_version
 
 from flawstream import cluster
 from flawstream.fastflow.backbone import Backbone

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from generators import returned
-from tiny_models import FLOW, INFINITE, NOT_A_NUMBER, SPEC, TOO_LARGE, TinyEngine, image, write_version
+from helpers.generators import returned
+from helpers.tiny_models import FLOW, INFINITE, NOT_A_NUMBER, SPEC, TOO_LARGE, TinyEngine, image, write_version
 
 from flawstream.engines.protocol import Engine
 from flawstream.fastflow.head import FastFlowHead
