@@ -1,10 +1,11 @@
-"""What tests of more than one folder share: a real Valkey server, async tests on asyncio, Hypothesis's settings."""
+"""What tests of more than one folder share: markers, a real Valkey server, asyncio, Hypothesis's settings."""
 
 import socket
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from helpers.places import TESTS
 
 from schemas.settings import RedisSettings
 from workers.redis.embedded import EmbeddedServer
@@ -14,6 +15,13 @@ from workers.redis.embedded import EmbeddedServer
 hypothesis.settings.register_profile("gate", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("gate")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses among them
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with the name of its folder."""
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTS).parts[0])
 
 
 @pytest.fixture(scope="session")

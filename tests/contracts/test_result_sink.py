@@ -17,7 +17,7 @@ from workers.consume.sink import RedisResultSink
 from workers.ports import Ending, ResultSink
 from workers.redis.scripts import make_client
 
-pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 PLENTY_BYTES = 1 << 30
 

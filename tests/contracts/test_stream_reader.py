@@ -15,7 +15,7 @@ from workers.consume.reader import RedisStreamReader
 from workers.ports import Entry, StreamReader
 from workers.redis.scripts import Script, make_client
 
-pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 PLENTY_BYTES = 1 << 30
 

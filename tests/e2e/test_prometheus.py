@@ -30,6 +30,7 @@ from helpers.places import ROOT
 from helpers.prometheus_server import PrometheusServer, needs_prometheus
 from helpers.raw_redis import RawRedis
 from helpers.tiny_models import write_version
+from helpers.waiting import Deadline, wait_until
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -41,7 +42,7 @@ from schemas.settings import BacklogSettings, MetricsSettings, RedisSettings, Se
 from workers.produce.producer import Producer
 from workers.redis.embedded import EmbeddedServer, free_port
 
-pytestmark = [pytest.mark.e2e, needs_prometheus]
+pytestmark = needs_prometheus
 
 PATIENCE_S = 180.0
 GUIDE = ROOT / "docs" / "how-to" / "monitor.md"
@@ -256,13 +257,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Plant, P
         yield plant, prometheus
 
 
-def wait_until(so: Any, otherwise: str) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not so():
-        assert time.monotonic() < deadline_s, otherwise
-        time.sleep(0.5)
-
-
 def _as_shown(where: str, expr: str) -> str:
     """Give what to ask for: an alert looks at this moment, a panel at a range, in which training may have ended."""
     return expr if where.startswith("alert: ") else f"last_over_time(({expr})[{PATIENCE_S:.0f}s:1s])"
@@ -276,10 +270,10 @@ def test_every_query_has_data_and_alerts_are_those_that_there_is_cause_for(
     quiet = {f"alert: {name}" for name in QUIET}
     missing = set(asked) - set(NO_DATA_YET) - quiet
     unexpected: dict[str, object] = {}
-    deadline_s = time.monotonic() + PATIENCE_S
     damaged = True
+    deadline = Deadline(lambda: f"data of {sorted(missing)}", PATIENCE_S)
     while missing:
-        assert time.monotonic() < deadline_s, sorted(missing)
+        deadline.check()
         if "alert: FlawstreamModelLoadFails" in missing:
             plant.push_for_damaged()
         elif damaged:

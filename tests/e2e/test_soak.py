@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.places import ROOT, TESTS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 def run(program: str, *options: str) -> dict[str, Any]:

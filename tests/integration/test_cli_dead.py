@@ -17,8 +17,6 @@ from schemas.messages import DeadLetter
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], redis_settings: RedisSettings) -> Run:

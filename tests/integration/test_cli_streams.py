@@ -18,8 +18,6 @@ from schemas.messages import DeadLetter, Verdict
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
 
-pytestmark = pytest.mark.integration
-
 HOSTILE = "\x1b[2J[red]part[/]\x07\u202e"
 HARMLESS = "\N{REPLACEMENT CHARACTER}[2J[red]part[/]\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
 

@@ -11,7 +11,7 @@ from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings
 from workers.redis.scripts import make_client, stream_errors
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 MOMENTS = 12
 """Turns of the event loop after which it is closed: from before the command is written to after it."""

@@ -16,7 +16,7 @@ from workers.produce.producer import Producer
 from workers.redis.embedded import EmbeddedServer
 from workers.redis.scripts import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 SOON_S = 1.0

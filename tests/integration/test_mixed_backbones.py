@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from helpers.fakes import png
 from helpers.raw_redis import RawRedis
-from helpers.stream_work import until, working
+from helpers.stream_work import working
 from helpers.tiny_models import write_version
+from helpers.waiting import wait_until_async
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -17,7 +18,7 @@ from workers.consume.sharded import ShardedWorker
 from workers.redis.embedded import EmbeddedServer
 from workers.redis.scripts import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 MAX_DELIVERIES = 2
 BROKEN = 6
@@ -64,7 +65,7 @@ async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results
     def all_judged(ids: Sequence[str]) -> bool:
         return set(models(raw)) >= set(ids)
 
-    await until(known)
+    await wait_until_async(known, "the detector knows the versions")
     async with make_client(settings.redis) as client:
         worker = ShardedWorker(client, "station", detector, settings)
         with RawRedis(valkey_server.port) as raw:
@@ -79,8 +80,10 @@ async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results
                 async def tried_often() -> bool:
                     return worker.stats.deferred > BROKEN * 3 * MAX_DELIVERIES
 
-                await until(others_judged)
-                await until(tried_often)
+                await wait_until_async(others_judged, "images of the other categories are judged")
+                await wait_until_async(
+                    tried_often, "those without a version are tried more often than a worker may fail"
+                )
                 assert set(models(raw)) == {*first, *with_loaded}
                 assert {models(raw)[name] for name in with_loaded} == {"cable@v1"}
                 assert raw.count("XLEN", "flawstream:dead") == 0
@@ -91,7 +94,7 @@ async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results
                 async def cured() -> bool:
                     return all_judged(waiting)
 
-                await until(cured)
+                await wait_until_async(cured, "what waited is judged")
             judged = models(raw)
             assert {judged[name] for name in waiting} == {"tile@v3"}
             assert raw.count("XLEN", "flawstream:dead") == raw.count("XLEN", "flawstream:images") == 0

@@ -11,7 +11,7 @@ from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings
 from workers.redis.scripts import make_client, stream_errors
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 STREAM = "flawstream:{0}:images"
 WRITE_AND_SAY_MUCH = "redis.call('XADD', KEYS[1], '*', 'a', 'b') return string.rep('x', 1000000)"

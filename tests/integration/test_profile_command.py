@@ -13,7 +13,7 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
 from schemas.settings import Settings
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 IMAGES = 48
 STAGES = {"read", "decode", "handle", "wait", "detect", "encode", "publish"}

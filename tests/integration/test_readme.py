@@ -12,8 +12,9 @@ import pytest
 from helpers.fakes import png
 from helpers.places import ROOT, TESTS
 from helpers.raw_redis import RawRedis
-from helpers.stream_work import until, working
+from helpers.stream_work import working
 from helpers.tiny_models import SPEC, TinyEngine, write_version
+from helpers.waiting import wait_until_async
 
 from flawstream.registry.registry import Registry
 from schemas.settings import DetectorSettings, RedisSettings, Settings
@@ -21,7 +22,7 @@ from serving.detector import DetectorService
 from workers.consume.sharded import ShardedWorker
 from workers.redis.scripts import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 DARK, BRIGHT = 50, 220
 """Grey levels: `TinyEngine` scores them 0.5, which is normal, and 2.2, which is anomalous."""
@@ -86,10 +87,10 @@ async def output_of(command: Sequence[str], settings: RedisSettings, folder: Pat
             for number in range(others):
                 push_other(number)
             async with working(ShardedWorker(client, "before", detector, Settings(redis=settings))):
-                await until(lambda: length_is("flawstream:results", others))
+                await wait_until_async(lambda: length_is("flawstream:results", others), "the results of the others")
             push_other(others)  # its result comes after the block has noted the stream's end, and before its own
             process = await asyncio.create_subprocess_exec(*command, cwd=folder, stdout=subprocess.PIPE)
-            await until(lambda: length_is("flawstream:images", 2))
+            await wait_until_async(lambda: length_is("flawstream:images", 2), "the block has pushed its image")
             async with working(ShardedWorker(client, "now", detector, Settings(redis=settings))):
                 printed, _ = await process.communicate()
         results = [fields["verdict"] for _, fields in raw.entries("flawstream:results")]

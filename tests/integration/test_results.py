@@ -17,7 +17,7 @@ from schemas.wire import dead_letter_fields, result_fields
 from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.redis.scripts import StreamConnection, make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 

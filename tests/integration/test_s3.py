@@ -20,7 +20,7 @@ from workers.redis.scripts import make_client
 from workers.references import ReferenceFetcher
 from workers.references import s3 as s3_module
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 LIMITS = LimitSettings(max_image_bytes=1 << 16)
 IMAGE = png()

@@ -27,7 +27,7 @@ from workers.produce.producer import Producer
 from workers.redis.embedded import EmbeddedServer
 from workers.redis.scripts import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 CLAIM_AT_ONCE_MS = 0

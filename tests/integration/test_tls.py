@@ -15,7 +15,7 @@ from schemas.settings import RedisSettings
 from workers.redis.embedded import EmbeddedServer
 from workers.redis.scripts import make_client, require_server
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")

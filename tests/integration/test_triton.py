@@ -41,7 +41,6 @@ from schemas.errors import ConfigError, RegistryError, TransientError
 from schemas.settings import ModelSettings
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.skipif(not PYTHON.exists(), reason="no tritonserver here: `make test-triton` sets one up"),
     pytest.mark.timeout(900),
 ]

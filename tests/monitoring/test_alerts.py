@@ -15,8 +15,6 @@ from flawstream_cli.main import load_command
 from k8s.reference import VALUES
 from schemas.settings import Settings
 
-pytestmark = pytest.mark.unit
-
 CASES = Path(__file__).parent / "alerts.yaml"
 NAMES = [rule["alert"] for rule in alerts()]
 SETTABLE = (Settings().model_dump(), yaml.safe_load(VALUES.read_text()))

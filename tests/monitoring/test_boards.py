@@ -14,8 +14,6 @@ from schemas.settings import Settings
 from training.pipeline import Stage
 from workers.observe.drift import QUANTILES
 
-pytestmark = pytest.mark.unit
-
 OURS = {metric.name: metric for metric in ALL}
 OF_OTHERS = {
     "ALERTS": {"alertname", "alertstate"},  # Prometheus's own

@@ -14,8 +14,6 @@ from flawstream.calibration import calibrate, fewest_images, p_values, shortage
 from schemas.errors import ConfigError, ShapeError
 from schemas.manifest import Calibration
 
-pytestmark = pytest.mark.unit
-
 rates = st.floats(1e-6, 1 - 1e-6) | st.integers(2, 1000).map(lambda k: 1 / k) | st.sampled_from([0.05, 0.1, 0.01, 0.3])
 finite = st.floats(-1e6, 1e6, width=32)
 # Few distinct values, so that ties are common.

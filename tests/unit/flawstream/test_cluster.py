@@ -7,8 +7,6 @@ import pytest
 from flawstream import cluster
 from schemas.errors import ConfigError
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_address_where_nobody_listens_is_refused(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:

@@ -23,8 +23,6 @@ from flawstream_cli import terminal
 from flawstream_cli.main import COMMANDS, load_command
 from schemas.errors import ConfigError
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:

@@ -13,8 +13,6 @@ from flawstream_cli.data_sets import exclude_faulty
 from schemas.settings import Settings
 from training.datasets.mvtec import load_mvtec
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:

@@ -21,8 +21,6 @@ from schemas.manifest import ModelManifest
 from training.datasets.mvtec import load_mvtec
 from training.pipeline import Job, Progress, Stage
 
-pytestmark = pytest.mark.unit
-
 LEVELS = {"good": (10, 20, 30, 220), "dent": (40, 200), "scratch": (210, 230, 250)}
 """Grey levels of the test images; a score is the level over 100, and the threshold is 1.9."""
 

@@ -9,8 +9,6 @@ from schemas.references import MAX_REFERENCE_CHARS, Reference, parse_allowed, pa
 from schemas.settings import ReferenceSettings
 from workers.references.http import is_public_or_private
 
-pytestmark = pytest.mark.unit
-
 ALLOWED = tuple(
     map(
         parse_allowed,

@@ -12,8 +12,6 @@ from schemas.errors import ConfigError
 from schemas.presets import PRESETS, PresetName
 from schemas.settings import ModelSettings, RedisSettings, Settings, load_settings
 
-pytestmark = pytest.mark.unit
-
 SECTIONS = [
     (name, field.annotation) for name, field in Settings.model_fields.items() if isinstance(field.annotation, type)
 ]

@@ -19,8 +19,6 @@ from schemas.wire import (
     result_fields,
 )
 
-pytestmark = pytest.mark.unit
-
 LIMITS = LimitSettings()
 ENTRY_ID = "1700000000000-0"
 OURS = {*DetectionResult.model_fields, *ImageMessage.model_fields, "map_codec", "map_shape", "map_grids"}

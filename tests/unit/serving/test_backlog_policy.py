@@ -12,8 +12,6 @@ from schemas.errors import ConfigError
 from schemas.settings import DetectorSettings, WorkerSettings
 from serving.autoscaling import IMAGES_WAITING, BacklogPolicy, autoscaling_config
 
-pytestmark = pytest.mark.unit
-
 PER_REPLICA = 10
 DEPLOYMENT = DeploymentID("StreamWorker", "flawstream")
 

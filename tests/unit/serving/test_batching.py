@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from schemas.errors import DetectorOverloadedError, ShapeError
 from serving.batching import BatchBound, DrainBatcher
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 Outputs = list[tuple[int, str]]
 

@@ -18,6 +18,7 @@ from helpers.tiny_models import (
     image,
     write_version,
 )
+from helpers.waiting import Deadline, wait_until_async
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ from schemas.settings import DetectorSettings, ModelSettings
 from serving.detector import DetectorService, make_detector, newest_manifest
 from workers.ports import Deferral, Detection, Outcome, Refusal
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 NEVER_S = 3600.0
 
@@ -163,7 +164,9 @@ async def test_category_trained_later_is_judged_after_the_next_refresh(registry:
         assert isinstance(outcome, Refusal)
         assert "none yet" in outcome.detail
         write_version(registry, "bottle")
+        deadline = Deadline("the category is known")
         while isinstance(outcome, Refusal):
+            deadline.check()
             (outcome,) = await judge(service, [1], ["bottle"])
         assert outcome.model == "bottle@v1"
 
@@ -173,10 +176,13 @@ async def test_promoted_version_is_swapped_in_while_images_come(registry: Counti
     async with running(registry, refresh_s=0.001) as service:
         models = [(await judge_one(service, 10)).model]
         write_version(registry, "bottle", "v2")
+        deadline = Deadline("version 2, then version 1")
         while models[-1] != "bottle@v2":
+            deadline.check()
             models.append((await judge_one(service, 10)).model)
         registry.promote("bottle", "v1")
         while models[-1] != "bottle@v1":
+            deadline.check()
             models.append((await judge_one(service, 10)).model)
     assert set(models) == {"bottle@v1", "bottle@v2"}
 
@@ -220,8 +226,11 @@ async def test_version_on_another_backbone_is_deferred_until_one_on_this_is_prom
         for category in ("cable", "tile"):
             write_version(registry, category, "v2", spec=OTHER, promote=False)
             registry.promote(category, "v2", other_backbone=True)
-        while "tile" not in service.status()["categories"]:  # type: ignore[operator]  # a dictionary  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+
+        async def knows_the_tile() -> bool:
+            return "tile" in service.status()["categories"]  # type: ignore[operator]  # a dictionary
+
+        await wait_until_async(knows_the_tile, "the detector has looked for versions again", every_s=0.001)
         bottle, cable, tile = await judge(service, [10, 20, 30], ["bottle", "cable", "tile"])
         assert isinstance(bottle, Detection)
         assert isinstance(cable, Detection)
@@ -230,7 +239,9 @@ async def test_version_on_another_backbone_is_deferred_until_one_on_this_is_prom
         assert "tile@v2 was trained on other at 64 px" in tile.detail
         write_version(registry, "tile", "v3", promote=False)
         registry.promote("tile", "v3", other_backbone=True)
+        deadline = Deadline("version 3 of the tile")
         while isinstance(tile, Deferral):
+            deadline.check()
             (tile,) = await judge(service, [30], ["tile"])
         assert isinstance(tile, Detection)
         assert tile.model == "tile@v3"

@@ -13,7 +13,7 @@ from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, MessageError, Reason
 from serving.deployments import HandleDetector
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 NEVER_S = 3600.0
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)

@@ -13,8 +13,6 @@ from flawstream.registry.registry import Registry
 from schemas.errors import RegistryError, UnknownCategoryError
 from serving.model_store import ModelStore
 
-pytestmark = pytest.mark.unit
-
 MODEL_BYTES = sum(tensor.nbytes for tensor in FastFlowHead(SPEC, FLOW).state_dict().values())
 
 

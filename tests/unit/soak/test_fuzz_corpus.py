@@ -11,8 +11,6 @@ from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 from schemas.wire import parse_image
 
-pytestmark = pytest.mark.unit
-
 WEB = "localhost:8123"
 COUNT = 300
 

@@ -6,8 +6,6 @@ from hypothesis import strategies as st
 
 from training.fleet import share_cluster
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.mark.parametrize(
     ("nodes", "jobs", "gpus", "expected"),

@@ -16,8 +16,6 @@ from schemas.errors import ConfigError
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings
 from training.steps.features import FeatureExtractor
 
-pytestmark = pytest.mark.unit
-
 SMALL = ModelSettings(input_size=64)
 
 
@@ -29,6 +27,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     allow_tf32(convolutions=True, products=True)
     yield
     allow_tf32(**before)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch report no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def allow_tf32(*, convolutions: bool, products: bool) -> None:
@@ -47,16 +51,14 @@ def test_bfloat16_on_a_gpu_is_refused_before_weights_are_loaded(engine: str) -> 
         make_engine(settings, lambda: pytest.fail("the backbone was loaded"))
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_bfloat16_on_a_cpu_is_computed_in_on_request() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     engine = make_engine(DetectorSettings(engine="torch", precision="bf16"), lambda: Backbone(SMALL))
     assert isinstance(engine, TorchEngine)
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_device_is_the_cpu_where_there_is_no_gpu() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     before = tf32_allowed()
     assert open_device() == torch.device("cpu")
     assert tf32_allowed() == before

@@ -6,8 +6,6 @@ from torch import nn
 
 from flawstream.engines.openvino.quantise import QuantisedConv, fold_batch_norms, quantise
 
-pytestmark = pytest.mark.unit
-
 
 def make(*modules: nn.Module, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)

@@ -34,7 +34,7 @@ from schemas.errors import ConfigError
 from schemas.manifest import BackboneSpec, ModelManifest
 from schemas.settings import ModelSettings
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(900)]  # torch's exporter takes seconds, on a busy machine minutes
+pytestmark = pytest.mark.timeout(900)  # torch's exporter takes seconds, on a busy machine minutes
 
 SIZE = 64
 WEIGHTS = "flow.safetensors"

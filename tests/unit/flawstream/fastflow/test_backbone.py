@@ -16,8 +16,6 @@ from flawstream.fastflow.weights import PACKAGED_BACKBONES, read_package
 from schemas.errors import ConfigError, WeightsError
 from schemas.settings import ModelSettings
 
-pytestmark = pytest.mark.unit
-
 PACKAGED_DIGEST = "bb6df6ed51f3cd1c99b24c8d605ffcfaab843369703537cc668a256eb94b619f"
 """Of EfficientNet-Lite0's tensors up to stride 32."""
 LITE2_DIGEST = "b070e39c6940468b6f09a837f66ff25a49fc07b9691385bf291dd27c5faab5f7"

@@ -10,8 +10,6 @@ from torch.nn import functional
 from flawstream.fastflow.flow import Flow, FlowStep, FoldedFlow
 from flawstream.fastflow.score import anomaly_grid
 
-pytestmark = pytest.mark.unit
-
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
     """Move all parameters away from where they start, the offsets from 0 above all."""

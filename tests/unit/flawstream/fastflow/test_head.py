@@ -11,8 +11,6 @@ from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from schemas.errors import RegistryError
 from schemas.manifest import BackboneSpec, FlowSpec
 
-pytestmark = pytest.mark.unit
-
 SPEC = BackboneSpec(
     name="none",
     weights="package",

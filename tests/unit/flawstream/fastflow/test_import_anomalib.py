@@ -40,8 +40,6 @@ from serving.model_store import ModelStore
 from workers.consume.result_builder import Times, build_result
 from workers.ports import Detection
 
-pytestmark = pytest.mark.unit
-
 DATA = TESTS / "data"
 PAGE = ROOT / "docs" / "how-to" / "import-from-anomalib.md"
 LIMIT = 1e-4

@@ -9,8 +9,6 @@ from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.fastflow.statistics import FeatureStatistics
 from schemas.manifest import FlowSpec, Normalisation
 
-pytestmark = pytest.mark.unit
-
 
 def flow_with(normalisation: Normalisation) -> FlowSpec:
     return FLOW.model_copy(update={"normalisation": normalisation})

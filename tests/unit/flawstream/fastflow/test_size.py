@@ -1,6 +1,5 @@
 """The size of a configuration: counted without weights, equal to what is trained, and what the reference page says."""
 
-import pytest
 from helpers.places import ROOT
 
 from flawstream.fastflow.backbone import Backbone
@@ -9,8 +8,6 @@ from flawstream.fastflow.size import measure
 from flawstream_cli.preset_sizes import preset_sizes
 from schemas.manifest import FlowSpec
 from schemas.settings import ModelSettings
-
-pytestmark = pytest.mark.unit
 
 PAGE = ROOT / "docs" / "reference" / "presets.md"
 

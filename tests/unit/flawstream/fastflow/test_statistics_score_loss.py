@@ -16,8 +16,6 @@ from flawstream.fastflow.score import anomaly_grid, image_scores, likelihood_sco
 from flawstream.fastflow.statistics import FeatureStatistics
 from schemas.errors import ShapeError
 
-pytestmark = pytest.mark.unit
-
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from flawstream.fastflow.backbone import Backbone, load_trained_backbone
 from schemas.errors import ConfigError
 
-pytestmark = pytest.mark.unit
-
 DEIT, CAIT = "deit_tiny_distilled_patch16_224", "cait_xxs24_224"
 SIDE = 224
 

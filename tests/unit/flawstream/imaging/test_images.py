@@ -19,8 +19,6 @@ from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 
-pytestmark = pytest.mark.unit
-
 LIMITS = LimitSettings()
 SIZE = 32
 FORM = PixelForm(SIZE)

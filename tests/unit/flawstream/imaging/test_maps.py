@@ -16,8 +16,6 @@ from flawstream.imaging.maps import decode_map, encode_jpeg, encode_map, find_bo
 from schemas.errors import MessageError, Reason
 from schemas.messages import AnomalyMap, MapCodec
 
-pytestmark = pytest.mark.unit
-
 SHAPE = (64, 64)
 NUMERIC = [MapCodec.GRID_F16, MapCodec.F16, MapCodec.PNG16]
 PNG16_STEP = 64 / 65535

@@ -16,8 +16,6 @@ from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import BackboneSpec
 from schemas.settings import LimitSettings, ModelSettings
 
-pytestmark = pytest.mark.unit
-
 SIDE = 96
 FORM = PixelForm(SIDE, "antialias")
 LEVELS = 1e-3

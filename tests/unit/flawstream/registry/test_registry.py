@@ -18,8 +18,6 @@ from flawstream.registry.registry import Registry, new_version
 from schemas.errors import ConfigError, MixedBackbonesError, RegistryError
 from schemas.manifest import MANIFEST_FORMAT, BackboneSpec, Calibration, FlowSpec, ModelManifest, TrainingRecord
 
-pytestmark = pytest.mark.unit
-
 FILES = {"flow.safetensors": b"weights", "notes.txt": b""}
 OUTSIDE = ["", ".", "..", "../x", "a/b", "/etc", ".hidden", "a\n", "a\x00", "x" * 129, "ü", "a\\b", "*"]
 

@@ -18,7 +18,7 @@ from workers.consume.decode import Decoder
 from workers.consume.worker import StreamWorker
 from workers.ports import Entry
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 SECRET = b"\xff\xd8 the bytes of an image \xff"
 

@@ -12,8 +12,6 @@ from flawstream.telemetry.metrics import ALL, CategoryLabels, Counter, Gauge, Hi
 from flawstream.telemetry.prometheus import PrometheusMetrics
 from schemas.errors import Reason
 
-pytestmark = pytest.mark.unit
-
 TABLE = ROOT / "docs/reference/metrics.md"
 _ROW = re.compile(r"^\| `(flawstream_\w+)` \| (\w+) \| ([^|]*) \| (.*) \|$", re.MULTILINE)
 

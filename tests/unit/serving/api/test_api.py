@@ -32,7 +32,7 @@ from serving.api.api import build_api
 from serving.api.security import warn_if_open
 from workers.ports import Deferral, Refusal
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 LIMITS = LimitSettings(max_image_bytes=4096, max_pixels=10_000)
 

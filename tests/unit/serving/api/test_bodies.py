@@ -12,7 +12,7 @@ from schemas.errors import MessageError
 from serving.api.bodies import Bodies
 from serving.api.problems import RequestRefusedError
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 
 def request(*chunks: bytes) -> Request:

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import pytest
 from helpers.image_files import write_images, write_mask
 
 from training.datasets.btad import load_btad
 from training.datasets.samples import Sample
-
-pytestmark = pytest.mark.unit
 
 
 def test_images_labels_and_masks_of_either_suffix_are_found(tmp_path: Path) -> None:

@@ -24,8 +24,6 @@ from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import CategoryData, Sample
 from training.steps.fit import split_rows
 
-pytestmark = pytest.mark.unit
-
 SIDE = 64
 
 

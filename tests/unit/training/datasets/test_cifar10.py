@@ -15,8 +15,6 @@ from training.datasets import cifar10
 from training.datasets.cifar10 import BINARY_URL, CLASSES, export_cifar10
 from training.datasets.mvtec import load_mvtec
 
-pytestmark = pytest.mark.unit
-
 
 def write_records(folder: Path, *, per_class: int = 2) -> dict[str, NDArray[np.uint8]]:
     """Write the binary version with few images; gives the records of each file."""

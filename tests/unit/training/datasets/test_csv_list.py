@@ -8,8 +8,6 @@ from schemas.errors import DatasetError
 from training.datasets.csv_list import load_csv_list
 from training.datasets.samples import Sample
 
-pytestmark = pytest.mark.unit
-
 HEADER = "category,split,label,image,mask"
 
 

@@ -10,8 +10,6 @@ from training.datasets import elpv
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,8 +8,6 @@ from schemas.errors import DatasetError
 from training.datasets.folders import choose_categories, list_folders, list_images, match_masks
 from training.datasets.samples import Sample, split_normal
 
-pytestmark = pytest.mark.unit
-
 
 def test_suffixes_count_in_any_case_and_other_files_do_not(tmp_path: Path) -> None:
     for name in ("b.JPG", "a.png", "c.Tiff", "Thumbs.db", ".DS_Store", "._a.png", "notes.txt"):

@@ -9,8 +9,6 @@ from schemas.errors import DatasetError
 from training.datasets.magnetic_tile import load_magnetic_tile
 from training.datasets.samples import Sample
 
-pytestmark = pytest.mark.unit
-
 
 def write_tiles(root: Path) -> Path:
     """Write the data set's structure: photographs and masks side by side, empty masks where nothing is wrong."""

@@ -9,8 +9,6 @@ from schemas.errors import DatasetError
 from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import Sample
 
-pytestmark = pytest.mark.unit
-
 TRAIN_IMAGES = 10
 
 

@@ -8,8 +8,6 @@ from helpers.image_files import write_category, write_image, write_images
 from schemas.errors import DatasetError
 from training.datasets.open import Layout, open_dataset
 
-pytestmark = pytest.mark.unit
-
 
 def write_each_layout(root: Path) -> dict[Layout, Path]:
     write_category(root / "mvtec" / "bottle", train=3)

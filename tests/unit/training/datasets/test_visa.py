@@ -8,8 +8,6 @@ from schemas.errors import DatasetError
 from training.datasets.samples import Sample
 from training.datasets.visa import is_visa, load_visa
 
-pytestmark = pytest.mark.unit
-
 
 def write_split(root: Path) -> None:
     (root / "split_csv").mkdir()

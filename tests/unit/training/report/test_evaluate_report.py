@@ -24,8 +24,6 @@ from training.report.plots import BOTTOM, LEFT, RIGHT, TOP, plot_scores
 from training.report.report import JudgedImage, overlay, write_report
 from training.steps.evaluate import Evaluation, ScoredImage, Spread, spread, summarise
 
-pytestmark = pytest.mark.unit
-
 SIDE = 16
 
 

@@ -19,8 +19,6 @@ from torchmetrics.functional.classification import (
 
 from training.report.metrics import CONFIDENCE, PixelTally, aupro, auroc, image_metrics, rate_interval
 
-pytestmark = pytest.mark.unit
-
 SIDE = 24
 labelled_scores = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=60).filter(
     lambda pairs: len({label for _, label in pairs}) == 2

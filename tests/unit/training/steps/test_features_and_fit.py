@@ -28,8 +28,6 @@ from training.steps import fit as fit_module
 from training.steps.features import FeatureCache, FeatureExtractor, FeatureStore
 from training.steps.fit import Step, fit_head, split_rows, whiten_across_folds
 
-pytestmark = pytest.mark.unit
-
 COUNT = 19  # one batch and a part of one
 FLOW = FlowSpec(steps=2, hidden_ratio=0.2, conv3x3_only=False, clamp=2.0)
 RECIPE = TrainingSettings(epochs=2, batch_size=4)

@@ -36,10 +36,7 @@ from training.steps.evaluate import ImageScorer
 from training.steps.features import FeatureExtractor
 from training.steps.quantise import Judged, choose_int8, make_candidates, write_flows, write_version
 
-pytestmark = [
-    pytest.mark.unit,
-    pytest.mark.skipif(not openvino_is_installed(), reason="OpenVINO is not installed"),
-]
+pytestmark = pytest.mark.skipif(not openvino_is_installed(), reason="OpenVINO is not installed")
 
 SIDE = 64
 FLOW = FlowSpec(steps=2, hidden_ratio=0.5, conv3x3_only=False, clamp=2.0, normalisation="none")

@@ -23,7 +23,7 @@ from workers.consume.decode import Decoder
 from workers.consume.worker import StreamWorker
 from workers.ports import Deferral, Detection, Entry, Refusal
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 
 class Bench:

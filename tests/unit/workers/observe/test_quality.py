@@ -14,8 +14,6 @@ from flawstream.telemetry import metrics as m
 from flawstream.telemetry.prometheus import PrometheusMetrics
 from workers.observe.drift import Quality, distance_from_uniform
 
-pytestmark = pytest.mark.unit
-
 
 @pytest.fixture
 def registry() -> CollectorRegistry:

@@ -33,7 +33,7 @@ from workers.observe.stream_gauges import StreamGauges
 from workers.observe.tally import Tally
 from workers.ports import Deferral, Refusal
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ from schemas.wire import MAX_FIELDS, dead_letter_fields, parse_dead_letter, pars
 from workers.outcomes.dead_letter import bury
 from workers.ports import Entry, Refusal
 
-pytestmark = pytest.mark.unit
-
 
 def test_a_dead_letter_keeps_the_original_fields_and_says_why() -> None:
     entry = image_entry(1, image=b"\xff\xd8 broken", deliveries=3)

@@ -15,7 +15,7 @@ from schemas.settings import RedisSettings
 from workers.redis.clients import PasswordFile
 from workers.redis.scripts import address, make_client, require_server, stream_errors
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 PASSWORD = "correct-horse"  # noqa: S105 - no secret
 
