@@ -2,90 +2,22 @@
 
 import hashlib
 import json
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
 from fsspec.registry import known_implementations
+from helpers.registries import FILES, make_manifest, overwrite
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flawstream.registry.registry import Registry, new_version
-from schemas.errors import ConfigError, MixedBackbonesError, RegistryError
-from schemas.manifest import MANIFEST_FORMAT, BackboneSpec, Calibration, FlowSpec, ModelManifest, TrainingRecord
+from schemas.errors import ConfigError, RegistryError
+from schemas.manifest import MANIFEST_FORMAT
 
-FILES = {"flow.safetensors": b"weights", "notes.txt": b""}
 OUTSIDE = ["", ".", "..", "../x", "a/b", "/etc", ".hidden", "a\n", "a\x00", "x" * 129, "ü", "a\\b", "*"]
-
-
-def make_manifest(category: str = "bottle", version: str = "v1", **changes: Any) -> ModelManifest:
-    values: dict[str, Any] = {
-        "category": category,
-        "version": version,
-        "created_at": datetime(2026, 11, 23, 13, 45, tzinfo=UTC),
-        "backbone": BackboneSpec(
-            name="resnet18",
-            weights="timm",
-            weights_sha256="0" * 64,
-            strides=(8, 16),
-            channels=(128, 256),
-            input_size=256,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        ),
-        "flow": FlowSpec(steps=8, hidden_ratio=1.0, conv3x3_only=False, clamp=2.0),
-        "calibration": Calibration(
-            top_fraction=0.03,
-            scores=(0.1, 0.30000000000000004),
-            false_alarm_rate=0.05,
-            threshold=0.3,
-            pixel_threshold=1,
-        ),
-        "training": TrainingRecord(
-            dataset_sha256="1" * 64,
-            train_images=8,
-            calibration_images=2,
-            epochs=1,
-            batch_size=4,
-            learning_rate=1e-3,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            seed=0,
-            final_loss=1.5,
-            duration_s=2.0,
-        ),
-        "libraries": {"torch": "2.14.1"},
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()},
-    }
-    return ModelManifest(**(values | changes))
-
-
-@pytest.fixture(params=["folder", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "folder":
-        yield str(tmp_path / "models[1]")  # brackets are a wildcard to some of fsspec's calls
-        return
-    name = uuid.uuid4().hex
-    yield f"memory://{name}/models"
-    memory = fsspec.filesystem("memory")
-    if memory.exists(name):
-        memory.rm(name, recursive=True)
-
-
-@pytest.fixture
-def registry(root: str) -> Registry:
-    made = Registry(root)
-    made.write(make_manifest(), FILES)
-    return made
-
-
-def overwrite(root: str, path: str, data: bytes) -> None:
-    fs, base = fsspec.core.url_to_fs(root)
-    fs.pipe_file(f"{base}/{path}", data)
 
 
 def test_written_version_reads_back_as_it_was(registry: Registry) -> None:
@@ -126,117 +58,6 @@ def test_another_registry_on_the_root_sees_what_was_written_at_once(root: str) -
     assert reader.categories() == ["bottle"]
     writer.promote("bottle", "v1")
     assert reader.currents() == {"bottle": "v1"}
-
-
-def test_version_serves_only_once_promoted(registry: Registry) -> None:
-    assert registry.current("bottle") is None
-    assert registry.currents() == {}
-    registry.promote("bottle", "v1")
-    assert registry.current("bottle") == "v1"
-    registry.write(make_manifest(version="v2"), FILES)
-    assert registry.currents() == {"bottle": "v1"}
-    registry.promote("bottle", "v2")
-    assert registry.currents() == {"bottle": "v2"}
-    registry.promote("bottle", "v1")
-    assert registry.currents() == {"bottle": "v1"}
-
-
-def test_version_that_does_not_exist_cannot_be_promoted(registry: Registry) -> None:
-    with pytest.raises(RegistryError, match=r"no version 'v9'.*it has: v1"):
-        registry.promote("bottle", "v9")
-    assert registry.current("bottle") is None
-
-
-OTHER = make_manifest().backbone.model_copy(update={"name": "wide_resnet50_2", "weights_sha256": "9" * 64})
-
-
-def test_version_on_another_backbone_than_other_categories_is_not_promoted(registry: Registry) -> None:
-    registry.promote("bottle", "v1")
-    registry.write(make_manifest("can"), FILES)
-    registry.promote("can", "v1")
-    registry.write(make_manifest("can", "v2", backbone=OTHER), FILES)
-    with pytest.raises(MixedBackbonesError) as caught:
-        registry.promote("can", "v2")
-    message = str(caught.value)
-    assert "resnet18 at 256 px (resize area) with strides 8, 16 and weights 000000000000 (bottle)" in message
-    assert "wide_resnet50_2 at 256 px (resize area) with strides 8, 16 and weights 999999999999 (can)" in message
-    assert all(way in message for way in ("train", "registry and a service of its own", "--other-backbone"))
-    assert registry.currents() == {"bottle": "v1", "can": "v1"}
-    registry.promote("can", "v2", other_backbone=True)
-    assert registry.currents() == {"bottle": "v1", "can": "v2"}
-    registry.promote("can", "v1")
-    assert registry.currents() == {"bottle": "v1", "can": "v1"}
-
-
-@pytest.mark.parametrize(
-    "difference",
-    [
-        {"name": "other"},
-        {"input_size": 96},
-        {"strides": (4, 8)},
-        {"blocks": (1, 2)},
-        {"resize": "antialias"},
-        {"weights_sha256": "1" * 64},
-    ],
-    ids=lambda difference: next(iter(difference)),
-)
-def test_each_part_of_a_backbone_s_identity_counts(registry: Registry, difference: dict[str, object]) -> None:
-    registry.promote("bottle", "v1")
-    registry.write(make_manifest("can", backbone=make_manifest().backbone.model_copy(update=difference)), FILES)
-    with pytest.raises(MixedBackbonesError):
-        registry.promote("can", "v1")
-
-
-def test_same_weights_from_elsewhere_are_the_same_backbone(registry: Registry) -> None:
-    registry.promote("bottle", "v1")
-    came_along = make_manifest().backbone.model_copy(update={"weights": "anomalib"})
-    registry.write(make_manifest("can", backbone=came_along), FILES)
-    registry.promote("can", "v1")
-    assert registry.currents() == {"bottle": "v1", "can": "v1"}
-
-
-def test_only_current_category_may_move_to_another_backbone(registry: Registry) -> None:
-    registry.promote("bottle", "v1")
-    registry.write(make_manifest("can"), FILES)  # written and never promoted
-    registry.write(make_manifest(version="v2", backbone=OTHER), FILES)
-    registry.promote("bottle", "v2")
-    assert registry.currents() == {"bottle": "v2"}
-
-
-def test_all_categories_move_together_or_none_does(registry: Registry) -> None:
-    for category in ("bottle", "can", "tile"):
-        if category != "bottle":
-            registry.write(make_manifest(category), FILES)
-        registry.promote(category, "v1")
-        registry.write(make_manifest(category, "v2", backbone=OTHER), FILES)
-    with pytest.raises(MixedBackbonesError):
-        registry.promote_all({"bottle": "v2", "can": "v2"})
-    with pytest.raises(MixedBackbonesError):
-        registry.promote_all({"bottle": "v2", "can": "v2", "tile": "v1"})
-    with pytest.raises(RegistryError, match="no version 'v9'"):
-        registry.promote_all({"bottle": "v2", "can": "v2", "tile": "v9"})
-    assert registry.currents() == dict.fromkeys(("bottle", "can", "tile"), "v1")
-    registry.promote_all(dict.fromkeys(("bottle", "can", "tile"), "v2"))
-    assert registry.currents() == dict.fromkeys(("bottle", "can", "tile"), "v2")
-
-
-def test_damaged_version_of_another_category_stops_no_promotion(registry: Registry, root: str) -> None:
-    registry.write(make_manifest("can"), FILES)
-    registry.promote("can", "v1")
-    overwrite(root, "can/v1/manifest.json", b"{")
-    registry.promote("bottle", "v1")
-    assert registry.current("bottle") == "v1"
-    readable, (damaged,) = registry.current_manifests()
-    assert readable == [make_manifest()]
-    assert "can/v1/manifest.json is damaged" in str(damaged)
-
-
-def test_error_of_many_categories_names_the_first(registry: Registry) -> None:
-    for number in range(12):
-        registry.write(make_manifest(f"part-{number:02}", backbone=OTHER), FILES)
-        registry.promote(f"part-{number:02}", "v1")
-    with pytest.raises(MixedBackbonesError, match=r"\(part-00, .*part-09 and 2 more\); resnet18 .* \(bottle\)"):
-        registry.promote("bottle", "v1")
 
 
 def test_version_is_immutable(registry: Registry) -> None:
