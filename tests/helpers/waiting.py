@@ -67,11 +67,14 @@ def wait_until(
 
 
 async def wait_until_async(
-    find: Callable[[], Awaitable[Found]], what: What, *, deadline_s: float = PATIENCE_S, every_s: float = 0.05
-) -> Found:
-    """Do as `wait_until` does, in an event loop."""
+    is_so: Callable[[], object], what: What, *, deadline_s: float = PATIENCE_S, every_s: float = 0.05
+) -> None:
+    """Wait as `wait_until` does, in an event loop; `is_so` may be a coroutine function."""
     deadline = Deadline(what, deadline_s)
-    while not (found := await find()):
+    while not await _settled(is_so()):
         deadline.check()
         await asyncio.sleep(every_s)
-    return found
+
+
+async def _settled(answer: object) -> object:
+    return await answer if isinstance(answer, Awaitable) else answer

@@ -1,6 +1,5 @@
 """A category whose current version runs on another backbone: its images wait on a real Valkey, and no other does."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -59,13 +58,8 @@ async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results
         write_version(registry, category, "v2", spec=other, promote=False)
         registry.promote(category, "v2", other_backbone=True)
 
-    async def known() -> bool:
-        return detector.status()["categories"] == {"bottle": "v1", "cable": "v2", "tile": "v2"}
-
-    def all_judged(ids: Sequence[str]) -> bool:
-        return set(models(raw)) >= set(ids)
-
-    await wait_until_async(known, "the detector knows the versions")
+    current = {"bottle": "v1", "cable": "v2", "tile": "v2"}
+    await wait_until_async(lambda: detector.status()["categories"] == current, "the detector knows the versions")
     async with make_client(settings.redis) as client:
         worker = ShardedWorker(client, "station", detector, settings)
         with RawRedis(valkey_server.port) as raw:
@@ -73,16 +67,10 @@ async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results
             waiting = push(raw, "tile", BROKEN)
             with_loaded = push(raw, "cable", 4)
             async with working(worker):
-
-                async def others_judged() -> bool:
-                    return all_judged([*first, *with_loaded])
-
-                async def tried_often() -> bool:
-                    return worker.stats.deferred > BROKEN * 3 * MAX_DELIVERIES
-
-                await wait_until_async(others_judged, "images of the other categories are judged")
+                await wait_until_async(lambda: set(models(raw)) >= {*first, *with_loaded}, "the others are judged")
                 await wait_until_async(
-                    tried_often, "those without a version are tried more often than a worker may fail"
+                    lambda: worker.stats.deferred > BROKEN * 3 * MAX_DELIVERIES,
+                    "those that wait are tried more often than one that fails",
                 )
                 assert set(models(raw)) == {*first, *with_loaded}
                 assert {models(raw)[name] for name in with_loaded} == {"cable@v1"}
@@ -90,11 +78,7 @@ async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results
                 assert raw.count("XLEN", "flawstream:images") == BROKEN
                 write_version(registry, "tile", "v3", spec=spec, promote=False)
                 registry.promote("tile", "v3", other_backbone=True)
-
-                async def cured() -> bool:
-                    return all_judged(waiting)
-
-                await wait_until_async(cured, "what waited is judged")
+                await wait_until_async(lambda: set(models(raw)) >= set(waiting), "what waited is judged")
             judged = models(raw)
             assert {judged[name] for name in waiting} == {"tile@v3"}
             assert raw.count("XLEN", "flawstream:dead") == raw.count("XLEN", "flawstream:images") == 0

@@ -226,11 +226,11 @@ async def test_version_on_another_backbone_is_deferred_until_one_on_this_is_prom
         for category in ("cable", "tile"):
             write_version(registry, category, "v2", spec=OTHER, promote=False)
             registry.promote(category, "v2", other_backbone=True)
-
-        async def knows_the_tile() -> bool:
-            return "tile" in service.status()["categories"]  # type: ignore[operator]  # a dictionary
-
-        await wait_until_async(knows_the_tile, "the detector has looked for versions again", every_s=0.001)
+        await wait_until_async(
+            lambda: "tile" in service.status()["categories"],  # type: ignore[operator]  # a dictionary
+            "the detector has looked for versions again",
+            every_s=0.001,
+        )
         bottle, cable, tile = await judge(service, [10, 20, 30], ["bottle", "cable", "tile"])
         assert isinstance(bottle, Detection)
         assert isinstance(cable, Detection)
