@@ -33,7 +33,7 @@ import cv2
 import numpy as np
 import timm
 import torch
-from helpers.tiny_models import write_version  # type: ignore[import-not-found]  # tests/, which is not checked
+from helpers.tiny_models import write_version
 from numpy.typing import NDArray
 from redis.asyncio import Redis
 from rich import box

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
-from helpers.places import TESTS
 
 from schemas.settings import RedisSettings
 from workers.redis.embedded import EmbeddedServer
+
+pytest.register_assert_rewrite("helpers")  # so that their assertions say as much as a test's
+from helpers.places import TESTS  # noqa: E402 - after the line above
 
 # No test limits how fast a machine must be. The gate tries the same examples every time, so that what passed once
 # passes again; `pytest --hypothesis-profile explore` looks for new ones.

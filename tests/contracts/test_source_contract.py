@@ -9,7 +9,7 @@ import boto3
 import pytest
 from aiohttp import web
 from helpers.fakes import png
-from moto.server import ThreadedMotoServer
+from helpers.s3_server import point_to, running_s3
 from redis.asyncio import Redis
 
 from schemas.errors import MessageError, Reason, StreamUnavailableError
@@ -124,7 +124,6 @@ class TestKeySource(SourceContract):
 class HttpWorld:
     def __init__(self, port: int, closed_port: int, kept: dict[str, bytes]) -> None:
         self._port = port
-        self._closed_port = closed_port
         self._kept = kept
         self.source: Source = HttpSource(MAX_BYTES, PATIENCE_S, CONCURRENCY)
         self.cut_off: Source = _Elsewhere(HttpSource(MAX_BYTES, PATIENCE_S, CONCURRENCY), closed_port)
@@ -202,35 +201,24 @@ class _CutOffS3(S3Source):
 
     def __init__(self, port: int) -> None:
         super().__init__(MAX_BYTES, PATIENCE_S, CONCURRENCY)
-        self._endpoint = f"http://127.0.0.1:{port}"
+        self._address = f"http://127.0.0.1:{port}"
 
     async def read(self, reference: Reference) -> bytes:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", self._endpoint)
+            point_to(patch, self._address)
             return await super().read(reference)
 
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with running_s3() as address:
+        yield address
 
 
 class TestS3Source(SourceContract):
     @pytest.fixture
     async def world(self, s3_server: str, closed_port: int, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_ENDPOINT_URL": s3_server,
-        }.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("AWS_PROFILE", raising=False)
+        point_to(monkeypatch, s3_server)
         world = S3World(closed_port)
         yield world
         await world.close()

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from helpers.waiting import wait_until
 from flawstream.imaging.maps import decode_map
 from schemas.messages import AnomalyMap
 from training.datasets.elpv import export_elpv
+from workers.redis.embedded import free_port
 
 PATIENCE_S = 250
 
@@ -89,12 +89,12 @@ def trained(user: User) -> Any:
 
 
 @pytest.fixture(scope="module")
-def serving(user: User, trained: Any, free_port: int) -> Iterator[subprocess.Popen[str]]:
+def serving(user: User, trained: Any) -> Iterator[subprocess.Popen[str]]:
     """Serve with an embedded stream server, in a process group of its own as a terminal gives it."""
     assert trained["failed"] == {}
     with (user.folder / "serve.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            user.command("serve", "--port", free_port),
+            user.command("serve", "--port", free_port()),
             cwd=user.folder,
             env=user.environment,
             stdout=subprocess.PIPE,
@@ -113,13 +113,6 @@ def serving(user: User, trained: Any, free_port: int) -> Iterator[subprocess.Pop
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
         process.communicate()
-
-
-@pytest.fixture(scope="module")
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def descendants(pid: int) -> set[int]:

@@ -11,6 +11,9 @@ from helpers.places import ROOT, TESTS
 
 pytestmark = pytest.mark.timeout(900)
 
+FAULTS = 8
+"""Kinds of them."""
+
 
 def run(program: str, *options: str) -> dict[str, Any]:
     """Run one of the long tests; gives what its last line says."""
@@ -28,10 +31,10 @@ def run(program: str, *options: str) -> dict[str, Any]:
 
 
 def test_every_image_ends_once_though_everything_is_killed_cut_off_and_paused() -> None:
-    told = run("chaos", "--minutes", "2.5")
+    told = run("chaos", "--minutes", "1", "--pause", "4")
     assert (told["lost"], told["duplicates"], told["wrong_ending"], told["unread_by_group"]) == (0, 0, 0, 0)
     assert told["images"] > 0
-    assert set(told["faults"]) >= {"redis_killed", "redis_paused", "replies_cut", "controller_killed", "worker_killed"}
+    assert len(told["faults"]) == FAULTS
 
 
 def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobody() -> None:

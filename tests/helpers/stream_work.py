@@ -11,6 +11,7 @@ from helpers.waiting import PATIENCE_S
 from schemas.errors import StreamUnavailableError
 from workers.backoff import backoff_s
 from workers.consume.sharded import ShardedWorker
+from workers.consume.worker import StreamWorker
 from workers.produce.producer import Producer
 
 
@@ -27,8 +28,8 @@ async def push_surely(producer: Producer, message_id: str) -> str:
 
 
 @asynccontextmanager
-async def working(worker: ShardedWorker) -> AsyncIterator[None]:
-    """Have a worker work."""
+async def working(worker: ShardedWorker | StreamWorker) -> AsyncIterator[None]:
+    """Have a worker work; it is closed at the end where it can be."""
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
     try:
@@ -36,7 +37,8 @@ async def working(worker: ShardedWorker) -> AsyncIterator[None]:
     finally:
         stop.set()
         await task
-        await worker.close()
+        if isinstance(worker, ShardedWorker):
+            await worker.close()
 
 
 def ended(server: Server, stream: str) -> list[str]:

@@ -1,6 +1,5 @@
 """The service with tokens and autoscaling on a real Ray Serve and a real Valkey."""
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from flawstream.registry.registry import Registry
 from schemas.settings import Settings
 from serving import app as service
 from serving import autoscaling
-from workers.redis.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer, free_port
 
 IMAGES, RESULTS = "flawstream:images", "flawstream:results"
 TOKEN = "token-of-line-7"  # noqa: S105 - of a service that lives for this test
@@ -68,9 +67,7 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     write_version(Registry(str(folder)), "bottle", spec=spec)
     tokens = folder / "tokens"
     tokens.write_text(f"{TOKEN}\n", encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     with EmbeddedServer() as server, pytest.MonkeyPatch.context() as patched:
         patched.setattr(autoscaling, "DOWNSCALE_DELAY_S", 1.0)
         service.run(

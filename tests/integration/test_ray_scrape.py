@@ -3,7 +3,6 @@
 The agent keeps the counters of services that other tests had on the same cluster: what is told is what was added.
 """
 
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -25,7 +24,7 @@ from schemas.settings import Settings
 from serving import app as service
 from training.pipeline import Progress, Stage
 from training.progress_metrics import recorded
-from workers.redis.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer, free_port
 
 CATEGORY = "scraped"
 """No other test has it."""
@@ -54,15 +53,13 @@ def redis(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     root = str(tmp_path_factory.mktemp("models"))
     spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
     write_version(Registry(root), CATEGORY, spec=spec)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     with EmbeddedServer() as server, RawRedis(server.port) as redis:
         service.run(
             Settings.model_validate(
                 {
                     "redis": {"url": server.url, "block_ms": 100},
                     "registry": {"root": root},
-                    "api": {"port": port},
+                    "api": {"port": free_port()},
                     "detector": {"engine": "torch"},
                     "metrics": {"report_s": 0.5},
                 }

@@ -1,7 +1,6 @@
 """The whole service on a real Ray Serve and a real Valkey, with producers and consumers that use none of our code."""
 
 import json
-import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from flawstream.registry.registry import Registry
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
-from workers.redis.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer, free_port
 
 IMAGES, RESULTS, DEAD = "flawstream:images", "flawstream:results", "flawstream:dead"
 RESULT_FIELDS = {
@@ -126,9 +125,7 @@ def server() -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture(scope="module")
-def line(
-    cluster: Cluster, server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory, free_port: int
-) -> Iterator[Line]:
+def line(cluster: Cluster, server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     """Serve two categories."""
     assert cluster.cpus > 0
     root = tmp_path_factory.mktemp("models")
@@ -139,7 +136,7 @@ def line(
         {
             "redis": {"url": server.url, "block_ms": 100},
             "registry": {"root": str(root)},
-            "api": {"port": free_port},
+            "api": {"port": free_port()},
             "limits": {"max_image_bytes": 65536},
             "worker": {"batch_size": 8, "claim_idle_ms": 1000, "sweep_s": 0.5},
             "detector": {"engine": "torch"},
@@ -149,13 +146,6 @@ def line(
     with RawRedis(server.port) as redis:
         yield Line(settings, redis, server.port)
     service.stop()
-
-
-@pytest.fixture(scope="module")
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_image_pushed_over_a_plain_socket_comes_back_with_the_documented_fields(line: Line) -> None:
