@@ -2,7 +2,8 @@
 #
 #   make demo          train and serve two categories of solar cells, end to end (KEEP=1 leaves everything up)
 #   make test          all tests            make check    lint, types, imports
-#   make unit | integration | e2e           one folder of tests
+#   make unit | contracts | integration | e2e | ...   one folder of tests (ARGS goes to pytest)
+#   make coverage      which lines unit tests and contracts run (ARGS=tests/integration adds to them)
 #   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
 #   make test-chart    the Helm chart in more than a thousand combinations of its values
 #   make test-image    the image's build scripts in a bare Debian, and the chart's containers in what they made (root, debootstrap)
@@ -29,10 +30,10 @@ PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts integration e2e test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream bench-verdicts constraints clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream bench-verdicts constraints clean
 
 help:
-	@sed -n '1,16s/^# \{0,1\}//p' Makefile
+	@sed -n '1,17s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -57,8 +58,14 @@ check: setup
 	@echo "==> types"; $(BIN) -m mypy
 	@echo "==> imports"; $(BIN) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
+# What computes and starts little runs on all cores at once, one thread each; Ray and the servers have them to themselves.
+AT_ONCE := unit contracts monitoring
+IN_TURN := chart integration e2e
+PYTEST_AT_ONCE := OMP_NUM_THREADS=1 $(BIN) -m pytest -n auto --dist worksteal
+
 test: setup prometheus
-	@$(BIN) -m pytest
+	@$(PYTEST_AT_ONCE) $(AT_ONCE:%=tests/%)
+	@$(BIN) -m pytest $(IN_TURN:%=tests/%)
 
 prometheus: $(PROMETHEUS_STAMP)
 
@@ -79,9 +86,14 @@ $(PROMETHEUS_STAMP):
 boards: setup
 	@$(BIN) -m k8s.boards
 
-e2e: prometheus
-unit contracts integration e2e: setup
-	@$(BIN) -m pytest tests/$@
+monitoring e2e: prometheus
+$(AT_ONCE): setup
+	@$(PYTEST_AT_ONCE) tests/$@ $(ARGS)
+$(IN_TURN): setup
+	@$(BIN) -m pytest tests/$@ $(ARGS)
+
+coverage: setup
+	@$(PYTEST_AT_ONCE) --cov --cov-report=term tests/unit tests/contracts $(ARGS)
 
 test-chaos test-fuzz test-overload: setup
 	@PYTHONPATH=tests $(BIN) -m soak.$(@:test-%=%) $(ARGS)
@@ -135,4 +147,4 @@ constraints: setup
 	@mv constraints.new constraints.txt; echo "==> constraints.txt written"
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(PROMETHEUS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(PROMETHEUS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

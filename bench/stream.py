@@ -33,12 +33,12 @@ import cv2
 import numpy as np
 import timm
 import torch
+from helpers.tiny_models import write_version
 from numpy.typing import NDArray
 from redis.asyncio import Redis
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tiny_models import write_version  # type: ignore[import-not-found]  # tests/, which is not checked
 
 from bench.stream_plot import Drawn, draw
 from flawstream.engines.choose import make_engine, quiet_torch

@@ -1,4 +1,4 @@
-"""What tests of more than one folder share: a real Valkey server, async tests on asyncio, Hypothesis's settings."""
+"""What tests of more than one folder share: markers, a real Valkey server, asyncio, Hypothesis's settings."""
 
 import socket
 from collections.abc import Iterator
@@ -9,11 +9,21 @@ import pytest
 from schemas.settings import RedisSettings
 from workers.redis.embedded import EmbeddedServer
 
+pytest.register_assert_rewrite("helpers")  # so that their assertions say as much as a test's
+from helpers.places import TESTS  # noqa: E402 - after the line above
+
 # No test limits how fast a machine must be. The gate tries the same examples every time, so that what passed once
 # passes again; `pytest --hypothesis-profile explore` looks for new ones.
 hypothesis.settings.register_profile("gate", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("gate")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses among them
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with the name of its folder."""
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTS).parts[0])
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
     .venv-anomalib/bin/python bench/peers/anomalib_fixtures.py
 
-The networks are anomalib's with few channels (`tests/small_backbones.py`). The maps are of pixels, and of a JPEG and a
-PNG that anomalib reads and resizes. Weights are rounded to float16 before
-anything is computed, so that the files are small and nothing is lost.
+The networks are anomalib's with few channels (`tests/helpers/small_backbones.py`). The maps are of pixels, and of a
+JPEG and a PNG that anomalib reads and resizes. Weights are rounded to float16 before anything is computed, so that the
+files are small and nothing is lost.
 """
 
 import sys
@@ -24,7 +24,7 @@ from torch import Tensor
 
 TESTS = Path(__file__).parents[2] / "tests"
 sys.path.insert(0, str(TESTS))
-from small_backbones import SIDE, SMALL, shrink  # noqa: E402 - its folder is no package
+from helpers.small_backbones import SIDE, SMALL, shrink  # noqa: E402 - found on the path that the line above adds
 
 FIXTURES: dict[str, dict[str, Any]] = {
     "resnet18": {"flow_steps": 3, "hidden_ratio": 0.5},

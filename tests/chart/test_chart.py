@@ -4,15 +4,14 @@ import copy
 import re
 from typing import Any
 
-import conformity
 import jsonschema
 import kubernetes_validate
-import links
 import pytest
-from combinations import AXES
 from helm_python import HelmError, lint
-from node import ENDS
-from rendered import CHART, merged, notes, owner, pods, profile, render
+from helpers.chart import conformity, links
+from helpers.chart.combinations import AXES
+from helpers.chart.node import ENDS
+from helpers.chart.rendered import CHART, merged, notes, owner, pods, profile, render
 
 from k8s.reference import SCHEMA, TABLE, make_schema, make_table
 

@@ -16,18 +16,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import conformity
-import links
 import pytest
 import uvicorn
 import yaml
-from fakes import FakeDetector, png
 from helm_python import Chart, lint, parse_set_string
-from image_files import write_category
-from page import Ran, commands, files, session
-from raw_redis import RawRedis
-from rendered import CHART, NAMESPACE, RELEASE, Body, merged, owner, pods, render
-from tiny_models import write_version
+from helpers.chart import conformity, links
+from helpers.chart.page import Ran, commands, files, session
+from helpers.chart.rendered import CHART, NAMESPACE, RELEASE, Body, merged, owner, pods, render
+from helpers.fakes import FakeDetector, png
+from helpers.image_files import write_category
+from helpers.places import ROOT
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -36,8 +36,7 @@ from serving.api.api import build_api
 from workers.produce.producer import Producer
 from workers.redis.embedded import EmbeddedServer
 
-HOME = CHART.parents[1]
-PAGE = (HOME / "docs" / "deploy.md").read_text()
+PAGE = (ROOT / "docs" / "deploy.md").read_text()
 FILES = files(PAGE)
 OTHERS_CHARTS = ("kuberay/kuberay-operator", "kuberay-operator-1.6.0.tgz")
 OURS = "flawstream-0.1.0.tgz"
@@ -103,7 +102,7 @@ def ran(folder: Path) -> list[Ran]:
     work.mkdir()
     for name in ("data", "models", "tmp"):
         (pod / name).mkdir(parents=True)
-    (work / "k8s").symlink_to(HOME / "k8s")
+    (work / "k8s").symlink_to(ROOT / "k8s")
     (work / "part.png").write_bytes(png(200, (64, 64)))
     write_category(work / "data" / "bottle")
     curl = shutil.which("curl")
@@ -124,7 +123,7 @@ def ran(folder: Path) -> list[Ran]:
             "PAGE_REDIS": str(server.port),
             "PAGE_API": str(listening.getsockname()[1]),
             "PAGE_CURL": curl,
-            "PYTHONPATH": f"{HOME}:{HOME / 'tests'}",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         }
         with session(folder, environment) as shell:
             found = []
@@ -188,7 +187,7 @@ def test_links_of_the_page_lead_somewhere() -> None:
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif not target.startswith("https://"):
-            assert (HOME / "docs" / target).exists(), target
+            assert (ROOT / "docs" / target).exists(), target
 
 
 def test_files_of_the_page_are_what_a_cluster_takes() -> None:
@@ -349,7 +348,7 @@ def check_docker(words: list[str]) -> None:
         return
     assert plain[1:] == ["."]
     asked = dict(flags)
-    text = (HOME / asked["--file"]).read_text()
+    text = (ROOT / asked["--file"]).read_text()
     assert f" AS {asked['--target']}\n" in text
     for name, value in flags:
         if name == "--build-arg":

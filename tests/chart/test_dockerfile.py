@@ -7,10 +7,10 @@ import tomllib
 from pathlib import Path
 
 import yaml
-from rendered import CHART
+from helpers.chart.rendered import CHART
+from helpers.places import ROOT
 
-HOME = Path(__file__).parents[2]
-DOCKER = HOME / "k8s" / "docker"
+DOCKER = ROOT / "k8s" / "docker"
 TEXT = (DOCKER / "Dockerfile").read_text()
 WHOLE = TEXT.replace("\\\n", " ")
 
@@ -32,19 +32,19 @@ def test_user_and_version_are_the_chart_s() -> None:
     assert f"USER {user}:{user}" in TEXT
     assert f"--uid {user} " in (DOCKER / "account.sh").read_text()
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    project = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"ARG VERSION={project['version']}\n" in TEXT
     assert chart["appVersion"] == project["version"]
 
 
 def test_extras_are_ours_and_none_is_for_development() -> None:
-    ours = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extras in re.findall(r"(?m)^ARG EXTRAS=(\S+)$", TEXT):
         assert set(extras.split(",")) == set(ours) - {"demo", "dev"}
 
 
 def test_whatever_is_run_is_run_without_docker_as_well() -> None:
-    proof = (HOME / "tests" / "chart" / "build_image_root.sh").read_text()
+    proof = (ROOT / "tests" / "chart" / "build_image_root.sh").read_text()
     commands = re.findall(r"(?m)^RUN (?:--mount=\S+\s+)*(.+)$", WHOLE)
     assert commands
     for command in commands:
@@ -56,9 +56,9 @@ def test_whatever_is_run_is_run_without_docker_as_well() -> None:
 def test_what_is_copied_is_there_and_is_let_through() -> None:
     let_through = re.findall(r"(?m)^!(\S+)$", (DOCKER / "Dockerfile.dockerignore").read_text())
     for path in let_through:
-        assert (HOME / path).exists(), path
+        assert (ROOT / path).exists(), path
     for line in re.findall(r"(?m)^COPY (?!--from)(.+)$", WHOLE):
         for source in line.split()[:-1]:
             assert source == "." or source in let_through, source
-    packages = tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
     assert {name.rstrip("*") for name in packages} <= set(let_through)

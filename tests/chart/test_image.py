@@ -7,18 +7,19 @@ import json
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from combinations import AXES
-from image_files import write_category
-from node import Node, image_environment
-from rendered import Body, Pod, merged, pods, profile, render
+from helpers.chart.combinations import AXES
+from helpers.chart.node import Node, image_environment
+from helpers.chart.rendered import Body, Pod, merged, pods, profile, render
+from helpers.image_files import write_category
+from helpers.places import ROOT
+from helpers.waiting import wait_until
 
-FOLDER = Path(__file__).parents[2] / "build" / "image"
+FOLDER = ROOT / "build" / "image"
 ROOT = FOLDER / "root"
 USER = 10001
 PATIENCE_S = 200
@@ -63,11 +64,14 @@ def asked(url: str, *, method: str = "GET", token: str = "", data: str = "") -> 
 
 def wait_for(what: str, ready: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
     """Wait until something is so, unless a process ends before."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not ready():
+
+    def so() -> bool:
+        if ready():
+            return True
         assert process is None or process.poll() is None, f"{what} has ended: {process.args!s}"
-        assert time.monotonic() < end_s, what
-        time.sleep(0.5)
+        return False
+
+    wait_until(so, what, deadline_s=PATIENCE_S, every_s=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from boards import ALERTS, FILES, RUNBOOKS
-from rendered import render
+from helpers.boards import ALERTS, FILES, RUNBOOKS
+from helpers.chart.rendered import render
 
 ALL: dict[str, Any] = {"monitor": "PodMonitor", "rules": True, "dashboards": True}
 

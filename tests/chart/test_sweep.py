@@ -6,11 +6,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import conformity
-import links
 import pytest
-from combinations import combinations, pairs, values_of
-from rendered import render
+from helpers.chart import conformity, links
+from helpers.chart.combinations import combinations, pairs, values_of
+from helpers.chart.rendered import render
 
 LEAST = 1000
 

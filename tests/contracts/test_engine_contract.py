@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.tiny_models import make_manifest
 from numpy.typing import NDArray
-from tiny_models import make_manifest
 
 from flawstream.engines.fake_engine import FakeEngine
 from flawstream.engines.ncnn import engine as ncnn_engine
 from flawstream.engines.ncnn.engine import NcnnEngine
+from flawstream.engines.openvino.compile import openvino_is_installed
 from flawstream.engines.openvino.engine import OpenvinoEngine
-from flawstream.engines.openvino.int8_graph import Int8Flows, Int8Graph, int8_pays
+from flawstream.engines.openvino.int8_graph import Int8Flows, Int8Graph
 from flawstream.engines.protocol import Engine, Loaded
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone
@@ -25,8 +26,6 @@ from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from schemas.manifest import FlowSpec, Int8Trial
 from schemas.settings import ModelSettings
 from training.steps.quantise import write_flows, write_version
-
-pytestmark = pytest.mark.contracts
 
 Images = NDArray[np.uint8]
 Grids = list[NDArray[np.float32]]
@@ -320,7 +319,7 @@ def test_pixels_between_grey_levels_count(contract: type[EngineContract], weight
             assert error <= 0.1 * np.abs(coarse[rows] - exact[rows]).max()
 
 
-@pytest.mark.skipif(not int8_pays(), reason="this CPU has no instructions for int8, or OpenVINO is not installed")
+@pytest.mark.skipif(not openvino_is_installed(), reason="OpenVINO is not installed")
 class Int8Contract(EngineContract):
     """Versions with int8 graphs, of the flows and of all, and one without: as any others, but for what int8 loses."""
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 import pytest
-from fakes import ARRIVED, FakeReader, FakeSink, FakeStream, image_entry, make_result, png
+from helpers.fakes import ARRIVED, FakeReader, FakeSink, FakeStream, image_entry, make_result, png
 from redis.asyncio import Redis
 
 from schemas.errors import Reason
@@ -17,7 +17,7 @@ from workers.consume.sink import RedisResultSink
 from workers.ports import Completion, ResultSink
 from workers.redis.connection import make_client
 
-pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 PLENTY_BYTES = 1 << 30
 

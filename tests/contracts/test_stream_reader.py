@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import pytest
-from fakes import FakeReader, FakeStream, image_entry, png
+from helpers.fakes import FakeReader, FakeStream, image_entry, png
 from redis.asyncio import Redis
 
 from schemas.keys import StreamKeys
@@ -16,7 +16,7 @@ from workers.ports import Entry, StreamReader
 from workers.redis.connection import make_client
 from workers.redis.scripts import Script
 
-pytestmark = [pytest.mark.contracts, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 PLENTY_BYTES = 1 << 30
 

@@ -5,23 +5,21 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from raw_redis import RawRedis
+from helpers.raw_redis import RawRedis
+from helpers.waiting import wait_until
 
 from flawstream.imaging.maps import decode_map
 from schemas.messages import AnomalyMap
 from training.datasets.elpv import export_elpv
-
-pytestmark = pytest.mark.e2e
+from workers.redis.embedded import free_port
 
 PATIENCE_S = 250
 
@@ -91,12 +89,12 @@ def trained(user: User) -> Any:
 
 
 @pytest.fixture(scope="module")
-def serving(user: User, trained: Any, free_port: int) -> Iterator[subprocess.Popen[str]]:
+def serving(user: User, trained: Any) -> Iterator[subprocess.Popen[str]]:
     """Serve with an embedded stream server, in a process group of its own as a terminal gives it."""
     assert trained["failed"] == {}
     with (user.folder / "serve.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            user.command("serve", "--port", free_port),
+            user.command("serve", "--port", free_port()),
             cwd=user.folder,
             env=user.environment,
             stdout=subprocess.PIPE,
@@ -115,13 +113,6 @@ def serving(user: User, trained: Any, free_port: int) -> Iterator[subprocess.Pop
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
         process.communicate()
-
-
-@pytest.fixture(scope="module")
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def descendants(pid: int) -> set[int]:
@@ -251,7 +242,8 @@ def test_ctrl_c_ends_the_service_in_order_and_leaves_no_process_behind(
     assert log.splitlines()[-1] == "stopped"
     assert "Traceback" not in log
     assert "INFO" not in log
-    deadline_s = time.monotonic() + 10
-    while left := {pid for pid in children if is_running(pid)}:  # the last ones are being killed
-        assert time.monotonic() < deadline_s, f"still there: {left}"
-        time.sleep(0.1)
+
+    def left() -> set[int]:
+        return {pid for pid in children if is_running(pid)}
+
+    wait_until(lambda: not left(), lambda: f"the last ones are killed, {left()} are still there")

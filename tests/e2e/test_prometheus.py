@@ -19,16 +19,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 import yaml
-from boards import ALERTS, alerts, boards, filled_in, queries, vector_selectors
-from fakes import png
-from prometheus_server import PrometheusServer, needs_prometheus
-from raw_redis import RawRedis
-from tiny_models import write_version
+from helpers.boards import ALERTS, alerts, boards, filled_in, queries, vector_selectors
+from helpers.fakes import png
+from helpers.places import ROOT
+from helpers.prometheus_server import PrometheusServer, needs_prometheus
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
+from helpers.waiting import Deadline, wait_until
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -40,10 +43,12 @@ from schemas.settings import BacklogSettings, MetricsSettings, RedisSettings, Se
 from workers.produce.producer import Producer
 from workers.redis.embedded import EmbeddedServer, free_port
 
-pytestmark = [pytest.mark.e2e, needs_prometheus]
+pytestmark = needs_prometheus
 
 PATIENCE_S = 180.0
-GUIDE = Path(__file__).parents[2] / "docs" / "how-to" / "monitor.md"
+patiently = partial(wait_until, deadline_s=PATIENCE_S, every_s=0.5)
+"""Ray and Prometheus look only every few seconds."""
+GUIDE = ROOT / "docs" / "how-to" / "monitor.md"
 MODEL = {"strides": [16, 32], "input_size": 64, "flow_steps": 2, "hidden_ratio": 0.2}
 NO_DATA_YET: dict[str, str] = {}
 """Queries of boards that have no data in this scene, and why."""
@@ -106,6 +111,16 @@ class Plant:
             if _command(process).startswith(b"ray::ServeReplica:flawstream:StreamWorker")
             and _parent(_parent(int(process.name))) == self.head
         ]
+
+    def push_good_and_bad(self) -> None:
+        """Push images, what is none, and one of a category that is unknown; write a version that is damaged."""
+        with RawRedis(self.port) as redis:
+            for number in range(40):
+                redis("XADD", "flawstream:images", "*", "category", "bottle", "image", png(number))
+            for _ in range(12):
+                redis("XADD", "flawstream:images", "*", "category", "bottle", "image", b"no image")
+            write_version(self.registry, "broken", spec=self.spec, weights=b"no weights")
+            redis("XADD", "flawstream:images", "*", "category", "ghost", "image", png())
 
     def push_for_damaged(self) -> None:
         """Push for a category whose version is damaged; a detector knows it once it has looked for new ones."""
@@ -177,38 +192,48 @@ def first_line(stream: IO[str] | None, log: Path) -> dict[str, Any]:
     return told
 
 
+def write_settings(folder: Path, redis: str, worker: str) -> Path:
+    """Write the plant's settings: all is done in moments."""
+    config = folder / "settings.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "redis": {"url": redis, "block_ms": 100},
+                "worker": {"claim_idle_ms": 5000, "sweep_s": 1.0},
+                "registry": {"root": str(folder / "models")},
+                "api": {"port": free_port()},
+                "detector": {"engine": "torch", "refresh_s": 0.5},
+                "model": {"input_size": 64, "flow_steps": 2},
+                "training": {"epochs": 60, "batch_size": 4, "false_alarm_rate": 0.4},
+                "metrics": {"port": int(worker.rpartition(":")[2]), "report_s": 0.5},
+            }
+        )
+    )
+    return config
+
+
+def write_data_set(folder: Path) -> None:
+    for number in range(16):
+        image = folder / "cable" / "train" / "good" / f"{number:02}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(png(number))
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Plant, PrometheusServer]]:
     folder = tmp_path_factory.mktemp("plant")
-    registry = folder / "models"
+    registry = Registry(str(folder / "models"))
     spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
-    write_version(Registry(str(registry)), "bottle", spec=spec)
-    for number in range(16):
-        image = folder / "data" / "cable" / "train" / "good" / f"{number:02}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        image.write_bytes(png(number))
+    write_version(registry, "bottle", spec=spec)
+    write_data_set(folder / "data")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLAWSTREAM_", "RAY_"))}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     temporary = Path(tempfile.mkdtemp(prefix="fs", dir="/tmp"))  # Ray's sockets ask for a short path
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         server = stack.enter_context(EmbeddedServer())
-        config = folder / "settings.yaml"
         worker = f"127.0.0.1:{free_port()}"
-        config.write_text(
-            json.dumps(
-                {
-                    "redis": {"url": server.url, "block_ms": 100},
-                    "worker": {"claim_idle_ms": 5000, "sweep_s": 1.0},
-                    "registry": {"root": str(registry)},
-                    "api": {"port": free_port()},
-                    "detector": {"engine": "torch", "refresh_s": 0.5},
-                    "model": {"input_size": 64, "flow_steps": 2},
-                    "training": {"epochs": 60, "batch_size": 4, "false_alarm_rate": 0.4},
-                    "metrics": {"port": int(worker.rpartition(":")[2]), "report_s": 0.5},
-                }
-            )
-        )
+        config = write_settings(folder, server.url, worker)
         ray = f"127.0.0.1:{free_port()}"
         cluster = stack.enter_context(
             program(
@@ -220,7 +245,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Plant, P
             )
         )
         found = temporary / "prom_metrics_service_discovery.json"
-        wait_until(lambda: found.exists() or cluster.poll() is not None, "Ray did not start")
+        patiently(lambda: found.exists() or cluster.poll() is not None, "Ray starts")
         for command in (["worker"], ["serve", "--ray", ray]):
             log = folder / f"{command[0]}.log"
             process = stack.enter_context(
@@ -233,17 +258,14 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Plant, P
         jobs = [*guide_jobs(found, worker), {"job_name": "camera", "static_configs": [{"targets": [producer]}]}]
         prometheus = PrometheusServer(folder, jobs, [ALERTS])
         stack.callback(prometheus.close)
-        wait_until(lambda: len(prometheus.query("flawstream_stream_up == 1")) >= 3, "not all are scraped")
+        patiently(
+            lambda: len(prometheus.query("flawstream_stream_up == 1")) >= 3,
+            "all are scraped",
+        )
         loaded = f'{m.MODEL_LOADS.name}{{outcome="first"}} > 0.5'  # so that a failure from now on is an increase
-        wait_until(lambda: len(prometheus.query(loaded)) == 2, "not both detectors are scraped")
-        plant = Plant(RedisSettings(url=server.url), server.port, metrics, cluster.pid, Registry(str(registry)), spec)
-        with RawRedis(server.port) as redis:
-            for number in range(40):
-                redis("XADD", "flawstream:images", "*", "category", "bottle", "image", png(number))
-            for _ in range(12):
-                redis("XADD", "flawstream:images", "*", "category", "bottle", "image", b"no image")
-            write_version(Registry(str(registry)), "broken", spec=spec, weights=b"no weights")
-            redis("XADD", "flawstream:images", "*", "category", "ghost", "image", png())
+        patiently(lambda: len(prometheus.query(loaded)) == 2, "both detectors are scraped")
+        plant = Plant(RedisSettings(url=server.url), server.port, metrics, cluster.pid, registry, spec)
+        plant.push_good_and_bad()
         log = folder / "train.log"
         stack.enter_context(
             program(
@@ -253,13 +275,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Plant, P
             )
         )
         yield plant, prometheus
-
-
-def wait_until(so: Any, otherwise: str) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not so():
-        assert time.monotonic() < deadline_s, otherwise
-        time.sleep(0.5)
 
 
 def _as_shown(where: str, expr: str) -> str:
@@ -275,10 +290,10 @@ def test_every_query_has_data_and_alerts_are_those_that_there_is_cause_for(
     quiet = {f"alert: {name}" for name in QUIET}
     missing = set(asked) - set(NO_DATA_YET) - quiet
     unexpected: dict[str, object] = {}
-    deadline_s = time.monotonic() + PATIENCE_S
     damaged = True
+    deadline = Deadline(lambda: f"data of {sorted(missing)}", PATIENCE_S)
     while missing:
-        assert time.monotonic() < deadline_s, sorted(missing)
+        deadline.check()
         if "alert: FlawstreamModelLoadFails" in missing:
             plant.push_for_damaged()
         elif damaged:
@@ -338,9 +353,15 @@ def test_what_was_done_is_what_is_told(watched: tuple[Plant, PrometheusServer]) 
     def told(expr: str) -> float:
         return sum(value for _, value in prometheus.query(expr))
 
-    wait_until(lambda: told('flawstream_dead_letters_total{reason="undecodable"}') == 12, "dead letters")
-    wait_until(lambda: told('flawstream_dead_letters_total{reason="unknown_category"}') == 1, "the unknown category")
-    wait_until(lambda: told('flawstream_training_jobs_total{outcome="done"}') > 0.5, "training is not told as done")
+    patiently(
+        lambda: told('flawstream_dead_letters_total{reason="undecodable"}') == 12,
+        "dead letters",
+    )
+    patiently(lambda: told('flawstream_dead_letters_total{reason="unknown_category"}') == 1, "the unknown category")
+    patiently(
+        lambda: told('flawstream_training_jobs_total{outcome="done"}') > 0.5,
+        "training is done",
+    )
     assert told("max(flawstream_stream_up)") == 1
     poison = 'flawstream_dead_letters_total{reason="poison"}'
     assert {labels["job"] for labels, _ in prometheus.query(poison)} == {"ray", "flawstream-worker", "camera"}
@@ -360,12 +381,12 @@ def test_replicas_that_end_again_and_again_are_an_alert(watched: tuple[Plant, Pr
     def healthy() -> list[float]:
         return [value for labels, value in prometheus.query(usual) if labels["deployment"] == "StreamWorker"]
 
-    wait_until(lambda: healthy() == [1.0], "the rule never saw the stream worker healthy")
+    patiently(lambda: healthy() == [1.0], "the rule sees the stream worker healthy")
     for number in range(1, 4):
-        wait_until(lambda so_far=number: started() == so_far, f"Serve has no replica {number}")
+        patiently(lambda so_far=number: started() == so_far, f"Serve starts replica {number}")
         (pid,) = plant.stream_workers()
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: prometheus.query(rule["expr"]), f"three restarts are no alert, {started()} were started")
+    patiently(lambda: prometheus.query(rule["expr"]), lambda: f"three restarts are an alert; {started()} were started")
     ((labels, restarts),) = prometheus.query(rule["expr"])
     assert labels["deployment"] == "StreamWorker"
     assert 2.5 < restarts < 4  # three, as `increase` extrapolates between scrapes

@@ -4,21 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.places import ROOT, TESTS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
-TESTS = Path(__file__).parent.parent
+FAULTS = 8
+"""Kinds of them."""
 
 
 def run(program: str, *options: str) -> dict[str, Any]:
     """Run one of the long tests; gives what its last line says."""
     done = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-m", f"soak.{program}", *options],
-        cwd=TESTS.parent,
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
@@ -30,10 +31,10 @@ def run(program: str, *options: str) -> dict[str, Any]:
 
 
 def test_every_image_ends_once_though_everything_is_killed_cut_off_and_paused() -> None:
-    told = run("chaos", "--minutes", "2.5")
+    told = run("chaos", "--minutes", "1", "--pause", "4")
     assert (told["lost"], told["duplicates"], told["wrong_ending"], told["unread_by_group"]) == (0, 0, 0, 0)
     assert told["images"] > 0
-    assert set(told["faults"]) >= {"redis_killed", "redis_paused", "replies_cut", "controller_killed", "worker_killed"}
+    assert len(told["faults"]) == FAULTS
 
 
 def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobody() -> None:

@@ -6,12 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from image_files import write_images
+from helpers.image_files import write_images
 
 from flawstream.registry.registry import Registry
-
-pytestmark = pytest.mark.e2e
 
 
 def test_sound_category_is_trained_and_the_damaged_one_is_reported_as_failed(tmp_path: Path) -> None:

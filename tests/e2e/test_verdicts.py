@@ -11,7 +11,7 @@ from bench.verdicts import compare, write_cut
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 LEAST_AUROC = 0.85
 THRESHOLD_OF_MANY = 1.6

@@ -1,10 +1,16 @@
-"""What integration tests share: one Ray cluster on this machine."""
+"""What integration tests share: one Ray cluster on this machine, and one server with users."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from hashlib import sha256
 
 import pytest
+from helpers.acl_plant import PASSWORD, Plant
 
 from flawstream_cli import cluster as ray_cluster
+from schemas.settings import RedisSettings
+from workers.acl import Role, access_rules, user_line
+from workers.redis.connection import make_client
+from workers.redis.embedded import EmbeddedServer
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +18,24 @@ def cluster() -> Iterator[ray_cluster.Cluster]:
     """Start a Ray cluster for all tests that ask for it."""
     yield ray_cluster.connect()
     ray_cluster.disconnect()
+
+
+@pytest.fixture(scope="session")
+def acl_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """Start a server of its own: it keeps users, and an AOF to wait for."""
+    with EmbeddedServer(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture(params=[0, 12], ids=["one set of streams", "shards"])
+async def plant(acl_server: EmbeddedServer, request: pytest.FixtureRequest) -> AsyncIterator[Plant]:
+    """Give an empty server with its users and one set of streams, or several."""
+    base = RedisSettings(url=acl_server.url, prefix="plant[7]", shards=request.param, block_ms=20)
+    async with make_client(base) as admin:
+        await admin.config_set("maxmemory", 0)
+        await admin.flushall()
+        for role in Role:
+            rules = access_rules(role, base.prefix, base.shards, ["frames:"])
+            line = user_line(f"plant-{role}", rules, sha256(PASSWORD.encode()).hexdigest())
+            await admin.execute_command(*line.split())
+        yield Plant(admin, base)

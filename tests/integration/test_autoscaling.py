@@ -1,7 +1,5 @@
 """The service with tokens and autoscaling on a real Ray Serve and a real Valkey."""
 
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,9 +7,10 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-from raw_redis import RawRedis
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
+from helpers.waiting import wait_until
 from ray import serve
-from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -19,12 +18,9 @@ from flawstream_cli.cluster import Cluster
 from schemas.settings import Settings
 from serving import app as service
 from serving import autoscaling
-from workers.redis.embedded import EmbeddedServer
-
-pytestmark = pytest.mark.integration
+from workers.redis.embedded import EmbeddedServer, free_port
 
 IMAGES, RESULTS = "flawstream:images", "flawstream:results"
-PATIENCE_S = 120.0
 TOKEN = "token-of-line-7"  # noqa: S105 - of a service that lives for this test
 MOST = 3
 PER_REPLICA = 20
@@ -51,10 +47,10 @@ class Service:
 
     def await_replicas(self, deployment: str, number: int) -> None:
         """Wait until so many replicas run, and no others are there."""
-        deadline_s = time.monotonic() + PATIENCE_S
-        while (there := self.replicas(deployment)) != {"RUNNING": number}:
-            assert time.monotonic() < deadline_s, f"{there}, not {number}"
-            time.sleep(0.1)
+        wait_until(
+            lambda: self.replicas(deployment) == {"RUNNING": number},
+            lambda: f"{number} replicas of {deployment}, and not {self.replicas(deployment)}",
+        )
 
     def _status(self, deployment: str) -> dict[object, int]:
         states: dict[object, int] = (
@@ -71,9 +67,7 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     write_version(Registry(str(folder)), "bottle", spec=spec)
     tokens = folder / "tokens"
     tokens.write_text(f"{TOKEN}\n", encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     with EmbeddedServer() as server, pytest.MonkeyPatch.context() as patched:
         patched.setattr(autoscaling, "DOWNSCALE_DELAY_S", 1.0)
         service.run(
@@ -109,10 +103,7 @@ def test_image_pushed_over_http_with_a_token_comes_back_on_the_results_stream(ru
     assert accepted[0].json() == accepted[1].json()
     assert accepted[0].json()["id"] == "cam1-7"
     assert accepted[0].headers["X-Content-Type-Options"] == "nosniff"
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not running.redis.count("XLEN", RESULTS):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    wait_until(lambda: running.redis.count("XLEN", RESULTS), "the image's result")
     ((_, result),) = running.redis.entries(RESULTS)
     assert (result["id"], result["traceparent"]) == (b"cam1-7", trace.encode())
     assert result["captured_at"].startswith(b"2026-01-01T12:00:00")

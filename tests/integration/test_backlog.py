@@ -12,7 +12,7 @@ from schemas.settings import RedisSettings
 from workers.observe.backlog import Backlog
 from workers.redis.connection import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 GROUP = "workers"
 

@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 import typer
-from command_line import Run, make_run
-from fakes import png
-from raw_redis import RawRedis
+from helpers.command_line import Run, make_run
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
 
 from flawstream_cli.commands import push as push_command
 from schemas.errors import Reason
 from schemas.messages import DeadLetter
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields
-
-pytestmark = pytest.mark.integration
 
 
 @pytest.fixture

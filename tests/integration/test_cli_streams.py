@@ -7,18 +7,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from command_line import Ran, Run, make_run
-from fakes import make_result, png
-from raw_redis import RawRedis
-from tiny_models import SPEC, write_version
+from helpers.command_line import Ran, Run, make_run
+from helpers.fakes import make_result, png
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import SPEC, write_version
 
 from flawstream.registry.registry import Registry
 from schemas.errors import Reason
 from schemas.messages import DeadLetter, Verdict
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
-
-pytestmark = pytest.mark.integration
 
 HOSTILE = "\x1b[2J[red]part[/]\x07\u202e"
 HARMLESS = "\N{REPLACEMENT CHARACTER}[2J[red]part[/]\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"

@@ -4,15 +4,15 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from helpers.redis_servers import Server, running
 from redis.asyncio import Redis
-from redis_servers import Server, running
 
 from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings
 from workers.redis.connection import make_client
 from workers.redis.errors import stream_errors
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 MOMENTS = 12
 """Turns of the event loop after which it is closed: from before the command is written to after it."""

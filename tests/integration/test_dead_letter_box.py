@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 
 import pytest
-from fakes import ARRIVED
+from helpers.fakes import ARRIVED
+from helpers.waiting import wait_until_async
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
@@ -20,7 +21,7 @@ from workers.outcomes.dead_letters import DeadLetterBox
 from workers.produce.producer import Producer
 from workers.redis.connection import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 IMAGE = b"\xff\xd8 as it came"
@@ -203,14 +204,19 @@ async def test_a_full_backlog_refuses_a_replay_and_the_letter_stays(
     assert await client.hgetall(KEYS.counters) == {counter: b"1"}
 
 
+async def refused(client: Redis) -> object:
+    """Tell whether anything was refused for want of room."""
+    return await client.hget(KEYS.counters, "refused_images")
+
+
 async def test_a_replay_may_wait_for_room(client: Redis, redis_settings: RedisSettings) -> None:
     in_the_way = await client.xadd(KEYS.images, {"category": "bottle"})
     dead_id = await make_dead_letter(client)
     waiting = asyncio.create_task(
         DeadLetterBox(client, redis_settings, BacklogSettings(max_images=1)).replay(dead_id, wait_s=240)
     )
-    while not await client.hget(KEYS.counters, "refused_images"):
-        assert not waiting.done()
+    await wait_until_async(lambda: refused(client), "the replay is refused")
+    assert not waiting.done()
     await client.xdel(KEYS.images, in_the_way)
     entry_id = await waiting
     assert [one for one, _ in await images(client)] == [entry_id]

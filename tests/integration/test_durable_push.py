@@ -4,9 +4,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from fakes import png
+from helpers.fakes import png
+from helpers.redis_servers import Server, cluster
 from redis.asyncio import Redis, RedisCluster
-from redis_servers import Server, cluster
 
 from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys
@@ -16,7 +16,7 @@ from workers.produce.producer import Producer
 from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 SOON_S = 1.0

@@ -12,8 +12,6 @@ import pytest
 from schemas.errors import ConfigError
 from workers.redis.embedded import EmbeddedServer, free_port
 
-pytestmark = pytest.mark.integration
-
 _PARENT = """
 import sys
 from workers.redis.embedded import EmbeddedServer, free_port

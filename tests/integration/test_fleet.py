@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from logging.handlers import QueueHandler
@@ -15,8 +14,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers.tiny_models import write_version
+from helpers.waiting import wait_until
 from ray.util.state import list_actors
-from tiny_models import write_version
 
 from flawstream.engines.choose import make_local_engine
 from flawstream.fastflow.backbone import Backbone
@@ -28,8 +28,6 @@ from training.datasets.samples import CategoryData, Sample
 from training.fleet import share_cluster, train_fleet
 from training.pipeline import Job, Progress, Stage, run_job
 from training.steps.features import FeatureExtractor
-
-pytestmark = pytest.mark.integration
 
 MODEL = ModelSettings(strides=(16, 32), input_size=64, flow_steps=2, hidden_ratio=0.2)
 RECIPE = TrainingSettings(epochs=1, batch_size=4, false_alarm_rate=0.4)
@@ -200,8 +198,7 @@ def test_dead_actors_fail_their_jobs_and_whoever_stops_consuming_stops_the_rest(
         assert "\n" not in last[name].note
     assert trainers(cluster) - killed
     progress.close()
-    while trainers(cluster):
-        time.sleep(0.1)  # the test's own time limit ends it
+    wait_until(lambda: not trainers(cluster), "the rest stop")
     assert Registry(jobs[0].registry_root).categories() == []
 
 

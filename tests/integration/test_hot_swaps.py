@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny_models import FLOW, write_version
+from helpers.tiny_models import FLOW, write_version
+from helpers.waiting import Deadline
 
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone
@@ -19,7 +20,7 @@ from schemas.settings import DetectorSettings, ModelSettings
 from serving.detector import DetectorService
 from workers.ports import Detection
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 SWAPS = 1000
 VERSIONS = ("v0", "v1", "v2", "v3")
@@ -79,7 +80,9 @@ async def test_a_thousand_swaps_under_load_fail_no_image_and_mix_no_versions(
             name = f"bottle@{VERSIONS[number % len(VERSIONS)]}"
             registry.promote("bottle", VERSIONS[number % len(VERSIONS)])
             model = ""
+            deadline = Deadline(f"{name} is judged with")
             while model != name:
+                deadline.check()
                 (outcome,) = await service.detect(IMAGE, ["bottle"])
                 assert isinstance(outcome, Detection), outcome
                 model = outcome.model

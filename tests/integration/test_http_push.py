@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from fakes import FakeDetector, png
+from helpers.fakes import FakeDetector, png
 from PIL import Image
 from pydantic import SecretStr
 
@@ -17,7 +17,7 @@ from workers.acl import Role, access_rules
 from workers.produce.producer import Producer
 from workers.redis.connection import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 PASSWORD, TOKEN = "pass-of-the-api", "token-of-line-7"
 CONTEXT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"

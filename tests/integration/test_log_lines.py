@@ -5,20 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pytest
-from fakes import png
-from raw_redis import RawRedis
-from tiny_models import write_version
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
+from helpers.waiting import wait_until
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
 from schemas.settings import Settings
 from workers.redis.embedded import EmbeddedServer
-
-pytestmark = pytest.mark.integration
 
 JSON = os.environ | {"FLAWSTREAM_LOGGING__FORMAT": "json", "FLAWSTREAM_LOGGING__LEVEL": "DEBUG"}
 
@@ -33,8 +30,10 @@ def test_a_worker_writes_nothing_but_json_and_no_image(tmp_path: Path) -> None:
         with subprocess.Popen(  # noqa: S603 - our own program
             [*program, "--registry", str(tmp_path)], env=JSON, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
-            while redis.count("XLEN", "flawstream:images") and process.poll() is None:
-                time.sleep(0.05)
+            wait_until(
+                lambda: process.poll() is not None or not redis.count("XLEN", "flawstream:images"),
+                "both images have ended",
+            )
             process.send_signal(signal.SIGTERM)
             _, told = process.communicate()
     lines = [json.loads(line) for line in told.splitlines()]

@@ -1,13 +1,13 @@
 """A category whose current version runs on another backbone: its images wait on a real Valkey, and no other does."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fakes import png
-from raw_redis import RawRedis
-from stream_work import until, working
-from tiny_models import write_version
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
+from helpers.stream_work import working
+from helpers.tiny_models import write_version
+from helpers.waiting import wait_until_async
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -17,7 +17,7 @@ from workers.consume.sharded import ShardedWorker
 from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 MAX_DELIVERIES = 2
 BROKEN = 6
@@ -58,13 +58,8 @@ async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results
         write_version(registry, category, "v2", spec=other, promote=False)
         registry.promote(category, "v2", other_backbone=True)
 
-    async def known() -> bool:
-        return detector.status()["categories"] == {"bottle": "v1", "cable": "v2", "tile": "v2"}
-
-    def all_judged(ids: Sequence[str]) -> bool:
-        return set(models(raw)) >= set(ids)
-
-    await until(known)
+    current = {"bottle": "v1", "cable": "v2", "tile": "v2"}
+    await wait_until_async(lambda: detector.status()["categories"] == current, "the detector knows the versions")
     async with make_client(settings.redis) as client:
         worker = ShardedWorker(client, "station", detector, settings)
         with RawRedis(valkey_server.port) as raw:
@@ -72,26 +67,18 @@ async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results
             waiting = push(raw, "tile", BROKEN)
             with_loaded = push(raw, "cable", 4)
             async with working(worker):
-
-                async def others_judged() -> bool:
-                    return all_judged([*first, *with_loaded])
-
-                async def tried_often() -> bool:
-                    return worker.stats.deferred > BROKEN * 3 * MAX_DELIVERIES
-
-                await until(others_judged)
-                await until(tried_often)
+                await wait_until_async(lambda: set(models(raw)) >= {*first, *with_loaded}, "the others are judged")
+                await wait_until_async(
+                    lambda: worker.stats.deferred > BROKEN * 3 * MAX_DELIVERIES,
+                    "those that wait are tried more often than one that fails",
+                )
                 assert set(models(raw)) == {*first, *with_loaded}
                 assert {models(raw)[name] for name in with_loaded} == {"cable@v1"}
                 assert raw.count("XLEN", "flawstream:dead") == 0
                 assert raw.count("XLEN", "flawstream:images") == BROKEN
                 write_version(registry, "tile", "v3", spec=spec, promote=False)
                 registry.promote("tile", "v3", other_backbone=True)
-
-                async def cured() -> bool:
-                    return all_judged(waiting)
-
-                await until(cured)
+                await wait_until_async(lambda: set(models(raw)) >= set(waiting), "what waited is judged")
             judged = models(raw)
             assert {judged[name] for name in waiting} == {"tile@v3"}
             assert raw.count("XLEN", "flawstream:dead") == raw.count("XLEN", "flawstream:images") == 0

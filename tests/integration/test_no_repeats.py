@@ -5,14 +5,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from redis_servers import Server, cluster, replicated, running
+from helpers.redis_servers import Server, cluster, replicated, running
 
 from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings
 from workers.redis.connection import make_client
 from workers.redis.errors import stream_errors
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 STREAM = "flawstream:{0}:images"
 WRITE_AND_SAY_MUCH = "redis.call('XADD', KEYS[1], '*', 'a', 'b') return string.rep('x', 1000000)"

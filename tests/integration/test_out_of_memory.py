@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import write_version
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
 from schemas.settings import Settings
-
-pytestmark = pytest.mark.integration
 
 IMAGES = 512
 ROOM_BYTES = 700_000_000  # threads and compiled kernels want some, whatever the batch

@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
-from fakes import png
+from helpers.fakes import png
+from helpers.waiting import wait_until_async
 from redis.asyncio import Redis
 
 from schemas.errors import BacklogFullError, ConfigError, MessageError, Reason, StreamUnavailableError
@@ -15,7 +16,7 @@ from schemas.wire import parse_image
 from workers.produce.producer import Producer
 from workers.redis.connection import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 MIB = 1 << 20
@@ -101,8 +102,12 @@ async def test_a_producer_may_wait_for_room(client: Redis, redis_settings: Redis
     async with Producer(redis_settings, backlog=BacklogSettings(max_images=1)) as producer:
         first = await producer.push(png(), "bottle")
         waiting = asyncio.create_task(producer.push(png(), "bottle", wait_s=240))
-        while not (await client.info("commandstats"))["cmdstat_evalsha"]["calls"] > 2:
+
+        async def asked_again() -> bool:
             assert not waiting.done()
+            return bool((await client.info("commandstats"))["cmdstat_evalsha"]["calls"] > 2)
+
+        await wait_until_async(asked_again, "the producer asks for room again")
         await client.xdel(KEYS.images, first)
         second = await waiting
     assert [entry_id.decode() for entry_id, _ in await client.xrange(KEYS.images)] == [second]

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import png
-from tiny_models import write_version
+from helpers.fakes import png
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
 from schemas.settings import Settings
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 IMAGES = 48
 STAGES = {"read", "decode", "handle", "wait", "detect", "encode", "publish"}

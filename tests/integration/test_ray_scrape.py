@@ -3,18 +3,16 @@
 The agent keeps the counters of services that other tests had on the same cluster: what is told is what was added.
 """
 
-import socket
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 import ray
-from fakes import png
-from raw_redis import RawRedis
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
+from helpers.scraped import Scraped, scrape_until
+from helpers.tiny_models import write_version
 from ray import serve
-from scraped import Scraped, scrape
-from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -26,11 +24,8 @@ from serving import app as service
 from serving.ray_metrics import PREFIX, RayMetrics
 from training.pipeline import Progress, Stage
 from training.progress_metrics import recorded
-from workers.redis.embedded import EmbeddedServer
+from workers.redis.embedded import EmbeddedServer, free_port
 
-pytestmark = pytest.mark.integration
-
-PATIENCE_S = 120.0
 CATEGORY = "scraped"
 """No other test has it."""
 STAGES = {"queue", "decode", "call", "encode", "publish", "wait", "detect"}
@@ -46,13 +41,9 @@ def agent_url() -> str:
     return f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
 
 
-def scrape_until(told_all: Callable[[Scraped], bool], explain: Callable[[Scraped], object]) -> Scraped:
+def agent_tells(told_all: Callable[[Scraped], bool], explain: Callable[[Scraped], object]) -> Scraped:
     """Scrape until it is so: the agent is some seconds behind."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not told_all(told := scrape(agent_url())):
-        assert time.monotonic() < deadline_s, explain(told)
-        time.sleep(0.5)
-    return told
+    return scrape_until(agent_url(), told_all, explain, every_s=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +53,13 @@ def redis(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     root = str(tmp_path_factory.mktemp("models"))
     spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
     write_version(Registry(root), CATEGORY, spec=spec)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     with EmbeddedServer() as server, RawRedis(server.port) as redis:
         service.run(
             Settings.model_validate(
                 {
                     "redis": {"url": server.url, "block_ms": 100},
                     "registry": {"root": root},
-                    "api": {"port": port},
+                    "api": {"port": free_port()},
                     "detector": {"engine": "torch"},
                     "metrics": {"report_s": 0.5},
                 }
@@ -113,7 +102,7 @@ NOTHING_YET = {"window": None, "on the streams": [0, 0, 0], "model": 1, "replica
 
 
 def test_rays_agent_tells_what_became_of_each_image(redis: RawRedis) -> None:
-    before = counts(scrape_until(lambda told: gauges(told) == NOTHING_YET, gauges))
+    before = counts(agent_tells(lambda told: gauges(told) == NOTHING_YET, gauges))
     for number in range(12):
         redis("XADD", "flawstream:images", "*", "category", CATEGORY, "image", png(number))
     redis("XADD", "flawstream:images", "*", "category", CATEGORY, "image", b"no image")
@@ -123,7 +112,7 @@ def test_rays_agent_tells_what_became_of_each_image(redis: RawRedis) -> None:
 
     ended = {"read": 13, "undecodable": 1, "results": 12, "p-values": 12, "times": 12}
     now = NOTHING_YET | {"window": 12, "on the streams": [0, 12, 1]}
-    scrape_until(
+    agent_tells(
         lambda told: ended.items() <= added(told).items() and gauges(told) == now and set(added(told)) >= STAGES,
         lambda told: (added(told), gauges(told)),
     )
@@ -146,7 +135,7 @@ def test_training_is_told_by_its_driver(cluster: Cluster) -> None:
             told.most(scraped_as(m.TRAINING_LOSS), category=CATEGORY),
         ]
 
-    scrape_until(lambda told: told_of_training(told) == expected, told_of_training)
+    agent_tells(lambda told: told_of_training(told) == expected, told_of_training)
 
 
 def test_every_metric_goes_through_ray_under_its_name_with_the_prefix(cluster: Cluster) -> None:
@@ -169,4 +158,4 @@ def test_every_metric_goes_through_ray_under_its_name_with_the_prefix(cluster: C
         of_others = told.total(scraped_as(m.RESULTS), category="other", verdict="x") == 3
         return (names - told.names()) | (set() if of_others else {"results of other categories"})
 
-    scrape_until(lambda told: not lacking(told), lacking)
+    agent_tells(lambda told: not lacking(told), lacking)

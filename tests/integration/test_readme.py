@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fakes import png
-from raw_redis import RawRedis
-from stream_work import until, working
-from tiny_models import SPEC, TinyEngine, write_version
+from helpers.fakes import png
+from helpers.places import ROOT, TESTS
+from helpers.raw_redis import RawRedis
+from helpers.stream_work import working
+from helpers.tiny_models import SPEC, TinyEngine, write_version
+from helpers.waiting import wait_until_async
 
 from flawstream.registry.registry import Registry
 from schemas.settings import DetectorSettings, RedisSettings, Settings
@@ -20,9 +22,8 @@ from serving.detector import DetectorService
 from workers.consume.sharded import ShardedWorker
 from workers.redis.connection import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
-ROOT = Path(__file__).parents[2]
 DARK, BRIGHT = 50, 220
 """Grey levels: `TinyEngine` scores them 0.5, which is normal, and 2.2, which is anomalous."""
 
@@ -86,10 +87,10 @@ async def output_of(command: Sequence[str], settings: RedisSettings, folder: Pat
             for number in range(others):
                 push_other(number)
             async with working(ShardedWorker(client, "before", detector, Settings(redis=settings))):
-                await until(lambda: length_is("flawstream:results", others))
+                await wait_until_async(lambda: length_is("flawstream:results", others), "the results of the others")
             push_other(others)  # its result comes after the block has noted the stream's end, and before its own
             process = await asyncio.create_subprocess_exec(*command, cwd=folder, stdout=subprocess.PIPE)
-            await until(lambda: length_is("flawstream:images", 2))
+            await wait_until_async(lambda: length_is("flawstream:images", 2), "the block has pushed its image")
             async with working(ShardedWorker(client, "now", detector, Settings(redis=settings))):
                 printed, _ = await process.communicate()
         results = [fields["verdict"] for _, fields in raw.entries("flawstream:results")]
@@ -104,7 +105,7 @@ async def output_of(command: Sequence[str], settings: RedisSettings, folder: Pat
 async def test_shell_block_prints_the_verdict_of_its_own_image(
     cli: str, others: int, redis_settings: RedisSettings, tmp_path: Path
 ) -> None:
-    program = [sys.executable, str(ROOT / "tests" / "redis_cli.py"), str(port_of(redis_settings))]
+    program = ["env", f"PYTHONPATH={TESTS}", sys.executable, "-m", "helpers.redis_cli", str(port_of(redis_settings))]
     if cli == "redis-cli":
         if (real := shutil.which("redis-cli")) is None:
             pytest.skip("redis-cli is not installed (Debian: redis-tools); the stand-in runs the block")

@@ -6,10 +6,11 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from fakes import FakeDetector, png
+from helpers.fakes import FakeDetector, png
+from helpers.redis_servers import Server, cluster
+from helpers.stream_work import ended, push_surely, working
+from helpers.waiting import wait_until_async
 from redis.asyncio import RedisCluster
-from redis_servers import Server, cluster
-from stream_work import ended, push_surely, until, working
 
 from schemas.errors import ConfigError, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys, keys_of
@@ -23,7 +24,7 @@ from workers.redis.embedded import EmbeddedServer
 from workers.redis.errors import stream_errors
 from workers.redis.groups import create_group, read_group
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 SHARDS = 6
 WORKER = WorkerSettings(claim_idle_ms=1000, sweep_s=0.2)
@@ -69,7 +70,7 @@ async def test_every_image_ends_once_though_a_server_is_killed_and_comes_back(
         for number, message_id in enumerate(ids):
             if number == 100:
                 await asyncio.to_thread(nodes[0].kill)
-                back = asyncio.create_task(come_back(nodes[0]))
+                back = asyncio.create_task(come_back(*nodes))
             await push_surely(producer, message_id)
         assert back is not None
         await back
@@ -83,7 +84,7 @@ async def test_every_image_ends_once_though_a_server_is_killed_and_comes_back(
         async def nothing_is_left() -> bool:
             return sum([await client.xlen(keys.images) for keys in all_keys(settings)]) == 0
 
-        await until(nothing_is_left)
+        await wait_until_async(nothing_is_left, "no image is left")
     found = {keys.shard: ended(owner(client, nodes, keys), keys.results) for keys in all_keys(settings)}
     assert sorted(one for shard in found.values() for one in shard) == sorted(ids)
     assert all(keys_of(settings, one).shard == shard for shard, shard_ids in found.items() for one in shard_ids)
@@ -91,9 +92,13 @@ async def test_every_image_ends_once_though_a_server_is_killed_and_comes_back(
     assert worker.stats.errors == 0
 
 
-async def come_back(server: Server) -> None:
+async def come_back(server: Server, *others: Server) -> None:
     """Start a server again, once the others have found that it is gone."""
-    await asyncio.sleep(2.0)
+
+    def missed() -> bool:
+        return all(other.says("cluster_state:fail", "CLUSTER", "INFO") for other in others)
+
+    await wait_until_async(lambda: asyncio.to_thread(missed), "the others find that a server is gone")
     await asyncio.to_thread(server.start)
 
 

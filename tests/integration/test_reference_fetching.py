@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
-from fakes import entry_id, png
+from helpers.fakes import entry_id, png
 from redis.asyncio import Redis
 
 from flawstream.imaging.pixels import PixelForm
@@ -22,7 +22,7 @@ from workers.redis.connection import make_client
 from workers.references import ReferenceFetcher
 from workers.references.http import HttpSource
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 LIMITS = LimitSettings(max_image_bytes=1 << 16)
 IMAGE = png()
@@ -309,13 +309,15 @@ async def test_no_more_images_are_fetched_and_held_at_once_than_allowed(camera: 
     fetcher = fetchers(camera.url("/images/"), concurrency=2)
     held = 0
     most_held = 0
+    two = asyncio.Barrier(2)
 
     async def hold() -> None:
         nonlocal held, most_held
         async with fetcher.fetch(camera.url("/images/1")):
             held += 1
             most_held = max(most_held, held)
-            await asyncio.sleep(0.01)
+            await two.wait()
+            await asyncio.sleep(0.01)  # time for a third, were it let in
             held -= 1
 
     await asyncio.gather(*(hold() for _ in range(12)))

@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 
 import pytest
-from fakes import ARRIVED, make_result
+from helpers.fakes import ARRIVED, make_result
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -17,7 +17,7 @@ from schemas.wire import dead_letter_fields, result_fields
 from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.redis.connection import StreamConnection, make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 

@@ -13,7 +13,7 @@ from schemas.settings import BacklogSettings, RedisSettings
 from workers.outcomes.retention import RedisRetention
 from workers.redis.connection import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 DAY_MS = 86_400_000

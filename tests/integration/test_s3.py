@@ -4,23 +4,22 @@ import hashlib
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 
 import boto3
 import pytest
-from fakes import png
-from moto.server import ThreadedMotoServer
+from helpers.fakes import png
+from helpers.registries import make_manifest
+from helpers.s3_server import point_to, running_s3
 
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from schemas.errors import ConfigError, MessageError, Reason, RegistryError
-from schemas.manifest import BackboneSpec, Calibration, FlowSpec, ModelManifest, TrainingRecord
 from schemas.settings import LimitSettings, RedisSettings, ReferenceSettings
 from workers.clock import SystemClock
 from workers.redis.connection import make_client
 from workers.references import ReferenceFetcher
 from workers.references import s3 as s3_module
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 LIMITS = LimitSettings(max_image_bytes=1 << 16)
 IMAGE = png()
@@ -51,25 +50,14 @@ async def refusal(fetcher: ReferenceFetcher, text: str) -> tuple[Reason, str]:
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
     """Give the address of a server that speaks S3."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with running_s3() as address:
+        yield address
 
 
 @pytest.fixture
 def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Point S3's clients to the server, with the bucket `photos`."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_ENDPOINT_URL": s3_server,
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    point_to(monkeypatch, s3_server)
     store = boto3.client("s3")
     store.create_bucket(Bucket="photos")
     store.put_object(Bucket="photos", Key="line-1/a b.png", Body=IMAGE)
@@ -126,48 +114,14 @@ async def test_s3_without_its_package_is_told_at_the_start(monkeypatch: pytest.M
             pass
 
 
-def make_manifest(version: str, weights: bytes) -> ModelManifest:
-    return ModelManifest(
-        category="bottle",
-        version=version,
-        created_at=datetime(2026, 11, 23, 13, 45, tzinfo=UTC),
-        backbone=BackboneSpec(
-            name="resnet18",
-            weights="timm",
-            weights_sha256="0" * 64,
-            strides=(8, 16),
-            channels=(128, 256),
-            input_size=256,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        ),
-        flow=FlowSpec(steps=8, hidden_ratio=1.0, conv3x3_only=False, clamp=2.0),
-        calibration=Calibration(
-            top_fraction=0.03, scores=(0.1, 0.3), false_alarm_rate=0.05, threshold=0.3, pixel_threshold=1
-        ),
-        training=TrainingRecord(
-            dataset_sha256="1" * 64,
-            train_images=8,
-            calibration_images=2,
-            epochs=1,
-            batch_size=4,
-            learning_rate=1e-3,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            seed=0,
-            final_loss=1.5,
-            duration_s=2.0,
-        ),
-        libraries={"torch": "2.14.1"},
-        files={WEIGHTS_FILE: hashlib.sha256(weights).hexdigest()},
-    )
-
-
 @pytest.mark.usefixtures("s3_bucket")
 def test_registry_on_s3_writes_reads_and_promotes_versions() -> None:
     registry = Registry("s3://photos/models")
     assert registry.categories() == []
-    first, second = make_manifest("v1", b"one"), make_manifest("v2", b"two")
+    first, second = (
+        make_manifest(version=version, files={WEIGHTS_FILE: hashlib.sha256(weights).hexdigest()})
+        for version, weights in (("v1", b"one"), ("v2", b"two"))
+    )
     registry.write(first, {WEIGHTS_FILE: b"one"})
     registry.promote("bottle", "v1")
     registry.write(second, {WEIGHTS_FILE: b"two"})

@@ -6,9 +6,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from fakes import FakeDetector, png
-from redis_servers import Replicated, replicated
-from stream_work import ended, push_surely, until, working
+from helpers.fakes import FakeDetector, png
+from helpers.redis_servers import Replicated, replicated
+from helpers.stream_work import ended, push_surely, working
+from helpers.waiting import wait_until_async
 
 from schemas.errors import StreamUnavailableError
 from schemas.settings import RedisSettings, Settings, WorkerSettings
@@ -19,7 +20,7 @@ from workers.redis.client import require_server
 from workers.redis.connection import StreamConnection, make_client
 from workers.redis.errors import stream_errors
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 WORKER = WorkerSettings(claim_idle_ms=1000, sweep_s=0.2)
 
@@ -61,7 +62,9 @@ async def test_what_a_push_has_confirmed_ends_once_though_the_primary_is_killed(
             await results.ack(key)
             if len(seen) == len(ids):
                 break
-        await until(lambda: asyncio.to_thread(lambda: plant.primary()("XLEN", "flawstream:images") == 0))
+        await wait_until_async(
+            lambda: asyncio.to_thread(lambda: plant.primary()("XLEN", "flawstream:images") == 0), "no image is left"
+        )
     new = plant.primary()
     assert new is not lost
     assert sorted(ended(new, "flawstream:results")) == sorted(ids)
@@ -75,7 +78,10 @@ async def test_a_primary_that_was_demoted_is_left(plant: Replicated) -> None:
         await require_server(client)
         assert await written(client)
         plant.sentinels[0]("SENTINEL", "FAILOVER", plant.name)
-        await until(lambda: asyncio.to_thread(lambda: demoted.says("role:slave", "INFO", "replication")))
+        await wait_until_async(
+            lambda: asyncio.to_thread(lambda: demoted.says("role:slave", "INFO", "replication")),
+            "it is demoted",
+        )
 
         async def written_elsewhere() -> bool:
             try:
@@ -83,7 +89,7 @@ async def test_a_primary_that_was_demoted_is_left(plant: Replicated) -> None:
             except StreamUnavailableError:
                 return False
 
-        await until(written_elsewhere)
+        await wait_until_async(written_elsewhere, "the new primary takes what is written")
 
 
 async def test_a_primary_that_nobody_knows_is_an_unavailable_server(plant: Replicated) -> None:

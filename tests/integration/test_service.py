@@ -1,10 +1,11 @@
 """The whole service on a real Ray Serve and a real Valkey, with producers and consumers that use none of our code."""
 
 import json
-import socket
-import time
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import httpx
 import numpy as np
 import pytest
 import ray
-from raw_redis import RawRedis
-from tiny_models import write_version
+from helpers.raw_redis import RawRedis
+from helpers.tiny_models import write_version
+from helpers.waiting import wait_until
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -23,12 +25,9 @@ from flawstream_cli.cluster import Cluster
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
-from workers.redis.embedded import EmbeddedServer
-
-pytestmark = pytest.mark.integration
+from workers.redis.embedded import EmbeddedServer, free_port
 
 IMAGES, RESULTS, DEAD = "flawstream:images", "flawstream:results", "flawstream:dead"
-PATIENCE_S = 120.0
 RESULT_FIELDS = {
     "id",
     "category",
@@ -56,6 +55,7 @@ class Line:
 
     settings: Settings
     redis: RawRedis
+    port: int
     pushed: int = 0
 
     def push(self, category: str = "bottle", image: bytes | None = None, **fields: str) -> str:
@@ -73,11 +73,37 @@ class Line:
 
     def await_ends(self, ids: list[str]) -> None:
         """Wait until all have ended and nothing is left on the images stream; each must have ended once."""
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not set(ids) <= set(self.endings()) or self.redis.count("XLEN", IMAGES):
-            assert time.monotonic() < deadline_s, f"missing: {set(ids) - set(self.endings())}"
-            time.sleep(0.05)
+        wait_until(
+            lambda: set(ids) <= set(self.endings()) and not self.redis.count("XLEN", IMAGES),
+            lambda: f"all have ended, without {set(ids) - set(self.endings())}",
+        )
         assert set(self.endings().values()) == {1}
+
+    @contextmanager
+    def busy(self, waiting: int) -> Iterator[list[str]]:
+        """Push from a thread, so that so many images wait for as long as the block lasts; gives their ids."""
+        ids: list[str] = []
+        over = threading.Event()
+
+        def push() -> None:
+            with RawRedis(self.port) as redis:
+                own = Line(self.settings, redis, self.port, self.pushed)
+                while not over.is_set():
+                    if redis.count("XLEN", IMAGES) < waiting:
+                        ids.append(own.push(("bottle", "cable")[len(ids) % 2]))
+                    else:
+                        over.wait(0.001)
+                self.pushed = own.pushed
+
+        before = self.redis.count("XLEN", RESULTS)
+        with ThreadPoolExecutor(1) as threads:
+            pushing = threads.submit(push)
+            try:
+                wait_until(lambda: self.redis.count("XLEN", RESULTS) > before, "the first result")
+                yield ids
+            finally:
+                over.set()
+                pushing.result()
 
     def result(self, message_id: str) -> dict[str, bytes]:
         return next(fields for _, fields in self.redis.entries(RESULTS) if fields["id"] == message_id.encode())
@@ -99,9 +125,7 @@ def server() -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture(scope="module")
-def line(
-    cluster: Cluster, server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory, free_port: int
-) -> Iterator[Line]:
+def line(cluster: Cluster, server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     """Serve two categories."""
     assert cluster.cpus > 0
     root = tmp_path_factory.mktemp("models")
@@ -112,7 +136,7 @@ def line(
         {
             "redis": {"url": server.url, "block_ms": 100},
             "registry": {"root": str(root)},
-            "api": {"port": free_port},
+            "api": {"port": free_port()},
             "limits": {"max_image_bytes": 65536},
             "worker": {"batch_size": 8, "claim_idle_ms": 1000, "sweep_s": 0.5},
             "detector": {"engine": "torch"},
@@ -120,15 +144,8 @@ def line(
     )
     service.run(settings)
     with RawRedis(server.port) as redis:
-        yield Line(settings, redis)
+        yield Line(settings, redis, server.port)
     service.stop()
-
-
-@pytest.fixture(scope="module")
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_image_pushed_over_a_plain_socket_comes_back_with_the_documented_fields(line: Line) -> None:
@@ -199,15 +216,21 @@ def test_http_api_judges_and_tells_counts(line: Line) -> None:
     assert sum(told["worker"]["dead"].values()) == line.redis.count("XLEN", DEAD)
 
 
+def is_alive(actor: str) -> bool:
+    try:
+        ray.get_actor(actor, namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
 def test_every_image_ends_once_though_the_detector_is_killed(line: Line) -> None:
-    before = line.redis.count("XLEN", RESULTS)
-    ids = [line.push(category) for category in ("bottle", "cable") * 60]
-    while line.redis.count("XLEN", RESULTS) == before:
-        time.sleep(0.01)
-    (name,) = (
-        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if "#Detector#" in actor["name"]
-    )
-    ray.kill(ray.get_actor(name, namespace="serve"))
+    with line.busy(waiting=120) as ids:
+        (name,) = (
+            actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if "#Detector#" in actor["name"]
+        )
+        ray.kill(ray.get_actor(name, namespace="serve"))
+        wait_until(lambda: not is_alive(name), "the detector is gone")
     assert line.redis.count("XLEN", IMAGES) > 0
     line.await_ends(ids)
     assert {line.result(message_id)["id"].decode() for message_id in ids} == set(ids)
@@ -215,10 +238,8 @@ def test_every_image_ends_once_though_the_detector_is_killed(line: Line) -> None
 
 def test_service_that_stops_finishes_what_it_has_in_hand_and_one_that_starts_goes_on_with_the_rest(line: Line) -> None:
     before = line.redis.count("XLEN", RESULTS)
-    ids = [line.push() for _ in range(200)]
-    while line.redis.count("XLEN", RESULTS) == before:
-        time.sleep(0.01)
-    service.stop()
+    with line.busy(waiting=200) as ids:
+        service.stop()
     ended = line.redis.count("XLEN", RESULTS) - before
     left = line.redis.count("XLEN", IMAGES)
     assert 0 < ended < len(ids)

@@ -3,11 +3,12 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from fakes import FakeDetector, png
+from helpers.fakes import FakeDetector, png
+from helpers.stream_work import working
 from redis.asyncio import Redis
 
 from schemas.errors import Reason
@@ -27,7 +28,7 @@ from workers.produce.producer import Producer
 from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 KEYS = StreamKeys()
 CLAIM_AT_ONCE_MS = 0
@@ -54,17 +55,6 @@ def make_worker(
     )
 
 
-@asynccontextmanager
-async def running(worker: StreamWorker) -> AsyncIterator[None]:
-    stop = asyncio.Event()
-    task = asyncio.create_task(worker.run(stop))
-    try:
-        yield
-    finally:
-        stop.set()
-        await task
-
-
 async def push(client: Redis, count: int = 1) -> list[str]:
     fields = {b"category": b"bottle", b"image": png()}
     return [str((await client.xadd(KEYS.images, dict(fields))).decode()) for _ in range(count)]
@@ -88,7 +78,7 @@ def raw_xadd(port: int, key: str, *values: bytes) -> bytes:
 async def test_an_image_from_a_plain_socket_comes_back_on_the_results_stream(
     client: Redis, redis_settings: RedisSettings, valkey_server: EmbeddedServer
 ) -> None:
-    async with ResultReader(redis_settings) as results, running(make_worker(client, redis_settings, "a")):
+    async with ResultReader(redis_settings) as results, working(make_worker(client, redis_settings, "a")):
         fields = (b"category", b"bottle", b"id", b"cam1-42", b"image", png(200), b"shift", b"\x00\xff")
         raw_xadd(valkey_server.port, KEYS.images, *fields)
         async for _, result in results:
@@ -104,7 +94,7 @@ async def test_an_image_from_a_plain_socket_comes_back_on_the_results_stream(
 async def test_whatever_is_pushed_ends_as_a_result_or_a_dead_letter(
     client: Redis, redis_settings: RedisSettings
 ) -> None:
-    async with DeadLetterReader(redis_settings) as letters, running(make_worker(client, redis_settings, "a")):
+    async with DeadLetterReader(redis_settings) as letters, working(make_worker(client, redis_settings, "a")):
         good = await push(client, 40)
         await client.xadd(KEYS.images, {b"\xff\xfe": b"\x00"})
         await client.xadd(KEYS.images, {"category": "bottle", "image": b"\x89PNG\r\n\x1a\n cut off"})
@@ -179,7 +169,7 @@ async def test_an_entry_that_breaks_every_worker_ends_as_poison(client: Redis, r
 
 
 async def test_a_server_that_was_emptied_is_served_on(client: Redis, redis_settings: RedisSettings) -> None:
-    async with ResultReader(redis_settings) as results, running(make_worker(client, redis_settings, "a")):
+    async with ResultReader(redis_settings) as results, working(make_worker(client, redis_settings, "a")):
         found = aiter(results)
         await push(client)
         await anext(found)
@@ -194,7 +184,7 @@ async def test_a_server_that_comes_back_is_served_on(tmp_path: Path) -> None:
         async with make_client(settings) as client, ResultReader(settings, "quality") as results:
             worker = make_worker(client, settings, "a")
             found = aiter(results)
-            async with running(worker):
+            async with working(worker):
                 await push(client)
                 before, _ = await anext(found)
                 await results.ack(before)

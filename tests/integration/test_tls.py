@@ -16,7 +16,7 @@ from workers.redis.client import require_server
 from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from fakes import FakeDetector, png
+from helpers.fakes import FakeDetector, png
+from helpers.otlp_receiver import Receiver, attributes, receiving
+from helpers.raw_redis import RawRedis
+from helpers.stream_work import working
+from helpers.waiting import wait_until_async
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.sdk.trace import TracerProvider
-from otlp_receiver import Receiver, attributes, receiving
-from raw_redis import RawRedis
-from stream_work import until, working
 
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.traces import NO_TRACER, Tracer
@@ -21,7 +22,7 @@ from workers.consume.sharded import ShardedWorker
 from workers.produce.producer import Producer
 from workers.redis.connection import make_client
 
-pytestmark = [pytest.mark.integration, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED, NOT_SAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
@@ -48,7 +49,7 @@ async def work_off(redis: RedisSettings, raw: RawRedis, tracer: Tracer) -> None:
             return await asyncio.to_thread(raw.count, "XLEN", "flawstream:images") == 0
 
         async with working(worker):
-            await until(all_ended)
+            await wait_until_async(all_ended, "no image is left")
 
 
 def named(spans: list[Span], name: str) -> list[Span]:

@@ -2,7 +2,7 @@
 
 Skipped without the server's environment: it wants another NumPy than ours and some 400 MB, so `make test` alone, as
 continuous integration calls it, goes without. What is written into the repository is tested in any case, in
-`tests/unit/test_export.py`.
+`tests/unit/flawstream/export/test_export.py`.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ from contracts.test_engine_contract import (
     make_images,
 )
 from contracts.test_engine_contract import weights as weights  # noqa: PLC0414 - a fixture of the contract
+from helpers.tiny_models import make_manifest
+from helpers.triton_server import PYTHON, TritonServer
 from numpy.typing import NDArray
-from tiny_models import make_manifest
-from triton_server import PYTHON, TritonServer
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
@@ -41,7 +41,6 @@ from schemas.errors import ConfigError, RegistryError, TransientError
 from schemas.settings import ModelSettings
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.skipif(not PYTHON.exists(), reason="no tritonserver here: `make test-triton` sets one up"),
     pytest.mark.timeout(900),
 ]

@@ -4,15 +4,14 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import png
-from raw_redis import RawRedis
-from scraped import Scraped, scrape
-from tiny_models import write_version
+from helpers.fakes import png
+from helpers.raw_redis import RawRedis
+from helpers.scraped import scrape_until
+from helpers.tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -22,10 +21,6 @@ from schemas.errors import BacklogFullError, ConfigError
 from schemas.settings import BacklogSettings, MetricsSettings, RedisSettings, Settings
 from workers.produce.producer import Producer
 from workers.redis.embedded import EmbeddedServer
-
-pytestmark = pytest.mark.integration
-
-PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +53,6 @@ def worker(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> 
         yield json.loads(process.stdout.readline())
         process.terminate()
         process.communicate()
-
-
-def scrape_until(url: str, told_all: Callable[[Scraped], bool]) -> Scraped:
-    """Scrape until it is so."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not told_all(told := scrape(url)):
-        assert time.monotonic() < deadline_s, told.names()
-        time.sleep(0.05)
-    return told
 
 
 def test_a_worker_tells_prometheus_what_became_of_each_image(server: EmbeddedServer, worker: dict[str, Any]) -> None:

@@ -8,14 +8,12 @@ from typing import Any
 import click
 import pytest
 import yaml
-from boards import ALERTS, RUNBOOKS, alerts
-from prometheus_server import needs_prometheus, promtool
+from helpers.boards import ALERTS, RUNBOOKS, alerts
+from helpers.prometheus_server import needs_prometheus, promtool
 
 from flawstream_cli.main import load_command
 from k8s.reference import VALUES
 from schemas.settings import Settings
-
-pytestmark = pytest.mark.unit
 
 CASES = Path(__file__).parent / "alerts.yaml"
 NAMES = [rule["alert"] for rule in alerts()]

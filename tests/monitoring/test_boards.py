@@ -6,15 +6,13 @@ from typing import Any
 
 import promql_parser
 import pytest
-from boards import Asked, alerts, boards, filled_in, panels, parts, queries, vector_selectors
+from helpers.boards import Asked, alerts, boards, filled_in, panels, parts, queries, vector_selectors
 
 from flawstream.telemetry.metrics import ALL, Histogram
 from k8s.boards.__main__ import FOLDER, make
 from schemas.settings import Settings
 from training.pipeline import Stage
 from workers.observe.drift import QUANTILES
-
-pytestmark = pytest.mark.unit
 
 OURS = {metric.name: metric for metric in ALL}
 OF_OTHERS = {

@@ -28,12 +28,13 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
-from raw_redis import RawRedis
+from helpers.raw_redis import RawRedis
+from helpers.redis_servers import Server
+from helpers.tiny_models import write_version
+from helpers.waiting import Deadline
 from ray.util.state import list_actors
-from redis_servers import Server
 from rich.console import Console
 from rich.table import Table
-from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
@@ -98,16 +99,8 @@ class Station:
 
     def __init__(self, settings_file: Path, log: Path) -> None:
         self.starts = 0
-        self._command = [
-            sys.executable,
-            "-m",
-            "flawstream_cli",
-            "worker",
-            "--name",
-            "station",
-            "--config",
-            str(settings_file),
-        ]
+        program = [sys.executable, "-m", "flawstream_cli", "worker"]
+        self._command = [*program, "--name", "station", "--config", str(settings_file)]
         self._log = log
         self._process: asyncio.subprocess.Process | None = None
 
@@ -150,17 +143,20 @@ class Chaos:
         }
 
     async def strike(self, pause_s: float, until_s: float) -> None:
-        """Do one thing after the other, each kind as often as any other, in an order by chance."""
+        """Do one thing after the other, in an order by chance, until the time is over and each kind had its turn."""
         kinds: list[str] = []
+        deadline = Deadline(lambda: f"a round of faults, without {kinds}", until_s - time.monotonic() + _PATIENCE_S)
         await asyncio.sleep(pause_s)
-        while time.monotonic() < until_s - 2 * pause_s:
+        while kinds or time.monotonic() < until_s:
+            deadline.check()
             if not kinds:
                 kinds = self._dice.sample(sorted(self.kinds), len(self.kinds))
             kind = kinds.pop()
             try:
                 await self.kinds[kind]()
-            except LookupError as error:  # still away from the last time
+            except LookupError as error:  # still away from the last time: its turn comes again
                 err.print(f"{kind}: {error}")
+                kinds.insert(0, kind)
             else:
                 self.faults.append(Fault(kind, time.time() * 1000))
                 await self._until_at_work(kind)
@@ -202,15 +198,17 @@ class Chaos:
             await asyncio.sleep(self._dice.uniform(0.05, 0.3))
 
 
-async def produce(number: int, redis: RedisSettings, until_s: float, images_per_s: float, account: Account) -> None:
-    """Push images at a pace, each until its push is confirmed."""
+async def produce(
+    number: int, redis: RedisSettings, over: asyncio.Event, images_per_s: float, account: Account
+) -> None:
+    """Push images at a pace until it is over, each until its push is confirmed."""
     dice = random.Random(number)  # noqa: S311 - chance, no secret
     photographs = [_photograph(dice.randrange(1 << 30)) for _ in range(16)]
     pushed = 0
     async with contextlib.AsyncExitStack() as stack:
         producer = await _patiently(lambda: stack.enter_async_context(Producer(redis)), account)
         started_s = time.monotonic()
-        while time.monotonic() < until_s:
+        while not over.is_set():
             await asyncio.sleep(max(0.0, started_s + pushed / images_per_s - time.monotonic()))
             key = f"camera{number}-{pushed}"
             bad = dice.random() < _SHARE_OF_BAD
@@ -266,10 +264,11 @@ async def run(minutes: float, images_per_s: float, pause_s: float, seed: int, fo
         stack.callback(service.stop)
         chores = [asyncio.create_task(station.keep_up()), asyncio.create_task(read_results(settings.redis, seen))]
         chaos = Chaos(server, proxy, station, dice)
-        until_s = time.monotonic() + minutes * 60
+        over = asyncio.Event()
         pace = images_per_s / _PRODUCERS
-        producers = [asyncio.create_task(produce(k, settings.redis, until_s, pace, account)) for k in range(_PRODUCERS)]
-        await chaos.strike(pause_s, until_s)
+        producers = [asyncio.create_task(produce(k, settings.redis, over, pace, account)) for k in range(_PRODUCERS)]
+        await chaos.strike(pause_s, time.monotonic() + minutes * 60)
+        over.set()
         await asyncio.gather(*producers)
         await _until_all_ended(server, account, seen)
         for chore in chores:
@@ -380,7 +379,9 @@ def _photograph(seed: int) -> bytes:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20.0, help="how long images are pushed (default 20)")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="at least; each kind of fault has its turn (default 20)"
+    )
     parser.add_argument("--rate", type=float, default=40.0, help="images pushed per second (default 40)")
     parser.add_argument("--pause", type=float, default=8.0, help="seconds between two faults, on average (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and images (default 0)")

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from raw_redis import RawRedis
+from helpers.raw_redis import RawRedis
 
 _PAGE = 500
 

@@ -28,11 +28,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from raw_redis import RawRedis
-from redis_servers import Server
+from helpers.raw_redis import RawRedis
+from helpers.redis_servers import Server
+from helpers.tiny_models import write_version
 from rich.console import Console
 from rich.table import Table
-from tiny_models import write_version
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry

@@ -2,11 +2,6 @@
 
 from importlib.metadata import packages_distributions
 
-import pytest
-
-pytestmark = pytest.mark.unit
-
-
 ROOMS = ("schemas", "flawstream", "workers", "training", "serving", "flawstream_cli")
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from generators import returned
-from tiny_models import FLOW, INFINITE, NOT_A_NUMBER, SPEC, TOO_LARGE, TinyEngine, image, write_version
+from helpers.generators import returned
+from helpers.tiny_models import FLOW, INFINITE, NOT_A_NUMBER, SPEC, TOO_LARGE, TinyEngine, image, write_version
 
 from flawstream.engines.protocol import Engine
 from flawstream.fastflow.head import FastFlowHead
@@ -21,7 +21,7 @@ from training.pipeline import Proof, judge_version
 from training.steps.evaluate import Evaluation, ImageScorer
 from workers.ports import Detection
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.anyio
 
 LEVELS = (0, 10, 180, 190, 200, 250, NOT_A_NUMBER, INFINITE, TOO_LARGE)
 """Grey levels; the score is the level over 100, but of the last three NaN, infinite and a million."""

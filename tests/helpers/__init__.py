@@ -1,0 +1,1 @@
+"""What tests stand on: fakes, servers, files, and small models."""

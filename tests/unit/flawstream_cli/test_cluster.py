@@ -1,0 +1,38 @@
+"""Joining a cluster that is not there, and starting one that does not come."""
+
+import socket
+
+import pytest
+
+from flawstream_cli import cluster
+from schemas.errors import ConfigError
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_address_where_nobody_listens_is_refused(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever tests before this one have started
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listens
+        address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"no Ray cluster answers at {address}"):
+            cluster.connect(address)
+
+
+def test_start_that_takes_too_long_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", start)
+    with pytest.raises(ConfigError, match=r"did not start .*timed out.*; the machine is busy"):
+        cluster.connect()
+
+
+def test_other_errors_of_ray_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", start)
+    with pytest.raises(RuntimeError, match="something else"):
+        cluster.connect()

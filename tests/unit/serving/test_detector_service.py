@@ -1,0 +1,342 @@
+"""The detector as one plain object on a real registry, with an engine that a test can predict."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.tiny_models import (
+    FALSE_ALARM_RATE,
+    INFINITE,
+    NOT_A_NUMBER,
+    SPEC,
+    TOO_LARGE,
+    TinyEngine,
+    image,
+    write_version,
+)
+from helpers.waiting import Deadline, wait_until_async
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flawstream.imaging.pixels import PixelForm
+from flawstream.registry.registry import Registry
+from schemas.errors import MixedBackbonesError, Reason, RegistryError, ShapeError
+from schemas.messages import Verdict
+from schemas.settings import DetectorSettings, ModelSettings
+from serving.detector import DetectorService, make_detector, newest_manifest
+from workers.ports import Deferral, Detection, Judgement, Refusal
+
+pytestmark = pytest.mark.anyio
+
+NEVER_S = 3600.0
+
+
+class CountingRegistry(Registry):
+    """Counts how often all aliases are looked up."""
+
+    lookups = 0
+
+    def currents(self) -> dict[str, str]:
+        self.lookups += 1
+        return super().currents()
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> CountingRegistry:
+    return CountingRegistry(str(tmp_path))
+
+
+@asynccontextmanager
+async def running(
+    registry: Registry, *, refresh_s: float = NEVER_S, max_resident_mb: int = 100, max_batch_images: int = 32
+) -> AsyncIterator[DetectorService]:
+    chosen = DetectorSettings(refresh_s=refresh_s, max_resident_mb=max_resident_mb, max_batch_images=max_batch_images)
+    service = DetectorService(registry, TinyEngine(), chosen)
+    await service.start()
+    try:
+        yield service
+    finally:
+        await service.stop()
+
+
+async def judge(service: DetectorService, levels: Sequence[int], categories: Sequence[str]) -> list[Judgement]:
+    return await service.detect(np.stack([image(level) for level in levels]), categories)
+
+
+async def judge_one(service: DetectorService, level: int, category: str = "bottle") -> Detection:
+    (outcome,) = await judge(service, [level], [category])
+    assert isinstance(outcome, Detection), outcome
+    return outcome
+
+
+async def test_image_is_judged_by_its_category_s_current_version(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle")
+    async with running(registry) as service:
+        outcome = await judge_one(service, 50)
+        assert await service.pixel_form() == PixelForm(SPEC.input_size)
+        assert service.alive
+    assert not service.alive
+    assert outcome.model == "bottle@v1"
+    assert outcome.score == pytest.approx(0.5)
+    assert outcome.verdict is Verdict.NORMAL
+    assert [grid.shape for grid in outcome.grids] == [(4, 4), (2, 2)]
+    assert all(grid.dtype == np.float16 for grid in outcome.grids)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(levels=st.lists(st.integers(0, 252), min_size=1, max_size=20))
+async def test_verdict_threshold_and_p_value_agree(tmp_path: Path, levels: list[int]) -> None:
+    registry = Registry(str(tmp_path))
+    if not registry.versions("bottle"):
+        write_version(registry, "bottle")
+    async with running(registry) as service:
+        outcomes = await judge(service, levels, ["bottle"] * len(levels))
+    for outcome in outcomes:
+        assert isinstance(outcome, Detection)
+        anomalous = outcome.verdict is Verdict.ANOMALOUS
+        assert anomalous == (outcome.score > outcome.threshold) == (outcome.p_value <= FALSE_ALARM_RATE)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
+@given(batch=st.lists(st.tuples(st.integers(0, 255), st.sampled_from(["bottle", "cable", "nope"])), min_size=1))
+async def test_mixed_batch_equals_each_image_alone(tmp_path: Path, batch: list[tuple[int, str]]) -> None:
+    registry = Registry(str(tmp_path))
+    if not registry.versions("cable"):
+        write_version(registry, "bottle")
+        write_version(registry, "cable", scores=(0.5, 1.0, 1.5))
+    async with running(registry, max_batch_images=7) as service:
+        together = await judge(service, *zip(*batch, strict=True))
+        alone = [(await judge(service, [level], [category]))[0] for level, category in batch]
+    for (_, category), one, other in zip(batch, together, alone, strict=True):
+        if isinstance(one, Refusal):
+            assert one == other
+            assert category == "nope"
+            continue
+        assert isinstance(other, Detection)
+        assert one.model == f"{category}@v1"
+        for a, b in zip(one.grids, other.grids, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert (one.score, one.p_value, one.verdict) == (other.score, other.p_value, other.verdict)
+
+
+@pytest.mark.parametrize("level", [NOT_A_NUMBER, INFINITE, TOO_LARGE])
+async def test_grid_that_is_no_number_never_passes_as_normal(registry: CountingRegistry, level: int) -> None:
+    write_version(registry, "bottle")
+    async with running(registry) as service:
+        bad, good = await judge(service, [level, 10], ["bottle", "bottle"])
+    assert isinstance(bad, Detection)
+    assert bad.verdict is Verdict.ANOMALOUS
+    assert np.isfinite(bad.score)
+    assert all(np.isfinite(grid).all() for grid in bad.grids)
+    assert bad.p_value <= FALSE_ALARM_RATE
+    assert isinstance(good, Detection)
+    assert good.verdict is Verdict.NORMAL
+
+
+async def test_unknown_category_is_refused_and_its_neighbours_are_judged(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle")
+    async with running(registry) as service:
+        first, refused, last = await judge(service, [10, 20, 30], ["bottle", "nope", "bottle"])
+    assert isinstance(refused, Refusal)
+    assert refused.reason is Reason.UNKNOWN_CATEGORY
+    assert "'nope'" in refused.detail
+    assert "known: bottle" in refused.detail
+    assert [outcome.score for outcome in (first, last) if isinstance(outcome, Detection)] == pytest.approx([0.1, 0.3])
+
+
+async def test_unknown_category_does_not_read_the_registry_for_every_image(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle")
+    async with running(registry) as service:
+        await judge(service, [1], ["nope"])
+        before = registry.lookups
+        for number in range(20):
+            await judge(service, [number], [f"nope-{number}"])
+        assert registry.lookups == before
+
+
+async def test_category_trained_later_is_judged_after_the_next_refresh(registry: CountingRegistry) -> None:
+    async with running(registry, refresh_s=0.001) as service:
+        (outcome,) = await judge(service, [1], ["bottle"])
+        assert isinstance(outcome, Refusal)
+        assert "none yet" in outcome.detail
+        write_version(registry, "bottle")
+        deadline = Deadline("the category is known")
+        while isinstance(outcome, Refusal):
+            deadline.check()
+            (outcome,) = await judge(service, [1], ["bottle"])
+        assert outcome.model == "bottle@v1"
+
+
+async def test_promoted_version_is_swapped_in_while_images_come(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle", "v1")
+    async with running(registry, refresh_s=0.001) as service:
+        models = [(await judge_one(service, 10)).model]
+        write_version(registry, "bottle", "v2")
+        deadline = Deadline("version 2, then version 1")
+        while models[-1] != "bottle@v2":
+            deadline.check()
+            models.append((await judge_one(service, 10)).model)
+        registry.promote("bottle", "v1")
+        while models[-1] != "bottle@v1":
+            deadline.check()
+            models.append((await judge_one(service, 10)).model)
+    assert set(models) == {"bottle@v1", "bottle@v2"}
+
+
+async def test_category_that_was_let_go_is_loaded_again(
+    registry: CountingRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TinyEngine, "copies", 1_000_000)  # none is small enough to have another beside it
+    for category in ("bottle", "cable"):
+        write_version(registry, category)
+    async with running(registry, max_resident_mb=1) as service:
+        assert service.status()["resident"] == ["bottle@v1"]
+        outcomes = await judge(service, [10, 20], ["bottle", "cable"])
+        assert [outcome.model for outcome in outcomes if isinstance(outcome, Detection)] == ["bottle@v1", "cable@v1"]
+        assert service.status()["resident"] == ["cable@v1"]
+        assert (await judge_one(service, 10)).model == "bottle@v1"
+
+
+async def test_damaged_version_is_deferred_and_other_categories_are_judged(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle")
+    write_version(registry, "cable", weights=b"no safetensors")
+    async with running(registry) as service:
+        deferred, judged = await judge(service, [1, 2], ["cable", "bottle"])
+        lookups = registry.lookups
+        assert isinstance((await judge(service, [3], ["cable"]))[0], Deferral)
+        assert registry.lookups == lookups
+    assert isinstance(deferred, Deferral)
+    assert "the current version of 'cable' cannot be used" in deferred.detail
+    assert isinstance(judged, Detection)
+
+
+OTHER = SPEC.model_copy(update={"name": "other"})
+
+
+async def test_version_on_another_backbone_is_deferred_until_one_on_this_is_promoted(
+    registry: CountingRegistry,
+) -> None:
+    write_version(registry, "bottle")
+    write_version(registry, "cable")
+    async with running(registry, refresh_s=0.001) as service:
+        for category in ("cable", "tile"):
+            write_version(registry, category, "v2", spec=OTHER, promote=False)
+            registry.promote(category, "v2", other_backbone=True)
+        await wait_until_async(
+            lambda: "tile" in service.status()["categories"],  # type: ignore[operator]  # a dictionary
+            "the detector has looked for versions again",
+            every_s=0.001,
+        )
+        bottle, cable, tile = await judge(service, [10, 20, 30], ["bottle", "cable", "tile"])
+        assert isinstance(bottle, Detection)
+        assert isinstance(cable, Detection)
+        assert cable.model == "cable@v1"  # it was loaded, and goes on
+        assert isinstance(tile, Deferral)
+        assert "tile@v2 was trained on other at 64 px" in tile.detail
+        write_version(registry, "tile", "v3", promote=False)
+        registry.promote("tile", "v3", other_backbone=True)
+        deadline = Deadline("version 3 of the tile")
+        while isinstance(tile, Deferral):
+            deadline.check()
+            (tile,) = await judge(service, [30], ["tile"])
+        assert isinstance(tile, Detection)
+        assert tile.model == "tile@v3"
+
+
+async def test_registry_that_cannot_be_read_makes_no_category_unknown(
+    registry: CountingRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(registry, "bottle")
+    lookups = 0
+
+    def currents() -> dict[str, str]:
+        nonlocal lookups
+        lookups += 1
+        raise RegistryError("the storage fails")
+
+    async with running(registry) as service:
+        monkeypatch.setattr(registry, "currents", currents)
+        service._refreshed_at_s = -np.inf  # noqa: SLF001 - as after a pause longer than refresh_s
+        outcomes = [(await judge(service, [1], ["new"]))[0] for _ in range(5)]
+        assert (await judge_one(service, 10)).model == "bottle@v1"
+    assert all(isinstance(one, Deferral) and "the storage fails" in one.detail for one in outcomes)
+    assert lookups == 1  # and not one for every image
+
+
+async def test_registry_that_fails_leaves_the_loaded_versions_serving(
+    registry: CountingRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(registry, "bottle")
+    failed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def currents() -> dict[str, str]:
+        loop.call_soon_threadsafe(failed.set)
+        raise RegistryError("the storage fails")
+
+    async with running(registry, refresh_s=0.001) as service:
+        monkeypatch.setattr(registry, "currents", currents)
+        await failed.wait()
+        assert (await judge_one(service, 10)).model == "bottle@v1"
+        assert service.alive
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 64, 64, 3), np.uint8), np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 64, 64, 3))]
+)
+async def test_images_of_another_shape_are_our_bug(registry: CountingRegistry, images: np.ndarray) -> None:
+    async with running(registry) as service:
+        with pytest.raises(ShapeError, match=r"expected \(1, 64, 64, 3\) uint8"):
+            await service.detect(images, ["bottle"])
+
+
+async def test_status_counts_what_was_judged(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle")
+    async with running(registry) as service:
+        await judge(service, [1, 2, 3], ["bottle"] * 3)
+        status = service.status()
+    assert status["categories"] == {"bottle": "v1"}
+    assert (status["batches"], status["images"], status["queued_images"]) == (1, 3, 0)
+    assert (status["engine"], status["backbone"], status["input_size"]) == ("tiny", "tiny", 64)
+
+
+def test_newest_current_version_names_the_backbone(registry: CountingRegistry) -> None:
+    assert newest_manifest(registry) is None
+    write_version(registry, "bottle", age=timedelta(days=2))
+    write_version(registry, "cable", age=timedelta(days=1))
+    newest = newest_manifest(registry)
+    assert newest is not None
+    assert newest.category == "cable"
+
+
+def test_detector_does_not_start_on_a_registry_of_several_backbones(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle")
+    write_version(registry, "cable")
+    write_version(registry, "tile", spec=OTHER, promote=False)
+    registry.promote("tile", "v1", other_backbone=True)
+    with pytest.raises(MixedBackbonesError) as caught:
+        make_detector(registry.root, ModelSettings(), DetectorSettings())
+    message = str(caught.value)
+    assert "tiny at 64 px (resize area) with strides 16, 32 and weights 000000000000 (bottle, cable)" in message
+    assert "; other at 64 px" in message
+    assert "(tile)" in message
+    assert "flawstream models promote" in message
+    write_version(registry, "tile", "v2")
+    newest = newest_manifest(registry)
+    assert newest is not None
+    assert newest.backbone == SPEC
+
+
+def test_damaged_manifest_stops_no_other_category(registry: CountingRegistry, tmp_path: Path) -> None:
+    write_version(registry, "bottle")
+    (tmp_path / "bottle" / "v1" / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RegistryError, match="damaged"):
+        newest_manifest(registry)
+    write_version(registry, "cable")
+    newest = newest_manifest(registry)
+    assert newest is not None
+    assert newest.category == "cable"

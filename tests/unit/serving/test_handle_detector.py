@@ -1,0 +1,123 @@
+"""The detector behind a Serve handle: what goes wrong on the way becomes ours, and nothing waits for ever."""
+
+import asyncio
+from collections.abc import Callable, Generator
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+
+from flawstream.imaging.pixels import PixelForm
+from schemas.errors import DetectorDiedError, DetectorOverloadedError, MessageError, Reason
+from serving.deployments import HandleDetector
+
+pytestmark = pytest.mark.anyio
+
+NEVER_S = 3600.0
+IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
+FORM = PixelForm(256, "antialias")
+
+
+class Response:
+    """What a handle's `remote` gives: to be awaited, or cancelled."""
+
+    def __init__(self, outcome: object) -> None:
+        self._outcome = outcome
+        self.cancelled = False
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self._outcome is NOTHING:
+            yield from asyncio.Event().wait().__await__()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+NOTHING = object()
+
+
+class Handle:
+    """A Serve handle that gives the outcomes told, one a call, and for `NOTHING` never any."""
+
+    def __init__(self, *outcomes: object) -> None:
+        self.outcomes = list(outcomes)
+        self.calls: list[str] = []
+        self.responses: list[Response] = []
+
+    def __getattr__(self, method: str) -> "Method":
+        return Method(self, method)
+
+
+class Method:
+    def __init__(self, handle: Handle, name: str) -> None:
+        self._handle = handle
+        self._name = name
+
+    def remote(self, *_: object) -> Response:
+        self._handle.calls.append(self._name)
+        self._handle.responses.append(Response(self._handle.outcomes.pop(0)))
+        return self._handle.responses[-1]
+
+
+async def test_pixel_form_is_asked_once() -> None:
+    handle = Handle(FORM)
+    detector = HandleDetector(handle, NEVER_S)
+    assert [await detector.pixel_form() for _ in range(3)] == [FORM, FORM, FORM]
+    assert handle.calls == ["pixel_form"]
+
+
+async def test_pixel_form_is_asked_again_after_a_failure() -> None:
+    detector = HandleDetector(Handle(ActorDiedError(), FORM), NEVER_S)
+    with pytest.raises(DetectorOverloadedError):
+        await detector.pixel_form()
+    assert await detector.pixel_form() == FORM
+
+
+async def test_replica_that_hangs_is_given_up_and_its_call_is_cancelled() -> None:
+    handle = Handle(NOTHING)
+    with pytest.raises(DetectorOverloadedError, match=r"within 0\.01 s \(detector\.timeout_s\)"):
+        await HandleDetector(handle, 0.01).detect(IMAGES, ["bottle"])
+    assert handle.responses[0].cancelled
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ObjectLostError("1", None, ""),
+        BackPressureError(num_queued_requests=3, max_queued_requests=2),
+        RequestCancelledError("1"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_call_that_no_replica_took_may_be_made_again(error: Exception) -> None:
+    with pytest.raises(DetectorOverloadedError, match="no detector replica took the call") as caught:
+        await HandleDetector(Handle(error), NEVER_S).detect(IMAGES, ["bottle"])
+    assert "\n" not in str(caught.value)
+
+
+async def test_replica_that_ends_with_a_batch_is_told_from_one_that_is_busy() -> None:
+    with pytest.raises(DetectorDiedError, match="ended while it had 1 images"):
+        await HandleDetector(Handle(ActorDiedError()), NEVER_S).detect(IMAGES, ["bottle"])
+
+
+def raised_in_a_replica(error: Exception) -> Exception:
+    wrapped: Callable[[], Exception] = RayTaskError("detect", "Traceback of the replica", error).as_instanceof_cause
+    return wrapped()
+
+
+async def test_error_raised_in_a_replica_comes_out_without_the_replica_s_traceback() -> None:
+    error = raised_in_a_replica(MessageError(Reason.TOO_LARGE, "too much"))
+    with pytest.raises(MessageError) as caught:
+        await HandleDetector(Handle(error), NEVER_S).detect(IMAGES, ["bottle"])
+    assert (type(caught.value), str(caught.value)) == (MessageError, "too much")
+    assert caught.value.reason is Reason.TOO_LARGE
+
+
+async def test_timeout_raised_in_a_replica_is_not_taken_for_our_own() -> None:
+    with pytest.raises(RayTaskError):
+        await HandleDetector(Handle(raised_in_a_replica(TimeoutError())), NEVER_S).detect(IMAGES, ["bottle"])

@@ -1,0 +1,198 @@
+"""Resident models: loaded, swapped, let go, refused."""
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from helpers.tiny_models import FLOW, SPEC, TinyEngine, write_version
+
+import serving.model_store
+from flawstream.fastflow.head import FastFlowHead
+from flawstream.registry.registry import Registry
+from schemas.errors import RegistryError, UnknownCategoryError
+from serving.model_store import ModelStore
+
+MODEL_BYTES = sum(tensor.nbytes for tensor in FastFlowHead(SPEC, FLOW).state_dict().values())
+
+
+class Bench:
+    """A store on a registry in a folder."""
+
+    def __init__(self, folder: Path, models: int = 10) -> None:
+        self.registry = Registry(str(folder))
+        self.folder = folder
+        self.engine = TinyEngine()
+        self.store = ModelStore(self.registry, self.engine, models * MODEL_BYTES)
+
+    def serving(self, category: str) -> str:
+        """Tell which version would judge an image now."""
+        model = self.store.get(category)
+        return "" if model is None else model.manifest.version
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_category_is_resident_once_loaded(bench: Bench) -> None:
+    write_version(bench.registry, "bottle")
+    assert bench.store.get("bottle") is None
+    model = bench.store.load("bottle")
+    assert model.manifest.model == "bottle@v1"
+    assert bench.store.get("bottle") is model
+    assert bench.store.resident == ["bottle@v1"]
+
+
+def test_version_that_is_resident_is_not_prepared_again(bench: Bench) -> None:
+    write_version(bench.registry, "bottle")
+    assert bench.store.load("bottle") is bench.store.load("bottle")
+    bench.store.refresh()
+    assert bench.engine.loads == 1
+
+
+def test_category_without_a_version_is_unknown(bench: Bench) -> None:
+    with pytest.raises(UnknownCategoryError, match=r"'bottle' has no current version.*flawstream train"):
+        bench.store.load("bottle")
+
+
+def test_least_recently_used_category_goes_first(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, models=2)
+    for category in ("bottle", "cable", "screw"):
+        write_version(bench.registry, category)
+    bench.store.load("bottle")
+    bench.store.load("cable")
+    bench.store.get("bottle")
+    bench.store.load("screw")
+    assert bench.store.resident == ["bottle@v1", "screw@v1"]
+    assert bench.store.resident_bytes == 2 * MODEL_BYTES
+    assert not bench.store.has_room
+    assert bench.store.get("cable") is None
+    assert bench.store.load("cable").manifest.model == "cable@v1"
+
+
+def test_model_larger_than_the_budget_serves_alone(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, models=0)
+    for category in ("bottle", "cable"):
+        write_version(bench.registry, category)
+        bench.store.load(category)
+        assert bench.store.resident == [f"{category}@v1"]
+
+
+def test_promoted_version_takes_over_at_the_next_refresh(bench: Bench) -> None:
+    write_version(bench.registry, "bottle", "v1")
+    bench.store.refresh()
+    bench.store.load("bottle")
+    write_version(bench.registry, "bottle", "v2", promote=False)
+    bench.store.refresh()
+    assert bench.serving("bottle") == "v1"
+    bench.registry.promote("bottle", "v2")
+    bench.store.refresh()
+    assert bench.serving("bottle") == "v2"
+    assert bench.store.known == {"bottle": "v2"}
+
+
+def test_roll_back_takes_the_older_version(bench: Bench) -> None:
+    write_version(bench.registry, "bottle", "v1")
+    write_version(bench.registry, "bottle", "v2")
+    bench.store.load("bottle")
+    bench.registry.promote("bottle", "v1")
+    bench.store.refresh()
+    assert bench.serving("bottle") == "v1"
+
+
+def test_refresh_loads_no_category_that_nobody_asked_for(bench: Bench) -> None:
+    write_version(bench.registry, "bottle")
+    bench.store.refresh()
+    assert bench.store.known == {"bottle": "v1"}
+    assert bench.store.resident == []
+
+
+@pytest.mark.parametrize("weights", [b"no safetensors", b""])
+def test_damaged_version_leaves_the_old_one_serving_and_is_said_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture, weights: bytes
+) -> None:
+    write_version(bench.registry, "bottle", "v1")
+    write_version(bench.registry, "cable", "v1")
+    bench.store.load("bottle")
+    bench.store.load("cable")
+    write_version(bench.registry, "bottle", "v2", weights=weights)
+    write_version(bench.registry, "cable", "v2")
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            bench.store.refresh()
+    assert (bench.serving("bottle"), bench.serving("cable")) == ("v1", "v2")
+    assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["bottle@v2"]
+
+
+def test_damaged_version_is_not_read_for_every_image(bench: Bench) -> None:
+    write_version(bench.registry, "bottle", weights=b"no safetensors")
+    with pytest.raises(RegistryError, match="do not fit"):
+        bench.store.load("bottle")
+    manifest = bench.folder / "bottle" / "v1" / "manifest.json"
+    manifest.unlink()  # would be noticed
+    with pytest.raises(RegistryError, match="do not fit"):
+        bench.store.load("bottle")
+
+
+def test_version_whose_storage_failed_for_a_moment_is_taken_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(bench.registry, "bottle", "v1")
+    bench.store.load("bottle")
+    write_version(bench.registry, "bottle", "v2")
+    weights = bench.folder / "bottle" / "v2" / "flow.safetensors"
+    away = weights.rename(weights.with_suffix(".away"))
+    bench.store.refresh()
+    assert bench.serving("bottle") == "v1"
+    away.rename(weights)
+    bench.store.refresh()
+    assert bench.serving("bottle") == "v1"
+    monkeypatch.setattr(serving.model_store, "_RETRY_S", 0.0)
+    bench.store.refresh()
+    assert bench.serving("bottle") == "v2"
+
+
+def test_version_that_replaces_a_damaged_one_is_taken_at_once(bench: Bench) -> None:
+    write_version(bench.registry, "bottle", "v1", weights=b"no safetensors")
+    bench.store.refresh()
+    with pytest.raises(RegistryError):
+        bench.store.load("bottle")
+    write_version(bench.registry, "bottle", "v2")
+    bench.store.refresh()
+    assert bench.store.load("bottle").manifest.version == "v2"
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"name": "other"},
+        {"input_size": 96},
+        {"strides": (8, 16)},
+        {"weights_sha256": "1" * 64},
+        {"resize": "antialias"},
+    ],
+    ids=lambda difference: next(iter(difference)),
+)
+def test_version_of_another_backbone_is_refused(bench: Bench, difference: dict[str, object]) -> None:
+    write_version(bench.registry, "bottle", spec=SPEC.model_copy(update=difference))
+    with pytest.raises(RegistryError, match="One service runs one backbone"):
+        bench.store.load("bottle")
+    assert bench.engine.loads == 0
+
+
+def test_version_whose_head_the_engine_cannot_run_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_head: object, _manifest: object, _read: object) -> None:
+        raise RuntimeError("channels do not fit")
+
+    monkeypatch.setattr(bench.engine, "load", load)
+    write_version(bench.registry, "bottle")
+    with pytest.raises(RegistryError, match=r"bottle@v1 cannot be made ready: channels do not fit"):
+        bench.store.load("bottle")
+
+
+def test_age_of_a_version_does_not_matter_only_the_alias_does(bench: Bench) -> None:
+    write_version(bench.registry, "bottle", "v1")
+    write_version(bench.registry, "bottle", "v2", age=timedelta(days=9))
+    assert bench.store.load("bottle").manifest.version == "v2"

@@ -1,0 +1,95 @@
+"""Data set folders: what is found, in which order, and what is refused with which words."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import DatasetError
+from training.datasets.mvtec import load_mvtec
+from training.datasets.samples import Sample
+
+TRAIN_IMAGES = 10
+
+
+def fill(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+
+
+def make_category(root: Path, name: str = "bottle") -> Path:
+    folder = root / name
+    fill(folder / "train" / "good", *(f"{k:03}.png" for k in range(TRAIN_IMAGES)))
+    fill(folder / "test" / "good", "000.png")
+    fill(folder / "test" / "broken", "001.png", "000.png", "002.png")
+    fill(folder / "ground_truth" / "broken", "000_mask.png", "001.png")
+    return folder
+
+
+def test_images_labels_and_masks_are_found_in_order(tmp_path: Path) -> None:
+    folder = make_category(tmp_path)
+    (bottle,) = load_mvtec(tmp_path)
+    assert bottle.name == "bottle"
+    assert [path.name for path in bottle.train] == [f"{k:03}.png" for k in range(TRAIN_IMAGES)]
+    broken, masks = folder / "test" / "broken", folder / "ground_truth" / "broken"
+    assert bottle.test == (
+        Sample(broken / "000.png", anomalous=True, defect="broken", mask=masks / "000_mask.png"),
+        Sample(broken / "001.png", anomalous=True, defect="broken", mask=masks / "001.png"),
+        Sample(broken / "002.png", anomalous=True, defect="broken", mask=None),
+        Sample(folder / "test" / "good" / "000.png", anomalous=False, defect="good", mask=None),
+    )
+
+
+def test_category_needs_no_test_images(tmp_path: Path) -> None:
+    shutil.rmtree(make_category(tmp_path) / "test")
+    shutil.rmtree(tmp_path / "bottle" / "ground_truth")
+    assert load_mvtec(tmp_path)[0].test == ()
+
+
+def test_root_may_be_one_categorys_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_category(tmp_path)
+    assert load_mvtec(folder) == load_mvtec(tmp_path)
+    monkeypatch.chdir(folder)
+    assert load_mvtec(Path())[0].name == "bottle"
+
+
+def test_categories_come_by_name_or_as_asked_for(tmp_path: Path) -> None:
+    for name in ("tile", "bottle", "cable"):
+        make_category(tmp_path, name)
+    (tmp_path / "licenses").mkdir()
+    assert [data.name for data in load_mvtec(tmp_path)] == ["bottle", "cable", "tile"]
+    assert [data.name for data in load_mvtec(tmp_path, ["tile", "bottle", "tile"])] == ["tile", "bottle"]
+
+
+def test_unknown_category_is_refused_with_the_known(tmp_path: Path) -> None:
+    make_category(tmp_path)
+    make_category(tmp_path, "tile")
+    with pytest.raises(DatasetError, match=r"no category 'cable'; it has: bottle, tile"):
+        load_mvtec(tmp_path, ["cable"])
+    with pytest.raises(DatasetError, match=r"it has: bottle"):
+        load_mvtec(tmp_path / "bottle", ["tile"])
+
+
+@pytest.mark.parametrize("mask", ["broken/003_mask.png", "broken/000_mask_mask.png", "scratched/000_mask.png"])
+def test_mask_without_an_image_is_kept_apart(tmp_path: Path, mask: str) -> None:
+    path = make_category(tmp_path) / "ground_truth" / mask
+    fill(path.parent, path.name)
+    assert load_mvtec(tmp_path)[0].orphan_masks == (path,)
+
+
+def test_digest_tells_content_and_not_place(tmp_path: Path) -> None:
+    here, there = make_category(tmp_path / "a"), make_category(tmp_path / "b", "copy")
+    digest = load_mvtec(here)[0].sha256()
+    assert load_mvtec(there)[0].sha256() == digest
+    (there / "train" / "good" / "000.png").write_bytes(b"other")
+    assert load_mvtec(there)[0].sha256() != digest
+
+
+@pytest.mark.parametrize("old", ["train/good/000.png", "test/broken/002.png", "ground_truth/broken/001.png"])
+def test_digest_changes_where_a_file_goes(tmp_path: Path, old: str) -> None:
+    folder = make_category(tmp_path)
+    fill(folder / "train" / "good", "extra.png")
+    digest = load_mvtec(folder)[0].sha256()
+    (folder / old).unlink()
+    assert load_mvtec(folder)[0].sha256() != digest
