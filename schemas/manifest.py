@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+from schemas.errors import RegistryError
 from schemas.messages import Category
 from schemas.settings import ModelSettings, Resize
 
@@ -268,10 +269,20 @@ class ModelManifest(_Part):
         return self.int8_trial.scope if self.int8_trial is not None else None
 
     def calibration_in(self, arithmetic: Arithmetic) -> Calibration:
-        """Choose the thresholds of the arithmetic that judges; where it was not calibrated, the version's own."""
+        """Return the thresholds for an arithmetic.
+
+        Raises:
+            RegistryError: The version was not calibrated in it: scores of one arithmetic have no threshold in another.
+        """
         trial = self.int8_trial
         if arithmetic == "int8" and trial is not None and trial.calibration is not None:
             return trial.calibration
+        if self.calibration.arithmetic != arithmetic:
+            raise RegistryError(
+                f"{self.model} was calibrated in {self.calibration.arithmetic} and this engine computes in "
+                f"{arithmetic}, where its threshold does not hold; set detector.engine and detector.precision as they "
+                "were in training, or train it again with these"
+            )
         return self.calibration
 
     @property

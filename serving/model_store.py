@@ -175,6 +175,7 @@ class ModelStore:
     def _prepare(self, category: str, version: str) -> ResidentModel:
         manifest = self._registry.manifest(category, version)
         self._refuse_other_backbone(manifest)
+        calibration = manifest.calibration_in(arithmetic_of(self._engine, manifest))
         weights = self._registry.read_file(manifest, WEIGHTS_FILE)
         try:
             head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
@@ -182,17 +183,6 @@ class ModelStore:
         except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # a manifest whose numbers do not fit
             raise RegistryError(f"{manifest.model} cannot be made ready: {error}; train it again") from error
         size_bytes = self._engine.copies * sum(tensor.nbytes for tensor in head.state_dict().values())
-        arithmetic = arithmetic_of(self._engine, manifest)
-        calibration = manifest.calibration_in(arithmetic)
-        if calibration.arithmetic != arithmetic:
-            log.warning(
-                "%s was calibrated in %s and is judged in %s: verdicts near the threshold may differ from those that "
-                "training measured; train it where it serves",
-                manifest.model,
-                calibration.arithmetic,
-                arithmetic,
-                extra={"category": category, "model": manifest.model},
-            )
         return ResidentModel(manifest, loaded, calibration, np.array(calibration.scores), size_bytes)
 
     def _size(self) -> int:

@@ -9,10 +9,10 @@ from helpers.raw_redis import RawRedis
 from helpers.redis_servers import Server
 from helpers.waiting import PATIENCE_S
 from schemas.errors import StreamUnavailableError
-from workers.backoff import backoff_s
 from workers.consume.sharded import ShardedWorker
 from workers.consume.worker import StreamWorker
 from workers.produce.producer import Producer
+from workers.redis.backoff import backoff_s
 
 
 async def push_surely(producer: Producer, message_id: str) -> str:

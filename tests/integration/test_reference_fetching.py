@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError, Reason, StreamUnavailableError
 from schemas.settings import LimitSettings, RedisSettings, ReferenceSettings
-from workers.clock import SystemClock
+from workers.consume.clock import SystemClock
 from workers.consume.decode import DecodedEntry, Decoder
 from workers.ports import Entry
 from workers.redis.connection import make_client

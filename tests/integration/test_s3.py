@@ -14,7 +14,7 @@ from helpers.s3_server import point_to, running_s3
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from schemas.errors import ConfigError, MessageError, Reason, RegistryError
 from schemas.settings import LimitSettings, RedisSettings, ReferenceSettings
-from workers.clock import SystemClock
+from workers.consume.clock import SystemClock
 from workers.redis.connection import make_client
 from workers.references import ReferenceFetcher
 from workers.references import s3 as s3_module

@@ -16,7 +16,7 @@ from schemas.keys import StreamKeys
 from schemas.messages import DetectionResult
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings, WorkerSettings
 from schemas.wire import parse_dead_letter, parse_result
-from workers.clock import SystemClock
+from workers.consume.clock import SystemClock
 from workers.consume.decode import Decoder
 from workers.consume.reader import RedisStreamReader
 from workers.consume.sink import RedisResultSink

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from schemas.errors import TransientError
-from workers.backoff import backoff_s
 from workers.consume.decode import between_ms
 from workers.observe import log_fields
 from workers.observe.tally import Tally
 from workers.ports import Clock, Entry
+from workers.redis.backoff import backoff_s
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

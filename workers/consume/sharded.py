@@ -8,7 +8,7 @@ from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from flawstream.telemetry.traces import NO_TRACER, Tracer
 from schemas.keys import all_keys
 from schemas.settings import Settings
-from workers.clock import SystemClock
+from workers.consume.clock import SystemClock
 from workers.consume.decode import Decoder
 from workers.consume.reader import RedisStreamReader
 from workers.consume.sink import RedisResultSink

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 
 from schemas.settings import WorkerSettings
-from workers.backoff import backoff_s
 from workers.consume.decode import Decoder
 from workers.consume.heartbeat import Heartbeat
 from workers.consume.pipeline import Pipeline
@@ -13,6 +12,7 @@ from workers.consume.reclaim import Reclaimer
 from workers.consume.retry import Retry
 from workers.observe.tally import Tally, WorkerStats
 from workers.ports import Clock, Detector, Entry, ResultSink, Retention, StreamReader
+from workers.redis.backoff import backoff_s
 
 
 class StreamWorker:

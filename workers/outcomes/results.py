@@ -12,8 +12,8 @@ from schemas.keys import StreamKeys, all_keys
 from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import Fields, parse_dead_letter, parse_result
-from workers.backoff import backoff_s
 from workers.outcomes.shard_reader import Demand, ShardReader
+from workers.redis.backoff import backoff_s
 from workers.redis.client import StreamClient
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from redis.exceptions import ResponseError
 
 from schemas.errors import ConfigError, MessageError, StreamUnavailableError
 from schemas.wire import Fields
-from workers.backoff import backoff_s
+from workers.redis.backoff import backoff_s
 from workers.redis.connection import StreamConnection
 from workers.redis.error_texts import is_missing_key
 from workers.redis.errors import stream_errors

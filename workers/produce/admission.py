@@ -14,7 +14,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 from schemas.errors import BacklogFullError
 from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings
-from workers.backoff import backoff_s
+from workers.redis.backoff import backoff_s
 from workers.redis.connection import StreamConnection, address
 from workers.redis.scripts import Script
 

@@ -9,8 +9,8 @@ from typing import Protocol
 from schemas.errors import MessageError, Reason
 from schemas.references import Reference, parse_allowed, parse_reference
 from schemas.settings import LimitSettings, ReferenceSettings
-from workers.backoff import backoff_s
 from workers.ports import Clock
+from workers.redis.backoff import backoff_s
 from workers.redis.connection import StreamConnection
 from workers.references.http import HttpSource
 from workers.references.key import KeySource
