@@ -1,4 +1,4 @@
-"""A Ray cluster for as long as a command needs one."""
+"""A context manager for a Ray cluster."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from flawstream_cli.terminal import busy
 
 @contextlib.contextmanager
 def on_cluster(address: str | None) -> Iterator[cluster.Cluster]:
-    """Join the cluster at an address, or start one on this machine; leave it, or end it, whatever happens.
+    """Connect to the Ray cluster at an address, or start one on this machine; disconnect when the context ends.
 
     Raises:
         ConfigError: No cluster answers at the address.
     """
     try:
-        with busy("starting Ray" if address is None else f"joining Ray at {address}"):
-            joined = cluster.connect(address)
-        yield joined
+        with busy("starting Ray" if address is None else f"connecting to Ray at {address}"):
+            connected = cluster.connect(address)
+        yield connected
     finally:
         cluster.disconnect()
