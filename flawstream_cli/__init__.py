@@ -1,1 +1,1 @@
-"""The `flawstream` command: the only room above all others."""
+"""The `flawstream` command. It may import every other room; none imports it."""

@@ -84,14 +84,14 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def on_cluster(address: str | None) -> Iterator[Cluster]:
-    """Join the cluster at an address, or start one on this machine; leave it, or end it, whatever happens.
+    """Connect to the Ray cluster at an address, or start one on this machine; disconnect when the context ends.
 
     Raises:
         ConfigError: No cluster answers at the address.
     """
     try:
-        with busy("starting Ray" if address is None else f"joining Ray at {address}"):
-            joined = connect(address)
-        yield joined
+        with busy("starting Ray" if address is None else f"connecting to Ray at {address}"):
+            connected = connect(address)
+        yield connected
     finally:
         disconnect()

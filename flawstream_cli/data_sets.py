@@ -1,4 +1,4 @@
-"""What the commands that read data sets share: their options, and a data set's check with its findings shown."""
+"""Shared by the commands that read data sets: options, and checking a data set with the findings printed."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.text import Text
 
 from flawstream.imaging.pixels import PixelForm
-from flawstream_cli.terminal import err, printable, say
+from flawstream_cli.terminal import err, print_message, printable
 from schemas.errors import DatasetError
 from schemas.settings import Settings
 from training.datasets.check import Finding, Severity, check_content, check_listing
@@ -19,102 +19,104 @@ from training.datasets.decoding import count_files, decode_files
 from training.datasets.open import Layout
 from training.datasets.samples import CategoryData
 
-LayoutOption = Annotated[
-    Layout, typer.Option("--layout", help="How the data set lies on disk; auto looks for each layout's marks.")
-]
+LayoutOption = Annotated[Layout, typer.Option("--layout", help="Folder layout of the data set; auto detects it.")]
 CategoryOption = Annotated[
-    list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")
+    list[str] | None, typer.Option("--category", "-c", help="Only this category; may be repeated.")
 ]
-_SHOWN = 5
+_FINDINGS_PER_KIND = 5
+"""Findings of one kind that are printed; the rest are counted."""
 
 
 def find_faults(data: Sequence[CategoryData], settings: Settings, *, decode: bool = True) -> list[Finding]:
-    """Check a data set, with a bar while files are decoded.
+    """Check a data set and show a progress bar while its files are decoded.
 
     Args:
-        data: Its categories.
-        settings: What training would go by.
-        decode: Whether files are opened at all.
+        data: The data set's categories.
+        settings: The settings that training would use.
+        decode: Whether to decode the files too; False checks names and counts only.
 
     Returns:
-        Errors first, then by category and kind.
+        Findings, errors first, then by category and kind.
     """
     findings: list[Finding] = []
-    for one in data:
-        findings += check_listing(one, settings.training)
+    for category in data:
+        findings += check_listing(category, settings.training)
         if not decode:
             continue
-        total = count_files(one)
+        total = count_files(category)
         if not err.is_terminal:
-            say(f"{one.name}: checking {total} files ...")
-        seen = track(
-            decode_files(one, PixelForm.of(settings.model), settings.limits),
-            description=f"checking {one.name}",
+            print_message(f"{category.name}: checking {total} files ...")
+        decoded = track(
+            decode_files(category, PixelForm.of(settings.model), settings.limits),
+            description=f"checking {category.name}",
             total=total,
             console=err,
             transient=True,
             disable=not err.is_terminal,
         )
-        findings += check_content(one, seen)
-    return sorted(findings, key=lambda found: (found.severity, found.category, found.problem, str(found.path or "")))
+        findings += check_content(category, decoded)
+    return sorted(
+        findings, key=lambda finding: (finding.severity, finding.category, finding.problem, str(finding.path or ""))
+    )
 
 
 def exclude_faulty(
     data: Sequence[CategoryData], settings: Settings, *, decode: bool, strict: bool
 ) -> tuple[list[CategoryData], dict[str, str]]:
-    """Check a data set before training, show what was found, and leave out the categories that have errors.
+    """Check a data set before training, print the findings, and exclude the categories that have errors.
 
     Args:
-        data: Its categories.
-        settings: What training would go by.
-        decode: Whether files are opened at all.
-        strict: Refuse all categories where one has an error.
+        data: The data set's categories.
+        settings: The settings that training would use.
+        decode: Whether to decode the files too; False checks names and counts only.
+        strict: Refuse all categories if one has an error.
 
     Returns:
-        The categories without errors, and by name why each of the others is not trained.
+        The categories without errors; and by name the reason why each other one is excluded.
 
     Raises:
         DatasetError: Every category has errors, or one has and `strict` is set.
     """
     findings = find_faults(data, settings, decode=decode)
     show_findings(findings, err)
-    errors = [found for found in findings if found.severity is Severity.ERROR]
-    faulty = {name: list(found) for name, found in groupby(errors, lambda one: one.category)}  # findings are sorted
-    sound = [one for one in data if one.name not in faulty]
-    if faulty and (strict or not sound):
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    errors_of = {name: list(group) for name, group in groupby(errors, lambda error: error.category)}  # sorted above
+    sound = [category for category in data if category.name not in errors_of]
+    if errors_of and (strict or not sound):
         raise DatasetError(
-            f"the data set is not trained on, as its check found errors: {len(errors)}; mend what is listed above"
+            f"nothing is trained: the check of the data set found errors: {len(errors)}; fix what is listed above"
             f"{', or train the other categories without --strict' if sound else ''}"
         )
-    return sound, {name: _why(found) for name, found in faulty.items()}
+    return sound, {name: _exclusion_reason(group) for name, group in errors_of.items()}
 
 
-def _why(errors: Sequence[Finding]) -> str:
-    """Say why a category is not trained, and the way out."""
+def _exclusion_reason(errors: Sequence[Finding]) -> str:
     first = errors[0]
     return (
-        f"not trained, as the check of its data found errors: {len(errors)}, the first: "
-        f"{f'{first.path}: ' if first.path is not None else ''}{first.text}. Mend what `flawstream datasets check -c "
-        f"{first.category}` lists, then train it alone with `-c {first.category}`"
+        f"not trained: the check of its data found errors: {len(errors)}, the first: "
+        f"{f'{first.path}: ' if first.path is not None else ''}{first.text}. Fix what `flawstream datasets check -c "
+        f"{first.category}` lists, then train this category with `-c {first.category}`"
     )
 
 
 def show_findings(findings: Iterable[Finding], console: Console) -> None:
-    """Print findings, a line each; of many of one kind the first few."""
-    for (severity, category, _), found in groupby(findings, lambda one: (one.severity, one.category, one.problem)):
-        same = list(found)
-        for one in same[:_SHOWN]:
-            where = f"{one.path}: " if one.path is not None else ""
+    """Print findings, one a line; of each kind only the first few."""
+    for (severity, category, _), group in groupby(
+        findings, lambda finding: (finding.severity, finding.category, finding.problem)
+    ):
+        same_kind = list(group)
+        for finding in same_kind[:_FINDINGS_PER_KIND]:
+            location = f"{finding.path}: " if finding.path is not None else ""
             line = Text.assemble(
                 (severity.value, "red" if severity is Severity.ERROR else "yellow"),
-                printable(f" {category}: {where}{one.text}"),
+                printable(f" {category}: {location}{finding.text}"),
             )
             console.print(line, highlight=False, soft_wrap=True)
-        if len(same) > _SHOWN:
-            console.print(printable(f"      {category}: and {len(same) - _SHOWN} more of this kind"), soft_wrap=True)
+        if hidden := len(same_kind[_FINDINGS_PER_KIND:]):
+            console.print(printable(f"      {category}: and {hidden} more of this kind"), soft_wrap=True)
 
 
 def count_severities(findings: Iterable[Finding]) -> tuple[int, int]:
     """Count errors and warnings."""
-    counts = Counter(found.severity for found in findings)
+    counts = Counter(finding.severity for finding in findings)
     return counts[Severity.ERROR], counts[Severity.WARNING]

@@ -1,4 +1,4 @@
-"""The `flawstream` command: commands put together, errors turned into words and exit codes."""
+"""Entry point of the `flawstream` command: finds the subcommand, prints errors, sets the exit code."""
 
 import contextlib
 import importlib
@@ -17,25 +17,25 @@ from flawstream_cli.terminal import ExitCode, err, exit_code_of, out, printable
 from schemas.errors import FlawstreamError
 
 COMMANDS = {
-    "demo": "The main job end to end on photographs of solar cells.",
+    "demo": "Train, serve and report on photographs of solar cells, end to end.",
     "datasets": "Check data sets, list what they hold, and write public ones as folders.",
     "train": "Train every category of a data set, in parallel on Ray.",
     "evaluate": "Measure the current model versions on labelled test images.",
     "serve": "Serve the trained categories until Ctrl-C.",
     "worker": "Judge images from the stream in one process, without Ray.",
-    "profile": "Measure where the time of an image goes, stage by stage.",
-    "push": "Push images onto the stream.",
-    "watch": "Show results as they come.",
-    "models": "Look at model versions and promote them.",
-    "dead": "Look at dead letters, images that were refused; send them again or throw them away.",
-    "acl": "Print a user of the stream server, with the rights its role needs.",
+    "profile": "Measure the time per image of each stage.",
+    "push": "Push images to the stream.",
+    "watch": "Print results as they are published.",
+    "models": "List, promote, export and import model versions.",
+    "dead": "List, replay and purge dead letters: images that could not be judged.",
+    "acl": "Print an ACL user for the stream server, with only the rights its role needs.",
     "doctor": "Check packages, hardware, weights, registry and stream server.",
 }
-"""Each is a module in `commands`, imported when it is called: a push must not wait until torch and Ray are loaded."""
+"""Each is a module in `commands`, imported only when called: `push` must not wait until torch and Ray are imported."""
 
 
 class _LazyGroup(TyperGroup):
-    """Lists commands without importing them, and imports the one that is called."""
+    """Lists commands without importing them; imports only the one that is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         del ctx
@@ -53,7 +53,7 @@ class _LazyGroup(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """Import a command or a group of commands; torch and Ray take seconds."""
+    """Import a command or a group of commands, which may take seconds (torch, Ray)."""
     with err.status("loading ...") if err.is_terminal else contextlib.nullcontext():
         module = importlib.import_module(f"flawstream_cli.commands.{name}")
     group: typer.Typer | None = getattr(module, "app", None)
@@ -77,8 +77,8 @@ app = typer.Typer(
 )
 
 
-def _tell_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         out.print(version("flawstream"), highlight=False)
         raise typer.Exit
 
@@ -86,34 +86,34 @@ def _tell_version(wanted: bool) -> None:
 @app.callback()
 def flawstream(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Anomaly scores, verdicts and maps for images on a Redis stream."""
 
 
 def main() -> None:
-    """Run the command line and leave with an exit code that means something."""
+    """Run the command line; exit with an `ExitCode`."""
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
     try:
         app()
     except FlawstreamError as error:
-        _tell_error(f" ({error.code}): {error}")
+        _print_error(f" ({error.code}): {error}")
         sys.exit(exit_code_of(error))
     except OSError as error:
         if error.filename is None:  # not a file that the user named
             raise
-        _tell_error(f": {error.filename}: {error.strerror}")
+        _print_error(f": {error.filename}: {error.strerror}")
         sys.exit(ExitCode.FAILED)
     except KeyboardInterrupt:
         err.print("stopped")
         sys.exit(ExitCode.INTERRUPTED)
 
 
-def _tell_error(what: str) -> None:
+def _print_error(text: str) -> None:
     if logs.are_json():
-        logging.getLogger(__name__).error("error%s", what)
+        logging.getLogger(__name__).error("error%s", text)
         return
-    err.print(Text("error", "bold red") + printable(what), highlight=False, soft_wrap=True)
+    err.print(Text("error", "bold red") + printable(text), highlight=False, soft_wrap=True)

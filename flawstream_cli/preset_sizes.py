@@ -1,4 +1,4 @@
-"""What `flawstream models presets` shows, and docs/reference/presets.md holds: how large each preset is."""
+"""Sizes of the presets, as shown by `flawstream models presets` and docs/reference/presets.md."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,18 @@ from schemas.settings import ModelSettings
 
 @dataclass(frozen=True, slots=True)
 class PresetSize:
-    """One row.
+    """Size of one preset.
 
     Attributes:
-        preset: Its name.
-        backbone: timm's name.
-        layers: Which layers give the features.
+        preset: Name of the preset.
+        backbone: Name in timm.
+        layers: Layers whose features are used.
         input_size: Side in pixels.
-        backbone_parameters: Kept of the backbone.
-        added_parameters: Trained.
-        backbone_macs: For one image.
-        flow_macs: For one image.
-        paper_added_parameters: What the paper gives; absent for what is not in it.
+        backbone_parameters: Parameters up to the last layer used; frozen.
+        added_parameters: Trained parameters.
+        backbone_macs: Multiply-accumulates per image.
+        flow_macs: Multiply-accumulates per image.
+        paper_added_parameters: Added parameters in millions in the paper; None if the preset is not in the paper.
     """
 
     preset: str
@@ -35,7 +35,7 @@ class PresetSize:
 
     @staticmethod
     def columns() -> tuple[str, ...]:
-        """Name the cells."""
+        """Return the column titles of `cells`."""
         return (
             "preset",
             "backbone",
@@ -50,7 +50,7 @@ class PresetSize:
         )
 
     def cells(self) -> tuple[str, ...]:
-        """Write the row for a person: millions of parameters, 10^9 multiply-accumulates an image."""
+        """Format as a table row: parameters in millions, multiply-accumulates per image in 10^9."""
         paper = self.paper_added_parameters
         return (
             self.preset,
@@ -67,7 +67,7 @@ class PresetSize:
 
 
 def preset_sizes() -> list[PresetSize]:
-    """Count all presets; no weights are needed."""
+    """Count the parameters and multiply-accumulates of all presets; needs no weights."""
     sizes = []
     for name, preset in PRESETS.items():
         size = measure(ModelSettings(preset=name))

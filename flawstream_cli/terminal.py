@@ -1,6 +1,6 @@
-"""What all commands share towards the terminal: where output goes, exit codes, options, and settings put together.
+"""Shared by all commands: output, exit codes, common options, and reading the settings.
 
-Data goes to standard output, everything for a person to standard error, so that a pipe carries data alone.
+Data goes to standard output and messages to standard error, so that a pipe carries data only.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from schemas.settings import Settings, load_settings, settings_problems
 _log = logging.getLogger(__name__)
 
 _WIDTH = 160
-"""Where nobody watches, as in a log or a pipe; rich takes 80 there and breaks the rows of tables."""
+"""Characters a line in a log or a pipe; rich's default of 80 would break the rows of tables."""
 
 out = Console(emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
 err = Console(stderr=True, emoji=False, width=None if sys.stderr.isatty() else _WIDTH)
 
 
 class ExitCode(IntEnum):
-    """What a command's exit code means."""
+    """Exit codes of all commands."""
 
     OK = 0
     FAILED = 1
@@ -46,52 +46,57 @@ class ExitCode(IntEnum):
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file of settings; `FLAWSTREAM_SECTION__FIELD` variables win over it."),
+    typer.Option("--config", help="YAML file of settings; `FLAWSTREAM_SECTION__FIELD` variables override it."),
 ]
 RedisOption = Annotated[
     str | None, typer.Option("--redis", metavar="URL", help="Redis 7 or Valkey server, e.g. redis://127.0.0.1:6379/0.")
 ]
 RegistryOption = Annotated[
-    str | None, typer.Option("--registry", metavar="ROOT", help="Folder or fsspec URL of the model versions.")
+    str | None, typer.Option("--registry", metavar="ROOT", help="Folder or fsspec URL of the model registry.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Settings:
-    """Read the settings, put what the command line says above them, and log as they ask from here on.
+    """Read the settings, override them with the command line's, and set up logging.
 
     Args:
         config: A YAML file.
-        **sections: Per section the fields given on the command line; None stands for not given.
+        **sections: Fields from the command line by section; None leaves a field as it is.
 
     Raises:
-        ConfigError: The file, the environment, or a value is wrong.
+        ConfigError: The file, the environment, or a value is invalid.
     """
     settings = load_settings(config)
     changed = {}
     for name, fields in sections.items():
         given = {field: value for field, value in fields.items() if value is not None}
         section = getattr(settings, name)
-        try:  # what was never set stays so: `serve` starts its own server only where nobody named one
+        try:  # unset fields stay unset: `serve` starts its own server only if `redis.url` is unset
             changed[name] = type(section).model_validate({**section.model_dump(exclude_unset=True), **given})
         except ValidationError as error:
             raise ConfigError(
-                f"the command line's settings are refused: {settings_problems(error, name)}. "
+                f"invalid settings on the command line: {settings_problems(error, name)}. "
                 "`flawstream doctor --settings` lists every field"
             ) from None
-    read = settings.model_copy(update=changed)
-    logs.set_up_logging(read.logging)
-    return read
+    settings = settings.model_copy(update=changed)
+    logs.set_up_logging(settings.logging)
+    return settings
 
 
 def print_json(value: object) -> None:
-    """Print one line of JSON on standard output; a number that JSON does not know becomes null."""
+    """Print one line of JSON on standard output; NaN and infinity become null."""
     out.file.write(json.dumps(_finite(value), default=str, allow_nan=False) + "\n")
     out.file.flush()
 
 
-def say(text: str, style: str = "") -> None:
-    """Tell a person something that may hold text from outside, on one line however long; where logs are JSON, there."""
+def print_message(text: str, style: str = "") -> None:
+    """Print a message on standard error, on one line however long; log it instead if logs are JSON.
+
+    Args:
+        text: May contain untrusted text.
+        style: A style of rich.
+    """
     if logs.are_json():
         _log.info("%s", text)
     else:
@@ -99,18 +104,18 @@ def say(text: str, style: str = "") -> None:
 
 
 @contextlib.contextmanager
-def busy(doing: str) -> Iterator[None]:
-    """Show that something goes on: a spinner, or a line where nobody watches."""
+def busy(activity: str) -> Iterator[None]:
+    """Show a spinner while the context lasts; without a terminal, print one line."""
     if err.is_terminal:
-        with err.status(printable(f"{doing} ...")):
+        with err.status(printable(f"{activity} ...")):
             yield
     else:
-        say(f"{doing} ...")
+        print_message(f"{activity} ...")
         yield
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    """Build a table; None shows as a dash, floats with four digits."""
+    """Build a table; None is shown as a dash, floats with four digits."""
     built = Table(title=printable(title, "bold"), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         built.add_column(column, justify="left" if index == 0 else "right")
@@ -120,12 +125,12 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 
 
 def exit_code_of(error: FlawstreamError) -> ExitCode:
-    """Tell how a command ends on an error."""
+    """Return the exit code for an error."""
     return ExitCode.UNAVAILABLE if isinstance(error, TransientError) else ExitCode.CANNOT_START
 
 
 def printable(text: str, style: str = "") -> Text:
-    """Make text from outside harmless: no control characters for the terminal but new lines, no markup for rich."""
+    """Make untrusted text safe to print: replaces control characters except new lines, ignores rich's markup."""
     shown = "".join(
         letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
@@ -133,10 +138,10 @@ def printable(text: str, style: str = "") -> Text:
 
 
 def entry_id(text: str | None) -> str | None:
-    """Check an entry's id from the command line.
+    """Validate the id of a stream entry from the command line.
 
     Raises:
-        typer.BadParameter: It is none.
+        typer.BadParameter: The text is not an entry id.
     """
     if text is not None and not _ENTRY_ID.fullmatch(text):
         raise typer.BadParameter(f"{text!r} is no entry id; one looks like 1763900000000-0")
@@ -144,10 +149,10 @@ def entry_id(text: str | None) -> str | None:
 
 
 def dead_id(text: str | None) -> str | None:
-    """Check a dead letter's id from the command line: with shards the shard's number and a colon stand before it.
+    """Validate the id of a dead letter from the command line: an entry id, with shards `SHARD:ENTRY_ID`.
 
     Raises:
-        typer.BadParameter: It is none.
+        typer.BadParameter: The text is not the id of a dead letter.
     """
     if text is not None and not _DEAD_ID.fullmatch(text):
         raise typer.BadParameter(f"{text!r} is no id of a dead letter; `flawstream dead list` shows them")
@@ -162,9 +167,9 @@ def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return value
 
 

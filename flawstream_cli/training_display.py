@@ -1,20 +1,20 @@
-"""Progress of training on the terminal: one bar a job, or plain lines where nobody watches."""
+"""Shows the progress of training jobs: progress bars on a terminal, plain lines otherwise."""
 
 from types import TracebackType
 from typing import Self
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flawstream_cli.terminal import err, printable, say
+from flawstream_cli.terminal import err, print_message, printable
 from training.pipeline import Progress as JobProgress
 from training.pipeline import Stage
 
 
 class TrainingDisplay:
-    """Shows what `training.fleet.train_fleet` yields. A context manager.
+    """Shows the progress reports of `training.fleet.train_fleet`. A context manager.
 
     Args:
-        jobs: Names, a bar each, in this order.
+        jobs: Names of the jobs, in the order of their bars.
     """
 
     def __init__(self, jobs: list[str]) -> None:
@@ -32,12 +32,12 @@ class TrainingDisplay:
         self._tasks: dict[str, TaskID] = {
             name: self._bars.add_task(name, total=None, stage="waiting", note="") for name in jobs
         }
-        self._said: dict[str, str] = {}
+        self._last_lines: dict[str, str] = {}
 
     def show(self, progress: JobProgress) -> None:
-        """Take one report. What is said at a job's end is too long for a line of bars: the caller says it below."""
-        has_more = progress.note and progress.stage in {Stage.DONE, Stage.FAILED}
-        note = "see below" if has_more else progress.note
+        """Show one report. The note of a finished job is too long for its bar: the caller prints it."""
+        has_long_note = progress.note and progress.stage in {Stage.DONE, Stage.FAILED}
+        note = "see below" if has_long_note else progress.note
         self._bars.update(
             self._tasks[progress.job],
             stage=progress.stage.value,
@@ -47,9 +47,9 @@ class TrainingDisplay:
         )
         if not err.is_terminal:
             line = f"{progress.job}: {progress.stage.value} {note.partition('  ')[0]}".rstrip()
-            if self._said.get(progress.job) != line:
-                self._said[progress.job] = line
-                say(line)
+            if self._last_lines.get(progress.job) != line:
+                self._last_lines[progress.job] = line
+                print_message(line)
 
     def __enter__(self) -> Self:
         self._bars.start()

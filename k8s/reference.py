@@ -1,7 +1,6 @@
-"""Makes `values.schema.json` and `docs/reference/values.md` from the comments of `values.yaml` and the settings' model.
+"""Generates `values.schema.json` and `docs/reference/values.md` from `values.yaml` with its comments, and the settings.
 
-Run it when either has changed: `python -m k8s.reference`. Knows no template; a test compares what it makes with what is
-there.
+Run `python -m k8s.reference` when either has changed; a test checks that the files are up to date.
 """
 
 import json
@@ -28,7 +27,7 @@ OF_THE_CHART = {
     "metrics": {"host", "port"},
     "worker": {"name"},
 }  # fmt: skip
-"""Settings that the chart writes from values of its own, or that are secrets: refused below `settings`."""
+"""Settings that the chart derives from other values, or that are secrets; not allowed below `settings`."""
 
 _QUANTITY = {"type": ["string", "number"], "pattern": r"^\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"}
 _QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY}
@@ -51,7 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""What a `ref` in an `@schema` line stands for."""
+"""Schemas that an `@schema` line in `values.yaml` can name as `ref`."""
 
 _TYPES: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -61,56 +60,57 @@ def _when(path: str, *, equals: object, then: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at(path: str, schema: dict[str, Any], *, required: bool = False) -> dict[str, Any]:
-    """Put a schema at a dotted path."""
+    """Nest a schema at a dotted path."""
     for name in reversed(path.split(".")):
         schema = {"properties": {name: schema}} | ({"required": [name]} if required else {})
     return schema
 
 
-_GIVEN: dict[str, Any] = {"minLength": 1}
+_NOT_EMPTY: dict[str, Any] = {"minLength": 1}
 RULES = [
-    _when("redis.mode", equals="external", then=_at("redis.external.url", _GIVEN)),
-    _when("registry.type", equals="s3", then=_at("registry.s3.url", _GIVEN)),
-    _when("training.enabled", equals=True, then=_at("training.data.existingClaim", _GIVEN)),
-    _when("ingress.enabled", equals=True, then=_at("ingress.host", _GIVEN)),
-    _when("dashboardIngress.enabled", equals=True, then=_at("dashboardIngress.host", _GIVEN)),
+    _when("redis.mode", equals="external", then=_at("redis.external.url", _NOT_EMPTY)),
+    _when("registry.type", equals="s3", then=_at("registry.s3.url", _NOT_EMPTY)),
+    _when("training.enabled", equals=True, then=_at("training.data.existingClaim", _NOT_EMPTY)),
+    _when("ingress.enabled", equals=True, then=_at("ingress.host", _NOT_EMPTY)),
+    _when("dashboardIngress.enabled", equals=True, then=_at("dashboardIngress.host", _NOT_EMPTY)),
     _when("httpRoute.enabled", equals=True, then=_at("httpRoute.parentRefs", {"minItems": 1})),
-    _when("serviceAccount.create", equals=False, then=_at("serviceAccount.name", _GIVEN)),
+    _when("serviceAccount.create", equals=False, then=_at("serviceAccount.name", _NOT_EMPTY)),
     _when("redis.external.cluster", equals=True, then=_at("redis.external.sentinels", {"maxItems": 0})),
     {
         "if": {
             **_at("ray.gcsFaultTolerance.enabled", {"const": True}),
             "allOf": [_at("ray.gcsFaultTolerance.mode", {"const": "external"})],
         },
-        "then": _at("ray.gcsFaultTolerance.address", _GIVEN),
+        "then": _at("ray.gcsFaultTolerance.address", _NOT_EMPTY),
     },
-    {  # else nothing would judge an image
+    {  # otherwise no image would be judged
         "anyOf": [_at("serve.enabled", {"const": True}), _at("workers.enabled", {"const": True})],
     },
 ]
-"""What one value asks of another."""
+"""Constraints between values."""
 
 
 def settings_schema() -> dict[str, Any]:
-    """Give the JSON schema of `settings`: our model's, without what the chart writes itself."""
-    whole = Settings.model_json_schema()
-    definitions = whole.pop("$defs")
+    """Return the JSON schema of `settings`: that of `Settings` without the fields that the chart sets itself."""
+    full_schema = Settings.model_json_schema()
+    definitions = full_schema.pop("$defs")
 
-    def plain(node: Any) -> Any:
+    def inline(node: Any) -> Any:
+        """Replace references by their definitions, and drop what Helm does not check."""
         if isinstance(node, list):
-            return [plain(each) for each in node]
+            return [inline(item) for item in node]
         if not isinstance(node, dict):
             return node
         if "$ref" in node:
-            return plain(definitions[node["$ref"].rpartition("/")[2]])
+            return inline(definitions[node["$ref"].rpartition("/")[2]])
         dropped = ("title", "default", "description", "writeOnly", "format")
         return {
-            name: plain(value)
+            name: inline(value)
             for name, value in node.items()
             if name != "default" and not (name in dropped and not isinstance(value, dict))
         }
 
-    schema: dict[str, Any] = plain(whole)
+    schema: dict[str, Any] = inline(full_schema)
     for section, fields in OF_THE_CHART.items():
         for field in fields:
             schema["properties"][section]["properties"].pop(field)
@@ -120,31 +120,31 @@ def settings_schema() -> dict[str, Any]:
 
 
 def _comment(lines: list[str], line: int) -> tuple[str, dict[str, Any]]:
-    """Read the comment right above a key: its text, and what its `@schema` line says."""
+    """Read the comment above a key; return its text and the JSON of its `@schema` line."""
     text: list[str] = []
-    narrowed: dict[str, Any] = {}
+    restrictions: dict[str, Any] = {}
     while line > 0 and lines[line - 1].lstrip().startswith("#"):
         line -= 1
-        said = lines[line].lstrip().removeprefix("#").strip()
-        if said.startswith("@schema"):
-            narrowed = json.loads(said.removeprefix("@schema"))
+        comment = lines[line].lstrip().removeprefix("#").strip()
+        if comment.startswith("@schema"):
+            restrictions = json.loads(comment.removeprefix("@schema"))
         else:
-            text.insert(0, said)
-    return " ".join(text), narrowed
+            text.insert(0, comment)
+    return " ".join(text), restrictions
 
 
 def _keys(node: yaml.MappingNode, lines: list[str]) -> Iterator[tuple[str, yaml.Node, str, dict[str, Any]]]:
     for key, value in node.value:
-        text, narrowed = _comment(lines, key.start_mark.line)
-        yield key.value, value, text, narrowed
+        text, restrictions = _comment(lines, key.start_mark.line)
+        yield key.value, value, text, restrictions
 
 
 def _value(node: yaml.Node) -> Any:
     return yaml.safe_load(yaml.serialize(node))
 
 
-def _schema_of(node: yaml.Node, narrowed: dict[str, Any], lines: list[str]) -> dict[str, Any]:
-    kind = narrowed.get("ref")
+def _schema_of(node: yaml.Node, restrictions: dict[str, Any], lines: list[str]) -> dict[str, Any]:
+    kind = restrictions.get("ref")
     if kind == "settings":
         return settings_schema()
     if kind is not None:
@@ -159,8 +159,8 @@ def _schema_of(node: yaml.Node, narrowed: dict[str, Any], lines: list[str]) -> d
         }
     default = _value(node)
     if isinstance(default, list):
-        return {"type": "array", **narrowed}
-    return {"type": _TYPES[type(default)], **narrowed}
+        return {"type": "array", **restrictions}
+    return {"type": _TYPES[type(default)], **restrictions}
 
 
 def _described(schema: dict[str, Any], text: str) -> dict[str, Any]:
@@ -176,40 +176,40 @@ def _values() -> tuple[yaml.MappingNode, list[str]]:
 
 
 def make_schema() -> str:
-    """Give `values.schema.json`."""
+    """Generate `values.schema.json`."""
     root, lines = _values()
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         **_schema_of(root, {}, lines),
         "allOf": RULES,
     }
-    schema["properties"]["global"] = {"type": "object", "description": "Helm hands it to every chart; not used here."}
+    schema["properties"]["global"] = {"type": "object", "description": "Helm passes it to every chart; not used here."}
     return json.dumps(schema, indent=1) + "\n"
 
 
 def _rows(path: str, node: yaml.MappingNode, lines: list[str]) -> Iterator[str]:
-    for name, value, text, narrowed in _keys(node, lines):
-        full = f"{path}{name}"
-        if isinstance(value, yaml.MappingNode) and "ref" not in narrowed:
-            yield from _rows(f"{full}.", value, lines)
+    for name, value, text, restrictions in _keys(node, lines):
+        full_path = f"{path}{name}"
+        if isinstance(value, yaml.MappingNode) and "ref" not in restrictions:
+            yield from _rows(f"{full_path}.", value, lines)
             continue
         default = json.dumps(_value(value), ensure_ascii=False)
-        allowed = ", ".join(f"`{each}`" for each in narrowed.get("enum", ()))
-        said = f"{text} One of {allowed}." if allowed else text
-        yield f"| `{full}` | `{default}` | {said.replace('|', '&#124;')} |"
+        allowed = ", ".join(f"`{item}`" for item in restrictions.get("enum", ()))
+        description = f"{text} One of {allowed}." if allowed else text
+        yield f"| `{full_path}` | `{default}` | {description.replace('|', '&#124;')} |"
 
 
 def make_table() -> str:
-    """Give `docs/reference/values.md`."""
+    """Generate `docs/reference/values.md`."""
     root, lines = _values()
     return "\n".join(
         [
             "# Values of the Helm chart",
             "",
-            "Made by `k8s/reference.py` from the comments in [values.yaml](../../k8s/flawstream/values.yaml). What is",
-            "not listed is refused. How to use them: [deploy](../deploy.md).",
+            "Generated by `k8s/reference.py` from the comments in [values.yaml](../../k8s/flawstream/values.yaml).",
+            "Values that are not listed are refused. How to use them: [deploy](../deploy.md).",
             "",
-            "| value | default | what it is |",
+            "| value | default | description |",
             "|---|---|---|",
             *_rows("", root, lines),
             "",

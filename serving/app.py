@@ -1,6 +1,6 @@
-"""The composition root: settings in, a Ray Serve application out; and running it on a cluster.
+"""Composition root of the service: builds the Ray Serve application from the settings, runs it and stops it.
 
-`ray serve` configurations name `serving.app:build`; `flawstream serve` calls `run`.
+Ray Serve configurations name `serving.app:build`; `flawstream serve` calls `run`.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
-from ray.serve.context import _get_global_client  # nothing public tells where Serve listens
+from ray.serve.context import _get_global_client  # no public function returns Serve's address
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -43,10 +43,10 @@ def build(settings: Settings) -> serve.Application:
     """Wire the deployments together: Api -> Detector, StreamWorker -> Detector.
 
     Args:
-        settings: The whole tree; in a Serve configuration the `args` of the application.
+        settings: All settings; in a Serve configuration the `args` of the application.
 
     Raises:
-        ConfigError: Bounds of autoscaling contradict each other.
+        ConfigError: The bounds of autoscaling contradict each other.
     """
     warn_if_open(settings.api)
     detector, worker = settings.detector, settings.worker
@@ -73,11 +73,11 @@ def build(settings: Settings) -> serve.Application:
 
 
 def require_startable(settings: Settings) -> None:
-    """See before anything is started that the service can start on this machine: in a second, not after minutes.
+    """Check that the service can start on this machine, to fail within a second and not after minutes.
 
     Raises:
-        ConfigError: The port is taken, the tokens cannot be had, the registry's root is no folder, or the stream server
-            is too old.
+        ConfigError: The port is taken, the tokens cannot be read, the registry's root is not a folder, or the stream
+            server is too old.
         StreamUnavailableError: The stream server does not answer.
         RegistryError: The registry cannot be read.
     """
@@ -92,9 +92,9 @@ def require_startable(settings: Settings) -> None:
 
 
 def run(settings: Settings) -> str:
-    """Deploy on the cluster that `flawstream_cli.cluster.connect` joined, and wait until every replica is ready.
+    """Deploy on the cluster of `flawstream_cli.cluster.connect`, and wait until every replica is ready.
 
-    Where Serve runs on the cluster already, its HTTP address stands, whatever the settings say.
+    If Serve already runs on the cluster, its HTTP address stays, and that of the settings is ignored with a warning.
 
     Returns:
         The address of the HTTP API.
@@ -102,41 +102,45 @@ def run(settings: Settings) -> str:
     Raises:
         ConfigError: A deployment could not start.
     """
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False, encoding=settings.logging.format.upper())
+    serve_logging = LoggingConfig(
+        log_level="WARNING", enable_access_log=False, encoding=settings.logging.format.upper()
+    )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(http_options=HTTPOptions(host=settings.api.host, port=settings.api.port), logging_config=quiet)
-        serve.run(build(_with_absolute_paths(settings)), name=APPLICATION, logging_config=quiet)
+        serve.start(
+            http_options=HTTPOptions(host=settings.api.host, port=settings.api.port), logging_config=serve_logging
+        )
+        serve.run(build(_with_absolute_paths(settings)), name=APPLICATION, logging_config=serve_logging)
     except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
-        raise ConfigError(f"the service could not start: {_why(error)}") from error
+        raise ConfigError(f"the service could not start: {_start_error(error)}") from error
     http: HTTPOptions = _get_global_client().http_config
     if (http.host, http.port) != (settings.api.host, settings.api.port):
         _log.warning(
-            "Serve already runs on this cluster at %s:%s; api.host and api.port do not hold", http.host, http.port
+            "Serve already runs on this cluster at %s:%s; api.host and api.port are ignored", http.host, http.port
         )
     return f"http://{http.host}:{http.port}"
 
 
 def detector_handle() -> DeploymentHandle:
-    """Give a handle of the detectors of the application that runs."""
+    """Return a handle of the running application's detectors."""
     return serve.get_deployment_handle(_DETECTOR, APPLICATION)
 
 
 def stop() -> None:
-    """Take the service down. First the workers finish the batches under way, while the detectors are still there.
+    """Stop the service: first the workers drain, while the detectors still run, then everything is deleted.
 
-    Serve itself stays, with its port: others may have applications on it.
+    Serve itself keeps running, with its port, as it may run other applications.
     """
     try:
         _drain_workers()
         serve.delete(APPLICATION)
     except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
-        # nothing is lost: entries that did not end stay pending, and the next start takes them up
-        _log.warning("the service did not stop in order: %s", _last_line(str(error)))
+        # nothing is lost: entries that are not completed stay pending, and are reclaimed after the next start
+        _log.warning("the service did not stop cleanly: %s", _last_line(str(error)))
 
 
 def _drain_workers() -> None:
-    """Have every worker finish. A call goes to any one replica, so they are made until each has answered."""
+    """Drain every worker replica. Serve chooses the replica of a call, so call until each has answered."""
     status = serve.status().applications.get(APPLICATION)
     if status is None or _WORKER not in status.deployments:
         return
@@ -145,8 +149,8 @@ def _drain_workers() -> None:
     drained: set[str] = set()
     deadline_s = time.monotonic() + _SHUTDOWN_S
     while len(drained) < replicas and time.monotonic() < deadline_s:
-        answers = [handle.drain.remote() for _ in range(replicas)]
-        drained |= {answer.result(timeout_s=_SHUTDOWN_S) for answer in answers}
+        responses = [handle.drain.remote() for _ in range(replicas)]
+        drained |= {response.result(timeout_s=_SHUTDOWN_S) for response in responses}
 
 
 def _require_free_port(api: ApiSettings) -> None:
@@ -165,28 +169,29 @@ async def _require_streams(redis: RedisSettings) -> None:
         await require_server(client)
 
 
-def _why(error: Exception) -> str:
-    """Find what a person needs in Serve's messages, which repeat a replica's traceback for every try."""
+def _start_error(error: Exception) -> str:
+    """Summarise Serve's messages, which repeat the traceback of a replica for every attempt to start it."""
     status = serve.status().applications.get(APPLICATION)
-    told = {name: one.message for name, one in status.deployments.items() if one.message} if status else {}
-    return "; ".join(f"{name}: {_last_line(message)}" for name, message in told.items()) or _last_line(str(error))
+    deployments = status.deployments if status else {}
+    messages = {name: deployment.message for name, deployment in deployments.items() if deployment.message}
+    return "; ".join(f"{name}: {_last_line(text)}" for name, text in messages.items()) or _last_line(str(error))
 
 
 def _last_line(text: str) -> str:
-    """Give the last exception that a traceback in the text names, or else the text's last line."""
-    raised = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", text, re.MULTILINE)
-    lines = raised or text.strip().splitlines() or ["no reason given"]
+    """Return the last exception in a text with tracebacks, or the text's last line if there is none."""
+    exceptions = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", text, re.MULTILINE)
+    lines = exceptions or text.strip().splitlines() or ["no reason given"]
     return str(lines[-1]).strip()
 
 
 def _replicas(section: WorkerSettings | DetectorSettings) -> dict[str, Any]:
-    """Say how many replicas there are: so many, or after the backlog."""
+    """Return the Serve options for a fixed number of replicas, or for autoscaling."""
     scaling = autoscaling_config(section)
     return {"num_replicas": section.replicas} if scaling is None else {"autoscaling_config": scaling}
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:
-    """Name files from the root: replicas run in other folders."""
+    """Make the paths of files absolute, since replicas have other working directories."""
     changed = {}
     for name in ("redis", "api"):
         section = getattr(settings, name)

@@ -1,7 +1,7 @@
-"""How many replicas there are to be, after the images that wait. Runs in Serve's controller: it must never block.
+"""Scales the replicas with the backlog. The policy runs in Serve's controller and must never block.
 
-Serve takes this module along by value, as its controller may run where flawstream is not installed: what
-`BacklogPolicy` uses must stand here or in the standard library.
+Serve pickles this module by value, since flawstream may not be installed where the controller runs: `BacklogPolicy` may
+only use this module and the standard library.
 """
 
 import math
@@ -17,56 +17,55 @@ from schemas.settings.section import ScaledSection
 from workers.observe.backlog import Backlog
 
 IMAGES_WAITING = "images_waiting"
-"""The metric that replicas report and the policy reads."""
+"""Name of the metric that replicas report and the policy reads."""
 
 DOWNSCALE_DELAY_S = 60.0
-"""One replica goes when for so long there was work for fewer; the next one as much later."""
+"""The policy must have asked for fewer replicas for this long before one is removed; the same again for the next."""
 
 _REPORT_S = 1.0
 _LOOK_BACK_S = 10.0
-"""A report older than this is none: the server is away, or the replica."""
-_SLACK = 0.5
-"""A replica goes when those that stay would have half of their share: at the edge nothing goes to and fro."""
+"""Older reports are ignored: the stream server or the replica may be down."""
+_HYSTERESIS = 0.5
+"""A replica is removed only if the others would then have at most this fraction of `images_per_replica` each."""
 
 
 class BacklogPolicy:
-    """Wants one replica for each so many images waiting.
+    """Asks for one replica per `images_per_replica` images waiting.
 
-    More at once; fewer one by one, as a backlog is short for two reasons that look alike: little comes in, or there
-    are as many replicas as it takes. The delay is Serve's, see `autoscaling_config`.
+    Scales up in one step, and down by one replica at a time, because a short backlog can mean either of two things:
+    few images arrive, or the replicas keep up with many. Serve adds the delay, see `autoscaling_config`.
 
     Args:
-        images_per_replica: Images waiting for each replica, above which there are to be more.
+        images_per_replica: Images waiting per replica above which replicas are added.
     """
 
     def __init__(self, images_per_replica: int) -> None:
         self._images_per_replica = images_per_replica
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Decide.
+        """Compute the target number of replicas; Serve calls this ten times a second.
 
         Args:
-            context: What Serve knows; asked ten times a second.
+            context: Current state and metrics of the deployment.
 
         Returns:
-            How many replicas there are to be, within the bounds; as many as now where nobody knows what waits.
-            And no state.
+            The number of replicas within the bounds, unchanged if no replica reports the backlog; and an empty state.
         """
-        now: int = context.target_num_replicas
+        current: int = context.target_num_replicas
         waiting = _newest((context.raw_metrics or {}).get(IMAGES_WAITING, {}))
-        wanted = now
+        target = current
         if waiting is not None:
-            full = math.ceil(waiting / self._images_per_replica)
-            if full > now:
-                wanted = full
-            elif waiting <= (now - 1) * self._images_per_replica * _SLACK:
-                wanted = now - 1
-        lowest, highest = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-        return max(lowest, min(highest, wanted)), {}
+            needed = math.ceil(waiting / self._images_per_replica)
+            if needed > current:
+                target = needed
+            elif waiting <= (current - 1) * self._images_per_replica * _HYSTERESIS:
+                target = current - 1
+        fewest, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+        return max(fewest, min(most, target)), {}
 
 
 def _newest(reports: Mapping[Any, Any]) -> float | None:
-    """Give what was reported last by any replica: they all read the same streams."""
+    """Return the latest report of any replica; they all read the same streams."""
     points = [point for series in reports.values() for point in series if _is_count(point.value)]
     return max(points, key=lambda point: point.timestamp).value if points else None
 
@@ -76,10 +75,10 @@ def _is_count(value: object) -> bool:
 
 
 def autoscaling_config(section: ScaledSection) -> AutoscalingConfig | None:
-    """Make what Serve is told of a deployment's autoscaling; nothing where it has a fixed number of replicas.
+    """Build Serve's autoscaling options for a deployment; None if it has a fixed number of replicas.
 
     Raises:
-        ConfigError: The most replicas are fewer than the fewest, or there is none that could report a backlog.
+        ConfigError: `max_replicas` is below `replicas`, or `replicas` is 0, so that no replica reports the backlog.
     """
     most, fewest = section.max_replicas, section.replicas
     if most is None:
@@ -87,11 +86,11 @@ def autoscaling_config(section: ScaledSection) -> AutoscalingConfig | None:
     name = "worker" if isinstance(section, WorkerSettings) else "detector"
     if not 1 <= fewest <= most:
         raise ConfigError(
-            f"{name}.replicas={fewest} and {name}.max_replicas={most}: the fewest must be 1 or more, as replicas "
-            "report the backlog, and no more than the most; or leave max_replicas out"
+            f"{name}.replicas={fewest} and {name}.max_replicas={most}: replicas must be 1 or more, since replicas "
+            "report the backlog, and at most max_replicas; or leave max_replicas out"
         )
     with warnings.catch_warnings():
-        # deprecated for an environment variable that this Ray does not yet read; its own 10 s are no "at once"
+        # metrics_interval_s is deprecated in favour of a variable that this Ray does not read yet; 10 s is too slow
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=fewest,
@@ -108,8 +107,8 @@ def autoscaling_config(section: ScaledSection) -> AutoscalingConfig | None:
 
 
 async def autoscaling_stats(backlog: Backlog) -> dict[str, float]:
-    """Report what waits, for a deployment's `record_autoscaling_stats`; nothing where nobody knows."""
+    """Report the backlog, for a deployment's `record_autoscaling_stats`; empty if it cannot be read."""
     try:
         return {IMAGES_WAITING: (await backlog.read()).images}
-    except FlawstreamError:  # who needs the server has said that it is away
+    except FlawstreamError:  # the workers log that the stream server is unavailable
         return {}

@@ -1,4 +1,4 @@
-"""Thin Ray Serve shells: they start and stop what does the work and know nothing of how it is done."""
+"""Ray Serve deployments of detector, stream worker and HTTP API: they start and stop the objects that do the work."""
 
 import asyncio
 import contextlib
@@ -38,11 +38,11 @@ _NO_REPLICA = (BackPressureError, DeploymentUnavailableError, RequestCancelledEr
 
 
 class HandleDetector:
-    """A detector behind a Serve handle, as the `Detector` protocol.
+    """Implements the `Detector` protocol with calls to a Serve handle.
 
     Args:
-        handle: Of the `DetectorDeployment`.
-        timeout_s: Longest wait for an answer.
+        handle: Handle of the `DetectorDeployment`.
+        timeout_s: Timeout of a call.
     """
 
     def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
@@ -51,7 +51,7 @@ class HandleDetector:
         self._pixel_form: PixelForm | None = None
 
     async def pixel_form(self) -> PixelForm:
-        """Return the form that images must have. Asked once: another one comes with a new deployment only."""
+        """Return the form that images must have. Cached, since it changes only with a new deployment."""
         if self._pixel_form is None:
             self._pixel_form = await self._call("pixel_form")
         return self._pixel_form
@@ -60,52 +60,52 @@ class HandleDetector:
         """Judge a batch; see `workers.ports.Detector`.
 
         Raises:
-            DetectorOverloadedError: The queue is full, no replica is there, or none answered in time; nothing of what
-                was judged comes back.
-            DetectorDiedError: The replica ended while it had the call.
+            DetectorOverloadedError: The queue is full, no replica is available, or none answered in time; nothing is
+                returned even if some images were judged.
+            DetectorDiedError: The replica died during the call.
         """
         try:
             outcomes: Sequence[Judgement] = await self._call("detect", images, list(categories))
         except DetectorOverloadedError as error:
             if isinstance(error.__cause__, ActorDiedError):
-                raise DetectorDiedError(f"a detector replica ended while it had {len(images)} images") from error
+                raise DetectorDiedError(f"a detector replica died during a call with {len(images)} images") from error
             raise
         return outcomes
 
     async def status(self) -> dict[str, object]:
-        """Tell what is loaded and how it goes."""
-        told: dict[str, object] = await self._call("status")
-        return told
+        """Return the status of one detector replica."""
+        status: dict[str, object] = await self._call("status")
+        return status
 
     async def _call(self, method: str, *arguments: object) -> Any:
         response = getattr(self._handle, method).remote(*arguments)
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await response
-        except RayTaskError as error:  # its own text is the traceback in the replica
+        except RayTaskError as error:  # its text is the replica's traceback; its cause is our error
             if isinstance(error.cause, FlawstreamError):
                 raise error.cause from None
             raise
         except TimeoutError as error:
             response.cancel()
             raise DetectorOverloadedError(
-                f"no detector replica answered within {self._timeout_s:g} s (detector.timeout_s); it is tried again"
+                f"no detector replica answered within {self._timeout_s:g} s (detector.timeout_s); the batch is retried"
             ) from error
         except _NO_REPLICA as error:
             raise DetectorOverloadedError(
-                f"no detector replica took the call ({_first_line(error)}); it is tried again"
+                f"no detector replica took the call ({_first_line(error)}); the batch is retried"
             ) from error
 
 
 class DetectorDeployment:
-    """Hosts a `DetectorService`: the backbone and the heads of all categories."""
+    """Runs a `DetectorService`: the backbone and the heads of all categories."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         set_up_logging(settings.logging)
         metrics = RayMetrics(settings.metrics.max_categories)
         self._service = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
         await self._service.start()
-        self._client = make_client(settings.redis)  # used where the number of replicas follows the backlog
+        self._client = make_client(settings.redis)  # only used with autoscaling
         self._backlog = Backlog(self._client, all_keys(settings.redis))
 
     async def pixel_form(self) -> PixelForm:
@@ -117,27 +117,27 @@ class DetectorDeployment:
         return await self._service.detect(images, categories)
 
     async def status(self) -> dict[str, object]:
-        """Tell what is loaded and how it goes."""
+        """Return the status of the detector."""
         return self._service.status()
 
     async def check_health(self) -> None:
-        """Have Serve replace a replica whose loops ended."""
+        """Fail if a loop of the detector has ended, so that Serve replaces the replica."""
         if not self._service.alive:
             raise RuntimeError("a loop of the detector has ended")
 
     async def __del__(self) -> None:
-        """Stop the loops before the process goes."""
+        """Stop the loops before the process ends."""
         with contextlib.suppress(AttributeError):  # the constructor failed
             await self._service.stop()
             await self._client.aclose()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Report what waits; Serve asks only where it scales."""
+        """Report the backlog; Serve calls this only with autoscaling."""
         return await autoscaling_stats(self._backlog)
 
 
 class StreamWorkerDeployment:
-    """Hosts a `StreamWorker` as a background loop of the replica."""
+    """Runs a stream worker as a background task of the replica."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, detector: DeploymentHandle
@@ -146,7 +146,7 @@ class StreamWorkerDeployment:
         self._exit = contextlib.ExitStack()
         self._client = make_client(settings.redis)
         await require_server(self._client)
-        # A replica that takes the place of one that died has its rank, and so takes up at once what that one had.
+        # A replica that replaces a dead one gets its rank, and so continues at once with what was pending for it.
         consumer = f"{socket.gethostname()}-{serve.get_replica_context().rank.rank}"
         self._worker = ShardedWorker(
             self._client,
@@ -161,24 +161,24 @@ class StreamWorkerDeployment:
         self._loop_task = asyncio.create_task(self._worker.run(self._stop))
 
     async def status(self) -> dict[str, object]:
-        """Tell what the loop has done so far."""
+        """Return the worker's counts."""
         await self.check_health()
         return self._worker.stats.as_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Report what waits; Serve asks only where it scales."""
+        """Report the backlog; Serve calls this only with autoscaling."""
         return await autoscaling_stats(self._backlog)
 
     async def check_health(self) -> None:
-        """Have Serve replace a replica whose loop ended unasked."""
+        """Fail if the worker's loop has ended unexpectedly, so that Serve replaces the replica."""
         if self._loop_task.done() and not self._stop.is_set():
             raise RuntimeError(f"the worker's loop has ended: {self._loop_task}")
 
     async def drain(self) -> str:
-        """Finish the batches under way and read no more; what is not finished in time is handed back.
+        """Stop reading, finish the batches in flight, and release what is not finished in time.
 
         Returns:
-            Which replica it was.
+            The consumer's name.
         """
         self._stop.set()
         with contextlib.suppress(asyncio.CancelledError):
@@ -186,7 +186,7 @@ class StreamWorkerDeployment:
         return self._worker.consumer
 
     async def __del__(self) -> None:
-        """Finish the batches under way."""
+        """Finish the batches in flight."""
         with contextlib.suppress(AttributeError):  # the constructor failed
             await self.drain()
             await self._worker.close()
@@ -200,7 +200,7 @@ def _first_line(error: Exception) -> str:
 
 @serve.ingress()
 class ApiDeployment:
-    """Hosts the HTTP API; what it answers is defined in `serving.api.api`."""
+    """Runs the HTTP API of `serving.api.api`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, detector: DeploymentHandle, worker: DeploymentHandle | None
@@ -215,24 +215,24 @@ class ApiDeployment:
         self._producer = Producer(settings.redis, settings.limits, settings.backlog, metrics, tracer=tracer)
         self._client = make_client(settings.redis)
         self._backlog = Backlog(self._client, all_keys(settings.redis))
-        gauges = StreamGauges(self._backlog, metrics)  # they must be told while no worker lives
+        gauges = StreamGauges(self._backlog, metrics)  # reported here too, as there may be no worker
         self._reporting = asyncio.create_task(report_for_ever(settings.metrics.report_s, [gauges.report]))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Give Serve the application, once the handles are here."""
+        """Return the ASGI application; Serve calls this after the constructor."""
         return build_api(self._detector, self._producer, self._status, self._settings.api, self._settings.limits)
 
     async def _status(self) -> dict[str, object]:
-        told: dict[str, object] = {"detector": await self._detector.status()}
+        status: dict[str, object] = {"detector": await self._detector.status()}
         try:
-            told["backlog"] = asdict(await self._backlog.read())
+            status["backlog"] = asdict(await self._backlog.read())
         except StreamUnavailableError:
             if self._worker is not None:
                 raise
-            told["backlog"] = None  # nobody here needs the streams; images are judged all the same
+            status["backlog"] = None  # without workers the service does not need the streams
         if self._worker is not None:
-            told["worker"] = await self._worker.status.remote()
-        return told
+            status["worker"] = await self._worker.status.remote()
+        return status
 
     async def __del__(self) -> None:
         """Close the connections."""

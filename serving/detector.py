@@ -1,4 +1,4 @@
-"""Detection as one plain object: engine, resident models and batching behind the `Detector` protocol. No Ray in here.
+"""The detector: engine, loaded versions and batching behind the `Detector` protocol. Knows no Ray.
 
 Shape legend: B images, S side of an image in pixels, H W height and width of a scale's grid.
 """
@@ -37,10 +37,10 @@ class DetectorService:
     """Judges images of any mix of categories (`workers.ports.Detector`).
 
     Args:
-        registry: Where model versions are.
-        engine: Where they run.
-        settings: Batching and residency.
-        metrics: Where numbers go.
+        registry: Registry of the model versions.
+        engine: Engine that runs them.
+        settings: Batching, and the memory for loaded versions.
+        metrics: Metrics to update.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class DetectorService:
         self._refresh_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the current versions, then begin to work and to look for new ones."""
+        """Load the current versions, then start the batcher and the task that looks for new versions."""
         await asyncio.to_thread(self._preload)
         self._batcher.start()
         self._refresh_task = asyncio.create_task(self._refresh_for_ever())
 
     async def stop(self) -> None:
-        """Finish the batches under way and stop; calls that wait are refused and may go to another replica."""
+        """Finish the batches in flight and stop. Queued calls are refused; another replica may take them."""
         if self._refresh_task is not None:
             self._refresh_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -78,11 +78,11 @@ class DetectorService:
 
     @property
     def alive(self) -> bool:
-        """Tell whether both loops run."""
+        """Whether the batcher and the refresh task run."""
         return self._batcher.alive and self._refresh_task is not None and not self._refresh_task.done()
 
     def status(self) -> dict[str, object]:
-        """Tell what is loaded and how it goes."""
+        """Return engine, loaded versions and counts."""
         return {
             "engine": type(self._engine).__name__.removesuffix("Engine").lower(),
             "backbone": self._engine.spec.name,
@@ -106,12 +106,12 @@ class DetectorService:
         """Judge a batch.
 
         Args:
-            images: (B, S, S, 3), of the form that the engine's backbone sees.
-            categories: B names.
+            images: (B, S, S, 3), of the form that `pixel_form` returns.
+            categories: The B images' categories.
 
         Returns:
-            B outcomes, in order; a category that is unknown is refused, one whose version cannot be used is deferred,
-            and neighbours are not concerned.
+            For each image in order: a detection; a refusal if its category is unknown; or a deferral if the category's
+            current version cannot be used.
 
         Raises:
             DetectorOverloadedError: The queue is full; nothing was judged.
@@ -139,7 +139,7 @@ class DetectorService:
         return [next(detections) if outcome is None else outcome for outcome in outcomes]
 
     def _judge(self, images: Pixels, models: Sequence[ResidentModel]) -> list[Detection]:
-        """Run one batch; in a thread of the batcher."""
+        """Judge one batch; called in a thread of the batcher."""
         rows_of: dict[ResidentModel, list[int]] = {}
         for row, model in enumerate(models):
             rows_of.setdefault(model, []).append(row)
@@ -167,13 +167,13 @@ class DetectorService:
         return [detection for detection in detections if detection is not None]
 
     async def _load(self, category: str) -> ResidentModel | Refusal | Deferral:
-        """Load a category that is not resident, without holding up the batches of the others."""
+        """Load the version of a category that is not resident, without blocking batches of other categories."""
         async with self._loading:
             model = self._store.get(category)
             if model is not None:
                 return model
             try:
-                # what cannot be served must not make every image a look at the registry
+                # at most one look at the registry per refresh_s, even if every image has an unknown category
                 if time.monotonic() - self._refreshed_at_s >= self._settings.refresh_s:
                     await self._refresh()
                 elif self._unreadable is not None:
@@ -183,7 +183,7 @@ class DetectorService:
                 return await asyncio.to_thread(self._store.load, category)
             except UnknownCategoryError:
                 return _refuse(category, self._store.known)
-            except RegistryError as error:  # the store has logged it
+            except RegistryError as error:  # logged by the model store
                 return _defer(category, error)
 
     async def _refresh(self) -> None:
@@ -202,19 +202,19 @@ class DetectorService:
             try:
                 async with self._loading:
                     await self._refresh()
-            except (RegistryError, TransientError):  # the second of an engine that is elsewhere
-                log.exception("new versions cannot be looked for or loaded; those loaded go on")
+            except (RegistryError, TransientError):  # TransientError: of an engine on another machine
+                log.exception("cannot look for new versions or load them; the loaded ones keep serving")
 
     def _preload(self) -> None:
         self._store.refresh()
         for category in self._store.known:
             if not self._store.has_room:
                 log.warning(
-                    "%d categories do not all fit in detector.max_resident_mb; the rest load when asked for",
+                    "%d categories do not all fit in detector.max_resident_mb; the rest are loaded on demand",
                     len(self._store.known),
                 )
                 break
-            with contextlib.suppress(RegistryError):  # the store has logged it
+            with contextlib.suppress(RegistryError):  # logged by the model store
                 self._store.load(category)
 
 
@@ -234,19 +234,19 @@ def _defer(category: str, error: RegistryError) -> Deferral:
 def make_detector(
     registry_root: str, model: ModelSettings, settings: DetectorSettings, metrics: Metrics = NO_METRICS
 ) -> DetectorService:
-    """Put a detector together: backbone and input size are those of the current versions in the registry.
+    """Build a detector with the backbone and input size of the current versions in the registry.
 
     Args:
         registry_root: A folder or an fsspec URL.
-        model: Used where the registry is empty, and for the weights where a version's came from a file.
-        settings: Engine, batching and residency.
-        metrics: Where numbers go.
+        model: The backbone if the registry is empty, and its weights if those of the versions came from a file.
+        settings: Engine, batching, and the memory for loaded versions.
+        metrics: Metrics to update.
 
     Raises:
         ConfigError: The engine is not installed, or the backbone does not exist.
-        WeightsError: The backbone's weights cannot be had.
-        RegistryError: The registry cannot be read, or no current version in it can, or they run on several backbones.
-        TransientError: The engine is elsewhere and does not answer.
+        WeightsError: The backbone's weights cannot be loaded.
+        RegistryError: The registry or all its current versions cannot be read, or these have several backbones.
+        TransientError: The engine is on another machine and does not answer.
     """
     registry = Registry(registry_root)
     newest = newest_manifest(registry)
@@ -260,19 +260,19 @@ def make_detector(
 
 
 def newest_manifest(registry: Registry) -> ModelManifest | None:
-    """Find the newest current version; none where nothing was trained yet. One that is damaged stops no other.
+    """Return the newest current version, or None if there are no versions. Damaged versions are ignored.
 
     Raises:
-        MixedBackbonesError: The current versions run on several backbones, so some could not be served.
-        RegistryError: The registry cannot be read, or no current version in it can.
+        MixedBackbonesError: The current versions have several backbones.
+        RegistryError: The registry cannot be read, or all current versions are damaged.
     """
     manifests, damaged = registry.current_manifests()
     if damaged and not manifests:
         raise damaged[0]
     require_one_backbone(
-        {one.category: one.backbone for one in manifests},
-        f"the current versions in {registry.root} run on several backbones",
-        "put all on the same one with `flawstream models promote` (--other-backbone if the others are to move), train "
-        "what has no version on it, or delete a category's file `current` and serve it from a registry of its own",
+        {manifest.category: manifest.backbone for manifest in manifests},
+        f"the current versions in {registry.root} have several backbones",
+        "promote versions with the same backbone (`flawstream models promote --other-backbone`), train the categories "
+        "that have none, or delete a category's file `current` and serve it from another registry",
     )
     return max(manifests, key=lambda manifest: manifest.created_at, default=None)

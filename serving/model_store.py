@@ -1,6 +1,6 @@
-"""The model versions a detector keeps ready: loaded from the registry, warmed up, swapped when another is promoted.
+"""The versions that a detector has loaded: loads and warms them up, swaps in promoted ones, unloads unused ones.
 
-Knows no batching and no Ray. `get` never blocks; everything else reads the registry and belongs in a thread.
+Knows no batching and no Ray. `get` never blocks; `load` and `refresh` read the registry: call them in a thread.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ from schemas.manifest import Calibration, ModelManifest
 log = logging.getLogger(__name__)
 
 _RETRY_S = 30.0
-"""A version that failed is tried again so much later: the storage may have been at fault, and not the version."""
+"""Time before loading a failed version is retried: the storage may have failed, and not the version."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidentModel:
-    """A version that is ready to judge.
+    """A loaded and warmed-up version.
 
     Attributes:
-        manifest: What it is.
-        loaded: Its head on the engine.
-        calibration: Its thresholds in the arithmetic of the engine.
-        calibration_scores: (n,) float64, ascending: the same calibration's.
-        size_bytes: Memory that it takes in this process, by its weights and the engine.
+        manifest: Manifest of the version.
+        loaded: Its head, loaded by the engine.
+        calibration: Its calibration for the engine's arithmetic.
+        calibration_scores: (n,) float64, ascending; the scores of that calibration.
+        size_bytes: Memory of its weights in this process, over all copies of the engine.
     """
 
     manifest: ModelManifest
@@ -50,18 +50,18 @@ class ResidentModel:
 @dataclass(frozen=True, slots=True)
 class _Failure:
     version: str
-    why: str
+    error: str
     at_s: float
 
 
 class ModelStore:
-    """Resident models by category; past a memory budget the least recently used goes.
+    """Holds one loaded version per category; above a memory limit, unloads the least recently used.
 
     Args:
-        registry: Where versions are.
-        engine: Where they run; a version trained on another backbone is refused.
-        max_resident_bytes: The budget. The model used last stays, whatever its size.
-        metrics: Where numbers go.
+        registry: Registry of the versions.
+        engine: Engine that runs them; a version with another backbone is refused.
+        max_resident_bytes: The memory limit. The version used last stays loaded, even if it is larger.
+        metrics: Metrics to update.
     """
 
     def __init__(
@@ -78,30 +78,30 @@ class ModelStore:
 
     @property
     def known(self) -> dict[str, str]:
-        """Tell the current version of every category as of the last `refresh`."""
+        """The current version of every category, as of the last `refresh`."""
         return dict(self._known)
 
     @property
     def resident(self) -> list[str]:
-        """Tell which versions are ready, as `category@version`."""
+        """The loaded versions, as `category@version`."""
         with self._lock:
             return [model.manifest.model for model in self._models.values()]
 
     @property
     def resident_bytes(self) -> int:
-        """Tell how much memory the resident models take."""
+        """Memory of the loaded versions."""
         with self._lock:
             return self._size()
 
     @property
     def has_room(self) -> bool:
-        """Tell whether one more model, as large as the largest resident, can stay beside the others."""
+        """Whether one more version fits, if it is as large as the largest loaded one."""
         with self._lock:
             largest = max((model.size_bytes for model in self._models.values()), default=0)
             return self._size() + largest <= self._max_resident_bytes
 
     def get(self, category: str) -> ResidentModel | None:
-        """Give a category's model if it is resident."""
+        """Return the loaded version of a category, or None."""
         with self._lock:
             model = self._models.get(category)
             if model is not None:
@@ -109,12 +109,12 @@ class ModelStore:
             return model
 
     def load(self, category: str) -> ResidentModel:
-        """Load a category's current version, warm it up, and only then let it take traffic.
+        """Load a category's current version and warm it up; then swap it in.
 
         Raises:
             UnknownCategoryError: The category has no current version.
-            RegistryError: It has one that cannot be used; a version of before stays. Logged once a version, and for a
-                while not tried again.
+            RegistryError: The current version cannot be used; a version loaded before stays. Logged once per version,
+                and retried after 30 s.
         """
         recent = self._failures.get(category)
         if (
@@ -122,7 +122,7 @@ class ModelStore:
             and time.monotonic() - recent.at_s < _RETRY_S
             and self._known.get(category, recent.version) == recent.version
         ):
-            raise RegistryError(recent.why)
+            raise RegistryError(recent.error)
         version = self._registry.current(category)
         if version is None:
             raise UnknownCategoryError(
@@ -137,7 +137,7 @@ class ModelStore:
         except RegistryError as error:
             if recent is None or recent.version != version:
                 log.exception(
-                    "%s@%s cannot be used; a version of before goes on where there is one, else its images wait",
+                    "%s@%s cannot be used; the version before keeps serving; without one, the images stay pending",
                     category,
                     version,
                     extra={"category": category, "model": f"{category}@{version}"},
@@ -146,29 +146,30 @@ class ModelStore:
             self._metrics.add(m.MODEL_LOADS, outcome="failed")
             raise
         self._failures.pop(category, None)
-        let_go: list[ResidentModel] = []
+        unloaded: list[ResidentModel] = []
         with self._lock:
             self._models[category] = model
             self._models.move_to_end(category)
             while len(self._models) > 1 and self._size() > self._max_resident_bytes:
-                _, gone = self._models.popitem(last=False)
-                let_go.append(gone)
+                _, oldest = self._models.popitem(last=False)
+                unloaded.append(oldest)
                 log.info(
-                    "let go: %s, for others to stay within detector.max_resident_mb",
-                    gone.manifest.model,
-                    extra=_names(gone),
+                    "unloaded: %s, to stay within detector.max_resident_mb",
+                    oldest.manifest.model,
+                    extra=_log_fields(oldest),
                 )
-        log.info("ready: %s", model.manifest.model, extra=_names(model))
-        self._count(model, present, let_go)
+        log.info("loaded: %s", model.manifest.model, extra=_log_fields(model))
+        self._update_metrics(model, present, unloaded)
         return model
 
-    def _count(self, ready: ResidentModel, swapped: ResidentModel | None, let_go: list[ResidentModel]) -> None:
-        """Note what is resident now."""
+    def _update_metrics(
+        self, loaded: ResidentModel, swapped: ResidentModel | None, unloaded: list[ResidentModel]
+    ) -> None:
         self._metrics.add(m.MODEL_LOADS, outcome="swap" if swapped else "first")
-        for gone in (swapped, *let_go):
-            if gone is not None:
-                self._metrics.forget(m.MODEL_INFO, category=gone.manifest.category, version=gone.manifest.version)
-        self._metrics.set(m.MODEL_INFO, 1, category=ready.manifest.category, version=ready.manifest.version)
+        for model in (swapped, *unloaded):
+            if model is not None:
+                self._metrics.forget(m.MODEL_INFO, category=model.manifest.category, version=model.manifest.version)
+        self._metrics.set(m.MODEL_INFO, 1, category=loaded.manifest.category, version=loaded.manifest.version)
         self._metrics.set(m.RESIDENT_CATEGORIES, len(self.resident))
         self._metrics.set(m.RESIDENT_BYTES, self.resident_bytes)
 
@@ -180,8 +181,13 @@ class ModelStore:
         try:
             head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
             loaded = self._engine.load(head, manifest, partial(self._registry.read_file, manifest))
-        except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # a manifest whose numbers do not fit
-            raise RegistryError(f"{manifest.model} cannot be made ready: {error}; train it again") from error
+        except (
+            RuntimeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+        ) as error:  # the manifest does not match the weights
+            raise RegistryError(f"{manifest.model} cannot be loaded: {error}; train it again") from error
         size_bytes = self._engine.copies * sum(tensor.nbytes for tensor in head.state_dict().values())
         return ResidentModel(manifest, loaded, calibration, np.array(calibration.scores), size_bytes)
 
@@ -189,7 +195,7 @@ class ModelStore:
         return sum(model.size_bytes for model in self._models.values())
 
     def refresh(self) -> None:
-        """Look for promoted versions and load those whose category is resident. A version that fails is said once.
+        """Read the current versions, and swap in those of loaded categories. A failure is logged once per version.
 
         Raises:
             RegistryError: The registry cannot be read.
@@ -210,11 +216,10 @@ class ModelStore:
         if ours.identity != theirs.identity:
             raise RegistryError(
                 f"{manifest.model} was trained on {theirs.summary}; this detector runs {ours.summary}. "
-                "One service runs one backbone: promote a version on that, serve the category from a registry of its "
-                "own, or, where all categories have moved, restart the service"
+                "A service runs one backbone: promote a version with that one, serve the category from another "
+                "registry, or, if all categories have moved to the new backbone, restart the service"
             )
 
 
-def _names(model: ResidentModel) -> dict[str, str]:
-    """Name a model in a log line."""
+def _log_fields(model: ResidentModel) -> dict[str, str]:
     return {"category": model.manifest.category, "model": model.manifest.model}

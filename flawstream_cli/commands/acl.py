@@ -1,4 +1,4 @@
-"""`flawstream acl`: the server's users with the rights they need and no others."""
+"""`flawstream acl`: prints ACL users for the stream server, with only the rights that each role needs."""
 
 from enum import StrEnum
 from hashlib import sha256
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flawstream_cli.terminal import ConfigOption, out, read_settings, say
+from flawstream_cli.terminal import ConfigOption, out, print_message, read_settings
 from schemas.errors import ConfigError
 from workers.acl import HASH_PLACEHOLDER, Role, access_rules, user_line
 
@@ -15,7 +15,7 @@ _KEY_REFERENCE = "key:"
 
 
 class Format(StrEnum):
-    """Where the line goes."""
+    """Syntax of the printed line."""
 
     COMMANDS = "commands"
     ACLFILE = "aclfile"
@@ -30,12 +30,13 @@ def acl(
         ),
     ],
     prefix: Annotated[
-        str | None, typer.Option(help="What every key starts with; as in the settings if absent.")
+        str | None, typer.Option(help="Prefix of every key; by default `redis.prefix` of the settings.")
     ] = None,
     shards: Annotated[
-        int | None, typer.Option(min=0, max=1024, help="Sets of streams; as in the settings if absent.")
+        int | None,
+        typer.Option(min=0, max=1024, help="Number of shards; by default `redis.shards` of the settings."),
     ] = None,
-    user: Annotated[str | None, typer.Option(help="The user's name; PREFIX-ROLE if absent.")] = None,
+    user: Annotated[str | None, typer.Option(help="Name of the user; by default PREFIX-ROLE.")] = None,
     password_file: Annotated[
         Path | None, typer.Option(help="File that holds the password. Only its SHA-256 is printed.")
     ] = None,
@@ -44,7 +45,7 @@ def acl(
     ] = Format.COMMANDS,
     config: ConfigOption = None,
 ) -> None:
-    """Print a user of the stream server, with the rights its role needs and no others.
+    """Print an ACL user for the stream server, with only the rights that its role needs.
 
     Example: `flawstream acl producer --user camera-7 --password-file secret.txt | redis-cli`
     """
@@ -55,10 +56,10 @@ def acl(
     rules = access_rules(role, settings.redis.prefix, settings.redis.shards, references)
     digest = None if password_file is None else _digest(password_file)
     name = user or f"{settings.redis.prefix}-{role}"
-    # past rich: a rule must not be broken into lines
+    # not through rich, which would break the line
     print(user_line(name, rules, digest, acl_file=format_ is Format.ACLFILE), file=out.file)
     if digest is None:
-        say(f"put the password's SHA-256 in place of {HASH_PLACEHOLDER}, or give --password-file")
+        print_message(f"replace {HASH_PLACEHOLDER} by the password's SHA-256, or use --password-file")
 
 
 def _digest(password_file: Path) -> str:

@@ -1,4 +1,4 @@
-"""`flawstream datasets`: what a data set holds, what is wrong with it, and two public ones written as folders."""
+"""`flawstream datasets`: list and check data sets, and write two public ones as folders."""
 
 from collections import Counter
 from enum import StrEnum
@@ -15,7 +15,17 @@ from flawstream_cli.data_sets import (
     find_faults,
     show_findings,
 )
-from flawstream_cli.terminal import ConfigOption, ExitCode, JsonOption, err, out, print_json, read_settings, say, table
+from flawstream_cli.terminal import (
+    ConfigOption,
+    ExitCode,
+    JsonOption,
+    err,
+    out,
+    print_json,
+    print_message,
+    read_settings,
+    table,
+)
 from schemas.errors import ConfigError
 from training.datasets.check import Finding
 from training.datasets.cifar10 import export_cifar10
@@ -33,7 +43,7 @@ RootArgument = Annotated[Path, typer.Argument(help="The data set's folder, or it
 
 
 class Exportable(StrEnum):
-    """Public data sets that come in another form than folders of images."""
+    """Public data sets that are not published as folders of images."""
 
     CIFAR10 = "cifar10"
     ELPV = "elpv"
@@ -47,9 +57,9 @@ def check(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Decode every image and say all that is wrong, before any time is spent on training.
+    """Decode every image and list all errors and warnings.
 
-    A category with errors is not trained by `flawstream train`; warnings it reports and goes past.
+    `flawstream train` runs the same check: it skips categories with errors, and trains those with warnings only.
 
     Example: `flawstream datasets check data/mvtec -c bottle`
 
@@ -60,15 +70,15 @@ def check(
     findings = find_faults(data, settings)
     errors, warnings = count_severities(findings)
     if as_json:
-        print_json({"errors": errors, "warnings": warnings, "findings": [_as_dict(found) for found in findings]})
+        print_json({"errors": errors, "warnings": warnings, "findings": [_as_dict(finding) for finding in findings]})
     else:
         show_findings(findings, out)
-    say(f"categories: {len(data)}, errors: {errors}, warnings: {warnings}")
+    print_message(f"categories: {len(data)}, errors: {errors}, warnings: {warnings}")
     if errors:
         raise typer.Exit(ExitCode.FAILED)
     if not as_json:
-        named = "" if layout is Layout.AUTO else f" --layout {layout}"
-        say(f"next: flawstream train {root}{named}")
+        layout_option = "" if layout is Layout.AUTO else f" --layout {layout}"
+        print_message(f"next: flawstream train {root}{layout_option}")
 
 
 @app.command("list")
@@ -78,13 +88,13 @@ def list_(
     category: CategoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the categories with how many images each has; opens no image.
+    """List the categories and their numbers of images, without decoding any.
 
     Example: `flawstream datasets list data/mvtec`
     """
     data = open_dataset(root, category, layout)
     if as_json:
-        print_json([_counts(one) for one in data])
+        print_json([_counts(each) for each in data])
         return
     columns = ("category", "train (normal)", "test normal", "test defective", "masks", "defects")
     rows = (
@@ -94,25 +104,25 @@ def list_(
             counts["test_normal"],
             counts["test_defective"],
             counts["masks"],
-            ", ".join(f"{name} {count}" for name, count in _defects(one).items()) or None,
+            ", ".join(f"{name} {count}" for name, count in _defects(each).items()) or None,
         )
-        for one, counts in ((one, _counts(one)) for one in data)
+        for each, counts in ((each, _counts(each)) for each in data)
     )
     out.print(table(str(root), columns, rows))
 
 
 @app.command()
 def export(
-    name: Annotated[Exportable, typer.Argument(help="Which data set.")],
-    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    name: Annotated[Exportable, typer.Argument(help="Name of the data set.")],
+    target: Annotated[Path, typer.Argument(help="The folder to create.")],
     source: Annotated[
         Path | None, typer.Option(help="For cifar10: the folder of the binary version, cifar-10-batches-bin.")
     ] = None,
 ) -> None:
-    """Write a public data set as folders of images, once: whole or not at all.
+    """Write a public data set as folders of images. The folder appears only when it is complete.
 
-    `elpv`: solar cells out of the package elpv-dataset. `cifar10`: ten one-class problems of 15,000 images each, from
-    the binary version, downloaded and extracted.
+    `elpv`: solar cells from the package elpv-dataset. `cifar10`: ten one-class problems of 15,000 images each, from
+    the binary version that you have downloaded and extracted.
 
     Example: `flawstream datasets export cifar10 data/cifar10 --source cifar-10-batches-bin`
     """
@@ -121,20 +131,20 @@ def export(
             export_elpv(target)
         case Exportable.CIFAR10:
             if source is None:
-                raise ConfigError("--source is missing: cifar10 is read from the folder of its binary version")
+                raise ConfigError("--source is missing: name the folder of CIFAR-10's binary version")
             with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
                 bar = bars.add_task("writing images")
                 export_cifar10(source, target, lambda done, total: bars.update(bar, completed=done, total=total))
-    say(f"next: flawstream datasets list {target}")
+    print_message(f"next: flawstream datasets list {target}")
 
 
-def _as_dict(found: Finding) -> dict[str, object]:
+def _as_dict(finding: Finding) -> dict[str, object]:
     return {
-        "severity": found.severity,
-        "category": found.category,
-        "problem": found.problem,
-        "path": found.path,
-        "text": found.text,
+        "severity": finding.severity,
+        "category": finding.category,
+        "problem": finding.problem,
+        "path": finding.path,
+        "text": finding.text,
     }
 
 

@@ -1,4 +1,4 @@
-"""`flawstream dead`: look at what was refused and why, send it again once the cause is mended, or throw it away."""
+"""`flawstream dead`: list, show, replay and purge dead letters."""
 
 import asyncio
 import re
@@ -21,8 +21,8 @@ from flawstream_cli.terminal import (
     err,
     out,
     print_json,
+    print_message,
     read_settings,
-    say,
     table,
 )
 from schemas.errors import BacklogFullError, MessageError, Reason
@@ -30,29 +30,29 @@ from schemas.settings import Settings
 from workers.outcomes.dead_letters import DeadEntry, DeadLetterBox
 from workers.redis.connection import make_client
 
-_WAIT_FOR_ROOM_S = 60.0
+_WAIT_FOR_CAPACITY_S = 60.0
 _PAGE = 8
-"""Letters read at once: each may hold an image of many megabytes."""
+"""Letters read in one call: each may hold an image of many megabytes."""
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 app = typer.Typer(
-    help="Look at dead letters, images that were refused, and why; send them again or throw them away.",
+    help="List, replay and purge dead letters: images that could not be judged.",
     no_args_is_help=True,
 )
 
 _Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="[ID]...", help="Dead letters, named as `dead list` shows them.")
+    list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of dead letters, as `dead list` shows them.")
 ]
 _ReasonOption = Annotated[Reason | None, typer.Option("--reason", help="Only those with this reason.")]
-_YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+_YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
 @app.command("list")
 def list_(
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, newest first.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Longest list; newest first.")] = 20,
     before: Annotated[
-        str | None, typer.Option(callback=dead_id, help="Only those older than the one with this id, to page on.")
+        str | None, typer.Option(callback=dead_id, help="Only those older than this dead letter, for paging.")
     ] = None,
     reason: _ReasonOption = None,
     redis: RedisOption = None,
@@ -69,9 +69,9 @@ def list_(
 @app.command()
 def show(
     letter_id: Annotated[
-        str, typer.Argument(metavar="ID", callback=dead_id, help="The dead letter's id, as `dead list` shows it.")
+        str, typer.Argument(metavar="ID", callback=dead_id, help="Id of the dead letter, as `dead list` shows it.")
     ],
-    image: Annotated[Path | None, typer.Option(help="Write the refused image's bytes here.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Write the image's bytes to this file.")] = None,
     redis: RedisOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -81,7 +81,7 @@ def show(
     """
     entry = asyncio.run(_get(read_settings(config, redis={"url": redis}), letter_id))
     if entry is None:
-        say(f"there is no dead letter {letter_id}; `flawstream dead list` shows what there is")
+        print_message(f"there is no dead letter {letter_id}; `flawstream dead list` shows all")
         raise typer.Exit(ExitCode.FAILED)
     if image is not None:
         image.write_bytes(entry.letter.fields.get(b"image", b""))
@@ -92,19 +92,19 @@ def show(
 def replay(
     ids: _Ids = None,
     reason: _ReasonOption = None,
-    all_: Annotated[bool, typer.Option("--all", help="All that are there now.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,
     yes: _YesOption = False,
     redis: RedisOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send images again whose cause of refusal is mended: each goes back to the stream and its dead letter goes away.
+    """Put images back on the images stream, and delete their dead letters, once the cause is fixed.
 
-    A letter goes back once, however often this is called. Where the stream is full, it waits for room up to a minute.
+    A letter is replayed once, however often this is called. While the backlog is full, retries for up to a minute.
 
     Example: `flawstream dead replay --reason unknown_category`
 
-    Exit code 1: one of the letters named is not there any more, or is none. 4: no room; the rest stay dead letters.
+    Exit code 1: a named letter no longer exists, or cannot be replayed. 4: the backlog is full; the other letters stay.
     """
     _require_one_choice(ids, reason is not None, all_)
     settings = read_settings(config, redis={"url": redis})
@@ -117,40 +117,40 @@ def purge(
     ids: _Ids = None,
     reason: _ReasonOption = None,
     older_than: Annotated[
-        str | None, typer.Option("--older-than", metavar="AGE", help="All that failed so long ago: 90m, 12h, 7d, 2w.")
+        str | None, typer.Option("--older-than", metavar="AGE", help="All older than this: 90m, 12h, 7d, 2w.")
     ] = None,
     all_: Annotated[
-        bool, typer.Option("--all", help="All that are there now, entries of others on the stream too.")
+        bool, typer.Option("--all", help="All entries, including those that flawstream did not write.")
     ] = False,
     yes: _YesOption = False,
     redis: RedisOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Throw dead letters away, their images with them.
+    """Delete dead letters, with their images.
 
     Example: `flawstream dead purge --older-than 7d --yes`
 
-    Exit code 1: one of the letters named is not there any more.
+    Exit code 1: a named letter no longer exists.
     """
     _require_one_choice(ids, reason is not None, older_than is not None, all_)
     latest = None if older_than is None else datetime.now(UTC) - _duration(older_than)
     settings = read_settings(config, redis={"url": redis})
-    gone = asyncio.run(_purge(settings, ids or [], reason, latest, yes=yes))
-    say(f"{gone:,} dead letters purged")
+    purged = asyncio.run(_purge(settings, ids or [], reason, latest, yes=yes))
+    print_message(f"{purged:,} dead letters purged")
     if as_json:
-        print_json({"purged": gone})
-    if ids and gone < len(set(ids)):
-        say(f"{len(set(ids)) - gone} of those named were not there: already replayed or purged")
+        print_json({"purged": purged})
+    if ids and purged < len(set(ids)):
+        print_message(f"{len(set(ids)) - purged} of those named do not exist: already replayed or purged")
         raise typer.Exit(ExitCode.FAILED)
 
 
 async def _list(settings: Settings, limit: int, before: str | None, reason: Reason | None, *, as_json: bool) -> None:
     rows = []
-    async with _box(settings) as box:
-        left = limit
-        while left and (page := await box.newest(min(left, _PAGE), before=before, reason=reason)):
-            left -= len(page)
+    async with _open_box(settings) as box:
+        remaining = limit
+        while remaining and (page := await box.newest(min(remaining, _PAGE), before=before, reason=reason)):
+            remaining -= len(page)
             before = page[-1].dead_id
             for entry in page:
                 if as_json:
@@ -162,132 +162,132 @@ async def _list(settings: Settings, limit: int, before: str | None, reason: Reas
         count = await box.count()
         reasons = await box.reasons()
     if not count:
-        say("no dead letters")
+        print_message("no dead letters")
         return
     columns = ("dead id", "failed at", "reason", "category", "id", "detail")
     out.print(table(_title(count, reasons), columns, rows))
 
 
 async def _get(settings: Settings, dead_id: str) -> DeadEntry | None:
-    async with _box(settings) as box:
+    async with _open_box(settings) as box:
         return await box.get(dead_id)
 
 
 async def _replay(settings: Settings, ids: list[str], reason: Reason | None, *, yes: bool, as_json: bool) -> int:
-    """Send again what is chosen; gives the number of those that could not be."""
-    done = failed = 0
-    async with _box(settings) as box:
+    """Replay the chosen letters; return the number of failures."""
+    replayed = failed = 0
+    async with _open_box(settings) as box:
         total = len(ids)
         if not ids and not yes:
-            total = await _how_many(box, reason)
-            if not total or not _agreed(f"send {total:,} images again"):
+            total = await _count(box, reason)
+            if not total or not _confirm(f"replay {total:,} images"):
                 return 0 if not total else 1
         with _bar() as progress:
             task = progress.add_task("replaying", total=total or None)
-            async for page in _one_page(ids) if ids else box.walk(reason):
+            async for page in _single_page(ids) if ids else box.walk(reason):
                 for dead_id in page:
                     try:
-                        entry_id = await box.replay(dead_id, wait_s=_WAIT_FOR_ROOM_S)
+                        entry_id = await box.replay(dead_id, wait_s=_WAIT_FOR_CAPACITY_S)
                     except MessageError as error:
                         failed += 1
-                        _tell(dead_id, str(error), as_json=as_json)
+                        _report_failure(dead_id, str(error), as_json=as_json)
                     except BacklogFullError:
-                        say(f"{done:,} replayed; the rest stay dead letters")
+                        print_message(f"{replayed:,} replayed; the rest stay dead letters")
                         raise
                     else:
-                        done += entry_id is not None
-                        if entry_id is None and ids:  # of many, another may have taken one: that is no failure
+                        replayed += entry_id is not None
+                        if entry_id is None and ids:  # without ids, another replay at the same time is no failure
                             failed += 1
-                            _tell(dead_id, "already replayed or purged", as_json=as_json)
+                            _report_failure(dead_id, "already replayed or purged", as_json=as_json)
                         elif entry_id is not None and as_json:
                             print_json({"dead_id": dead_id, "entry_id": entry_id})
                     progress.advance(task)
-    say(f"{done:,} replayed")
+    print_message(f"{replayed:,} replayed")
     return failed
 
 
 async def _purge(
     settings: Settings, ids: list[str], reason: Reason | None, latest: datetime | None, *, yes: bool
 ) -> int:
-    """Throw away what is chosen; gives how many there were."""
-    async with _box(settings) as box:
+    """Purge the chosen letters; return how many there were."""
+    async with _open_box(settings) as box:
         if ids:
             return await box.purge(set(ids))
         if not yes:
             if latest is not None:
-                what = f"of {await box.count():,} dead letters purge those from before {latest:%Y-%m-%d %H:%M} UTC"
+                question = f"purge those of {await box.count():,} dead letters from before {latest:%Y-%m-%d %H:%M} UTC"
             else:
-                total = await (_how_many(box, reason) if reason else box.count())
+                total = await (_count(box, reason) if reason else box.count())
                 if not total:
                     return 0
-                what = f"purge {total:,} dead letters"
-            if not _agreed(f"{what}, images and all"):
+                question = f"purge {total:,} dead letters"
+            if not _confirm(f"{question}, with their images"):
                 raise typer.Exit(ExitCode.FAILED)
-        gone = 0
+        purged = 0
         with _bar() as progress:
             task = progress.add_task("purging", total=None)
             if reason is None:
-                async for more in box.purge_until(latest):
-                    gone += more
-                    progress.update(task, completed=gone)
+                async for count in box.purge_until(latest):
+                    purged += count
+                    progress.update(task, completed=purged)
             else:
                 async for page in box.walk(reason):
-                    gone += await box.purge(page)
-                    progress.update(task, completed=gone)
-    return gone
+                    purged += await box.purge(page)
+                    progress.update(task, completed=purged)
+    return purged
 
 
 @asynccontextmanager
-async def _box(settings: Settings) -> AsyncIterator[DeadLetterBox]:
+async def _open_box(settings: Settings) -> AsyncIterator[DeadLetterBox]:
     async with make_client(settings.redis) as client:
         yield DeadLetterBox(client, settings.redis, settings.backlog)
 
 
-async def _how_many(box: DeadLetterBox, reason: Reason | None) -> int:
+async def _count(box: DeadLetterBox, reason: Reason | None) -> int:
     total = 0
     async for page in box.walk(reason):
         total += len(page)
     if not total:
-        say("no dead letters" if reason is None else f"no dead letters with the reason {reason}")
+        print_message("no dead letters" if reason is None else f"no dead letters with the reason {reason}")
     return total
 
 
-async def _one_page(ids: list[str]) -> AsyncIterator[list[str]]:
+async def _single_page(ids: list[str]) -> AsyncIterator[list[str]]:
     yield ids
 
 
-def _agreed(what: str) -> bool:
+def _confirm(question: str) -> bool:
     try:
-        if typer.confirm(f"{what}?", err=True):
+        if typer.confirm(f"{question}?", err=True):
             return True
-    except typer.Abort:  # nobody there to answer
-        say("")
-    say("nothing was done; --yes does it without asking")
+    except typer.Abort:  # standard input is closed
+        print_message("")
+    print_message("nothing was done; --yes skips this question")
     return False
 
 
 def _require_one_choice(ids: list[str] | None, *others: bool) -> None:
     if bool(ids) + sum(others) != 1:
-        raise typer.BadParameter("name dead letters by their ids, or choose them by one option; see --help")
+        raise typer.BadParameter("give ids of dead letters, or one option that chooses them; see --help")
 
 
 def _duration(text: str) -> timedelta:
-    found = _DURATION.fullmatch(text)
-    if found is None:
+    match = _DURATION.fullmatch(text)
+    if match is None:
         raise typer.BadParameter(f"{text!r} is no age; one looks like 90m, 12h, 7d or 2w")
     try:
-        return timedelta(seconds=float(found[1]) * _UNIT_S[found[2]])
+        return timedelta(seconds=float(match[1]) * _UNIT_S[match[2]])
     except OverflowError:
-        raise typer.BadParameter(f"{text!r} is longer than there are dates") from None
+        raise typer.BadParameter(f"{text!r} is too long") from None
 
 
 def _title(count: int, reasons: Counter[str]) -> str:
-    looked_at = reasons.total()
-    shares = ", ".join(f"{number:,} {reason or 'of others'}" for reason, number in reasons.most_common())
+    sampled = reasons.total()
+    shares = ", ".join(f"{number:,} {reason or 'without a reason'}" for reason, number in reasons.most_common())
     return (
         f"{count:,} dead letters: {shares}"
-        if looked_at == count
-        else (f"{count:,} dead letters; of the newest {looked_at:,}: {shares}")
+        if sampled == count
+        else f"{count:,} dead letters; of the newest {sampled:,}: {shares}"
     )
 
 
@@ -324,8 +324,8 @@ def _text(entry: DeadEntry, field: bytes) -> str:
     return entry.letter.fields.get(field, b"").decode("utf-8", "backslashreplace")[:40]
 
 
-def _tell(dead_id: str, detail: str, *, as_json: bool) -> None:
-    say(f"{dead_id}: {detail}", "red")
+def _report_failure(dead_id: str, detail: str, *, as_json: bool) -> None:
+    print_message(f"{dead_id}: {detail}", "red")
     if as_json:
         print_json({"dead_id": dead_id, "detail": detail})
 

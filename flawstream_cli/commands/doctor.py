@@ -1,4 +1,4 @@
-"""`flawstream doctor`: what works on this machine, what does not, and what to do about it."""
+"""`flawstream doctor`: checks that flawstream can run on this machine, and explains what is missing."""
 
 import asyncio
 import os
@@ -53,66 +53,66 @@ def doctor(
     redis: RedisOption = None,
     registry: RegistryOption = None,
     settings_only: Annotated[
-        bool, typer.Option("--settings", help="List every setting with its value and meaning instead.")
+        bool, typer.Option("--settings", help="Instead, list every setting with its value and meaning.")
     ] = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check packages, hardware, weights, registry and stream server.
 
-    The stream server is looked for only where --redis or the settings name one; otherwise the embedded one is tried.
+    Checks the stream server that --redis or the settings name; without one, tries to start the embedded server.
 
     Example: `flawstream doctor --redis redis://plant:6379/0`
 
-    Exit code 1: something is wrong.
+    Exit code 1: a check failed.
     """
     settings = read_settings(config, redis={"url": redis}, registry={"root": registry})
     if settings_only:
         _list_settings(settings, as_json=as_json)
         return
-    named = redis is not None or "url" in settings.redis.model_fields_set
+    has_server = redis is not None or "url" in settings.redis.model_fields_set
     checks: dict[str, Callable[[], str]] = {
         "packages": _packages,
         "hardware": _hardware,
         "engine": lambda: resolve_engine(settings.detector.engine),
         "backbone": lambda: _backbone(settings),
         "registry": lambda: _registry(settings),
-        "streams": (lambda: _server(settings)) if named else _embedded,
+        "streams": (lambda: _server(settings)) if has_server else _embedded,
     }
-    found: dict[str, dict[str, object]] = {}
+    outcomes: dict[str, dict[str, object]] = {}
     for name, check in checks.items():
         try:
-            found[name] = {"ok": True, "detail": check()}
+            outcomes[name] = {"ok": True, "detail": check()}
         except FlawstreamError as error:
-            found[name] = {"ok": False, "detail": str(error)}
+            outcomes[name] = {"ok": False, "detail": str(error)}
         if not as_json:
-            mark = Text("ok  ", "green") if found[name]["ok"] else Text("FAIL", "bold red")
-            out.print(mark + printable(f" {name:<9} {found[name]['detail']}"), highlight=False, soft_wrap=True)
+            mark = Text("ok  ", "green") if outcomes[name]["ok"] else Text("FAIL", "bold red")
+            out.print(mark + printable(f" {name:<9} {outcomes[name]['detail']}"), highlight=False, soft_wrap=True)
     if as_json:
-        print_json(found)
-    if not all(check["ok"] for check in found.values()):
+        print_json(outcomes)
+    if not all(outcome["ok"] for outcome in outcomes.values()):
         raise typer.Exit(ExitCode.FAILED)
 
 
 def _packages() -> str:
-    told = [f"Python {platform.python_version()}"]
+    versions = [f"Python {platform.python_version()}"]
     for name in _PACKAGES:
         try:
-            told.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            told.append(f"{name} not installed (optional)")
-    return ", ".join(told)
+            versions.append(f"{name} not installed (optional)")
+    return ", ".join(versions)
 
 
 def _hardware() -> str:
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    told = f"{os.cpu_count()} CPUs, GPUs: {', '.join(gpus) or 'none'}"
+    summary = f"{os.cpu_count()} CPUs, GPUs: {', '.join(gpus) or 'none'}"
     shared = shutil.disk_usage("/dev/shm").free / (1 << 30) if os.path.isdir("/dev/shm") else None  # noqa: PTH112, S108
     if shared is not None:
-        told += f", shared memory {shared:.1f} GiB"
+        summary += f", shared memory {shared:.1f} GiB"
         if shared < _SHARED_MEMORY_GIB:
-            told += " (little: Ray will use the disk; in a container raise --shm-size)"
-    return told
+            summary += " (too little: Ray will use the disk; in a container raise --shm-size)"
+    return summary
 
 
 def _backbone(settings: Settings) -> str:
@@ -124,26 +124,26 @@ def _registry(settings: Settings) -> str:
     registry = Registry(settings.registry.root)
     newest = newest_manifest(registry)
     if newest is None:
-        return f"{settings.registry.root} has no current versions yet; `flawstream train` makes some"
+        return f"{settings.registry.root} has no current versions yet; train some with `flawstream train`"
     manifests, damaged = registry.current_manifests()
     if damaged:
         raise damaged[0]
-    categories = ", ".join(one.category for one in manifests[:8])
+    categories = ", ".join(manifest.category for manifest in manifests[:8])
     return f"{settings.registry.root}: {len(manifests)} categories: {categories}; on {newest.backbone.summary}"
 
 
 def _server(settings: Settings) -> str:
-    async def ask() -> str:
+    async def connect() -> str:
         async with make_client(settings.redis) as client:
             await require_server(client)
         return f"{settings.redis.url} answers"
 
-    return asyncio.run(ask())
+    return asyncio.run(connect())
 
 
 def _embedded() -> str:
     with EmbeddedServer():
-        return "none named; the embedded Valkey server starts"
+        return "no server is configured; the embedded Valkey server starts"
 
 
 def _list_settings(settings: Settings, *, as_json: bool) -> None:
@@ -156,5 +156,5 @@ def _list_settings(settings: Settings, *, as_json: bool) -> None:
         for field, info in type(section).model_fields.items():
             variable = f"{ENV_PREFIX}{name.upper()}__{field.upper()}"
             value = printable(str(getattr(section, field)), "cyan")
-            told = Text.assemble(f"  {field} = ", value, f"  {info.description}  ", (variable, "dim"))
-            out.print(told, highlight=False, soft_wrap=True)
+            line = Text.assemble(f"  {field} = ", value, f"  {info.description}  ", (variable, "dim"))
+            out.print(line, highlight=False, soft_wrap=True)

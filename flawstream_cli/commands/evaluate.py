@@ -1,4 +1,4 @@
-"""`flawstream evaluate`: how well model versions do on a test folder."""
+"""`flawstream evaluate`: measures model versions on labelled test images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from flawstream_cli.terminal import (
     err,
     out,
     print_json,
+    print_message,
     read_settings,
-    say,
     table,
 )
 from schemas.errors import ConfigError, DatasetError, RegistryError, UnknownCategoryError
@@ -39,13 +39,13 @@ from training.datasets.samples import CategoryData, Sample
 from training.report.report import JudgedImage, write_report
 from training.steps.evaluate import METRIC_NAMES, Evaluation, ImageScorer, ScoredImage, Spread, spread
 
-_MEASURED = {"seed", "final_loss", "duration_s"}
-"""What may differ in the training of versions that are one recipe's."""
+_NOT_RECIPE = {"seed", "final_loss", "duration_s"}
+"""Fields of the training record that may differ between versions of the same recipe."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Evaluated:
-    """One version on one category's test images."""
+    """Evaluation of one version on its category's test images."""
 
     manifest: ModelManifest
     calibration: Calibration
@@ -58,52 +58,55 @@ def evaluate(
     category: CategoryOption = None,
     layout: LayoutOption = Layout.AUTO,
     versions: Annotated[
-        int, typer.Option(min=1, help="The current version and the newest others that differ in their seed alone.")
+        int,
+        typer.Option(min=1, help="Number of versions: the current one and the newest that differ only in the seed."),
     ] = 1,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML report with curves and maps here.")] = None,
-    images: Annotated[bool, typer.Option("--images", help="With --json: every image's score and verdict too.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report with curves and maps to this file.")] = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="With --json: also print each image's score and verdict.")
+    ] = False,
     registry: RegistryOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the current model versions on labelled test images, on the engine that serves (`detector.engine`).
+    """Measure the current model versions on labelled test images, with the engine that serves (`detector.engine`).
 
-    AUROC, average precision and F1-max of the images, AUROC and AUPRO of the pixels where there are masks, false alarms
-    and recall at the deployed threshold, each with its 95 % interval.
+    Image AUROC, average precision and F1-max; pixel AUROC and AUPRO if there are masks; false alarms and recall at the
+    deployed threshold. Each with its 95 % interval.
 
     Example: `flawstream evaluate data/mvtec -c bottle --report report.html`
     """
     if images and not as_json:
-        raise typer.BadParameter("--images adds to what --json prints; give both")
+        raise typer.BadParameter("--images needs --json")
     settings = read_settings(config, registry={"root": registry})
-    data = [one for one in open_dataset(root, category, layout) if one.test]
+    data = [each for each in open_dataset(root, category, layout) if each.test]
     if not data:
         raise DatasetError(f"no category below {root} has images in test/; evaluation needs labelled test images")
     opened = Registry(settings.registry.root)
-    currents = _current_manifests(opened, [one.name for one in data], settings.registry.root)
-    chosen = {name: _runs_like(current, opened, versions) for name, current in currents.items()}
-    found: dict[str, list[_Evaluated]] = {}
+    currents = _current_manifests(opened, [each.name for each in data], settings.registry.root)
+    chosen = {name: _same_recipe(current, opened, versions) for name, current in currents.items()}
+    evaluated: dict[str, list[_Evaluated]] = {}
     engines: dict[BackboneSpec, Engine] = {}
-    for one in data:
-        spec = currents[one.name].backbone
+    for each in data:
+        spec = currents[each.name].backbone
         if spec not in engines:
-            say(f"loading {spec.name} ...")
-            engines[spec] = _open_engine(opened, currents[one.name], settings)
-        found[one.name] = [
-            _evaluate_version(one, manifest, engines[spec], opened, settings.limits) for manifest in chosen[one.name]
+            print_message(f"loading {spec.name} ...")
+            engines[spec] = _open_engine(opened, currents[each.name], settings)
+        evaluated[each.name] = [
+            _evaluate_version(each, manifest, engines[spec], opened, settings.limits) for manifest in chosen[each.name]
         ]
     if report is not None:
-        _write_report(report, found)
-        say(f"report: {report}")
+        _write_report(report, evaluated)
+        print_message(f"report: {report}")
     if as_json:
-        print_json({name: _as_json(runs, with_images=images) for name, runs in found.items()})
+        print_json({name: _as_json(runs, with_images=images) for name, runs in evaluated.items()})
         return
-    out.print(_metrics_table(found))
-    if any(len(runs[0].metrics.defects) > 1 for runs in found.values()):
-        out.print(_defects_table(found))
-    for runs in found.values():
-        if missing := shortage_of(runs[0].calibration):
-            say(f"warning: {runs[0].manifest.model}: {missing}", "yellow")
+    out.print(_metrics_table(evaluated))
+    if any(len(runs[0].metrics.defects) > 1 for runs in evaluated.values()):
+        out.print(_defects_table(evaluated))
+    for runs in evaluated.values():
+        if warning := shortage_of(runs[0].calibration):
+            print_message(f"warning: {runs[0].manifest.model}: {warning}", "yellow")
 
 
 def _current_manifests(registry: Registry, categories: list[str], root: str) -> dict[str, ModelManifest]:
@@ -112,14 +115,14 @@ def _current_manifests(registry: Registry, categories: list[str], root: str) -> 
     if missing:
         raise UnknownCategoryError(
             f"no current version in {root} of {', '.join(missing)}; "
-            "train with `flawstream train`, or choose others with --category"
+            "train them with `flawstream train`, or choose other categories with --category"
         )
     return {name: registry.manifest(name, currents[name]) for name in categories}
 
 
-def _runs_like(current: ModelManifest, registry: Registry, count: int) -> list[ModelManifest]:
-    """Find versions of the current one's data, model and recipe, one for each seed; the current one comes first."""
-    runs: dict[int | None, ModelManifest] = {current.training.seed: current}  # an imported version tells no seed
+def _same_recipe(current: ModelManifest, registry: Registry, count: int) -> list[ModelManifest]:
+    """Find versions with the data, model and recipe of the current one, one per seed; the current one comes first."""
+    runs: dict[int | None, ModelManifest] = {current.training.seed: current}  # an imported version has no seed
     for version in reversed(registry.versions(current.category)) if count > 1 else ():
         if len(runs) == count:
             break
@@ -128,26 +131,26 @@ def _runs_like(current: ModelManifest, registry: Registry, count: int) -> list[M
             runs.setdefault(manifest.training.seed, manifest)
     if len(runs) < count:
         raise RegistryError(
-            f"{current.model}: {count} versions of its data, model and recipe are asked for and the registry holds "
-            f"{len(runs)} of different seeds; make more with `flawstream train --seeds {count}`"
+            f"{current.model}: --versions asks for {count} versions of its data, model and recipe, and the registry "
+            f"has {len(runs)} with different seeds; train more with `flawstream train --seeds {count}`"
         )
     return list(runs.values())
 
 
 def _recipe(manifest: ModelManifest) -> tuple[object, ...]:
     calibration = manifest.calibration
-    recipe = manifest.training.model_dump(exclude=_MEASURED)
+    recipe = manifest.training.model_dump(exclude=_NOT_RECIPE)
     return manifest.backbone, manifest.flow, recipe, calibration.false_alarm_rate, calibration.top_fraction
 
 
 def _open_engine(registry: Registry, manifest: ModelManifest, settings: Settings) -> Engine:
-    """Start the engine that serves: what is measured is what the stream will say."""
+    """Start the engine that serves, so that the metrics are those of the results on the stream."""
     engine = make_engine(settings.detector, lambda: open_backbone(registry, manifest, settings.model))
-    if engine.spec.identity != manifest.backbone.identity:  # Triton's is elsewhere, and its own
+    if engine.spec.identity != manifest.backbone.identity:  # only with Triton, whose server has its own backbone
         raise ConfigError(
-            f"{manifest.model} runs on {manifest.backbone.summary}, and the server at "
+            f"{manifest.model} needs the backbone {manifest.backbone.summary}, and the Triton server at "
             f"{settings.detector.triton_url} has {engine.spec.summary}; evaluate with another detector.engine, or "
-            "export the version to a server of its own"
+            "export the version to another Triton server"
         )
     quiet_torch(engine)
     return engine
@@ -190,32 +193,32 @@ def _judge(category: str, sample: Sample, image: ScoredImage, threshold: float) 
     )
 
 
-def _write_report(path: Path, found: Mapping[str, Sequence[_Evaluated]]) -> None:
+def _write_report(path: Path, evaluated: Mapping[str, Sequence[_Evaluated]]) -> None:
     write_report(
         path,
         "flawstream: evaluation",
-        [image for runs in found.values() for image in runs[0].judged],
-        {name: runs[0].metrics for name, runs in found.items()},
-        {name: {run.manifest.model: run.metrics for run in runs} for name, runs in found.items()},
+        [image for runs in evaluated.values() for image in runs[0].judged],
+        {name: runs[0].metrics for name, runs in evaluated.items()},
+        {name: {run.manifest.model: run.metrics for run in runs} for name, runs in evaluated.items()},
     )
 
 
 def _as_json(runs: Sequence[_Evaluated], *, with_images: bool) -> dict[str, Any]:
-    """Tell one version flat; several under `versions`, with the mean and the standard deviation of each metric."""
-    told = [_run_as_json(run, with_images=with_images) for run in runs]
+    """Return one version's dictionary; of several versions a list, with mean and standard deviation of each metric."""
+    versions = [_run_as_json(run, with_images=with_images) for run in runs]
     if len(runs) == 1:
-        return told[0]
-    over = spread([run.metrics for run in runs])
+        return versions[0]
+    spreads = spread([run.metrics for run in runs])
     return {
-        "versions": told,
-        "mean": {name: one.mean for name, one in over.items()},
-        "std": {name: one.deviation for name, one in over.items()},
+        "versions": versions,
+        "mean": {name: each.mean for name, each in spreads.items()},
+        "std": {name: each.deviation for name, each in spreads.items()},
     }
 
 
 def _run_as_json(run: _Evaluated, *, with_images: bool) -> dict[str, Any]:
     calibration = run.calibration
-    told = {
+    version = {
         "model": run.manifest.model,
         "arithmetic": calibration.arithmetic,
         "seed": run.manifest.training.seed,
@@ -227,7 +230,7 @@ def _run_as_json(run: _Evaluated, *, with_images: bool) -> dict[str, Any]:
         **run.metrics.model_dump(),
     }
     if with_images:
-        told["images"] = [
+        version["images"] = [
             {
                 "path": str(image.path),
                 "label": image.defect,
@@ -237,33 +240,32 @@ def _run_as_json(run: _Evaluated, *, with_images: bool) -> dict[str, Any]:
             }
             for image in run.judged
         ]
-    return told
+    return version
 
 
-def _metrics_table(found: Mapping[str, Sequence[_Evaluated]]) -> Table:
-    """Show every version, under each value its interval, and after several their mean and standard deviation."""
+def _metrics_table(evaluated: Mapping[str, Sequence[_Evaluated]]) -> Table:
+    """Build a row per version with the interval below each value; after several, a row of mean and deviation."""
     rows: list[tuple[object, ...]] = []
-    for name, runs in found.items():
+    for name, runs in evaluated.items():
         rows += [
             (
                 f"{name}\n{run.manifest.version}",
                 f"{run.metrics.normal_images}\n{run.metrics.anomalous_images}",
-                *(_with_interval(run.metrics, one) for one in METRIC_NAMES),
+                *(_with_interval(run.metrics, metric) for metric in METRIC_NAMES),
             )
             for run in runs
         ]
-        if over := spread([run.metrics for run in runs]):
-            rows.append(
-                (f"mean of {len(runs)}\nstd", "", *(_mean_and_deviation(over.get(one)) for one in METRIC_NAMES))
-            )
+        if spreads := spread([run.metrics for run in runs]):
+            deviations = (_mean_and_deviation(spreads.get(metric)) for metric in METRIC_NAMES)
+            rows.append((f"mean of {len(runs)}\nstd", "", *deviations))
     columns = ("category\nversion", "normal\ndefective", *(f"{label}\n95 %" for label in METRIC_NAMES.values()))
     return table("Evaluation", columns, rows)
 
 
-def _defects_table(found: Mapping[str, Sequence[_Evaluated]]) -> Table:
+def _defects_table(evaluated: Mapping[str, Sequence[_Evaluated]]) -> Table:
     rows = [
         (name, kind.defect, kind.images, _with_interval(kind, "recall"), _with_interval(kind, "image_auroc"))
-        for name, runs in found.items()
+        for name, runs in evaluated.items()
         for kind in runs[0].metrics.defects
     ]
     columns = ("category", "defect", "images", "recall\n95 %", "AUROC\n95 %")
@@ -278,5 +280,5 @@ def _with_interval(metrics: Metrics | DefectMetrics, name: str) -> str | None:
     return f"{value:.3f}" if low is None else f"{value:.3f}\n{low:.2f}-{high:.2f}"
 
 
-def _mean_and_deviation(over: Spread | None) -> str | None:
-    return None if over is None else f"{over.mean:.3f}\n{over.deviation:.3f}"
+def _mean_and_deviation(metric: Spread | None) -> str | None:
+    return None if metric is None else f"{metric.mean:.3f}\n{metric.deviation:.3f}"

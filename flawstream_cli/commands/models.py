@@ -1,9 +1,9 @@
-"""`flawstream models`: look at the registry, choose what is served, bring versions in and out."""
+"""`flawstream models`: lists, promotes, exports and imports model versions."""
 
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,25 +16,28 @@ from flawstream_cli.terminal import (
     busy,
     out,
     print_json,
+    print_message,
     read_settings,
-    say,
     table,
 )
 from schemas.errors import RegistryError, UnknownCategoryError
 from schemas.manifest import ModelManifest
 from schemas.settings import Resize
 
-app = typer.Typer(help="Look at model versions and promote them.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from training.imports import ImportJob
+
+app = typer.Typer(help="List, promote, export and import model versions.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_(
-    category: Annotated[str | None, typer.Argument(help="Only this one's versions.")] = None,
+    category: Annotated[str | None, typer.Argument(help="Only versions of this category.")] = None,
     registry: RegistryOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List versions; a star marks the current one.
+    """List versions; a star marks the current one of each category.
 
     Example: `flawstream models list bottle`
 
@@ -46,14 +49,14 @@ def list_(
     categories = [category] if category else opened.categories()
     manifests: list[ModelManifest] = []
     damaged: list[RegistryError] = []
-    for name, version in ((one, version) for one in categories for version in opened.versions(one)):
+    for name, version in ((each, version) for each in categories for version in opened.versions(each)):
         try:
             manifests.append(opened.manifest(name, version))
         except RegistryError as error:
             damaged.append(error)
     _show(manifests, currents, settings.registry.root, as_json=as_json)
-    for why in damaged:
-        say(str(why), "red")
+    for damage in damaged:
+        print_message(str(damage), "red")
     if damaged:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -68,7 +71,7 @@ def _show(manifests: list[ModelManifest], currents: dict[str, str], root: str, *
         )
         return
     if not manifests:
-        say(f"no versions in {root}; make some with `flawstream train`")
+        print_message(f"no versions in {root}; train some with `flawstream train`")
         return
     columns = ("category", "version", "current", "backbone", "input", "train images", "AUROC", "threshold")
     rows = (
@@ -90,7 +93,7 @@ def _show(manifests: list[ModelManifest], currents: dict[str, str], root: str, *
 @app.command()
 def show(
     category: Annotated[str, typer.Argument(help="The category.")],
-    version: Annotated[str | None, typer.Argument(help="The version; the current one if absent.")] = None,
+    version: Annotated[str | None, typer.Argument(help="The version; by default the current one.")] = None,
     registry: RegistryOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -108,7 +111,7 @@ def _current(registry: Registry, category: str, root: str) -> str:
     version = registry.current(category)
     if version is None:
         raise UnknownCategoryError(
-            f"category {category!r} has no current version in {root}; `flawstream models list` shows what there is"
+            f"category {category!r} has no current version in {root}; `flawstream models list` shows all versions"
         )
     return version
 
@@ -116,28 +119,28 @@ def _current(registry: Registry, category: str, root: str) -> str:
 @app.command()
 def promote(
     category: Annotated[str, typer.Argument(help="The category.")],
-    version: Annotated[str, typer.Argument(help="The version to serve from now on; also an older one, to roll back.")],
+    version: Annotated[str, typer.Argument(help="The version to serve; to roll back, an older one.")],
     other_backbone: Annotated[
-        bool, typer.Option("--other-backbone", help="Also on another backbone than other categories' current versions.")
+        bool, typer.Option("--other-backbone", help="Allow another backbone than that of the other categories.")
     ] = False,
     registry: RegistryOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Make a version current. Running services pick it up within seconds.
+    """Make a version current. A running service loads it within seconds.
 
-    One service runs one backbone, so a version on another one than the current versions of other categories is refused.
-    `--other-backbone` is for someone who moves all categories, one after the other, and then restarts the service.
+    A service runs one backbone, so a version with another backbone than the other categories' current versions is
+    refused. Use `--other-backbone` to move all categories, one after the other, and then restart the service.
 
     Example: `flawstream models promote bottle 20261123-134500-1a2b3c4d`
     """
     settings = read_settings(config, registry={"root": registry})
     Registry(settings.registry.root).promote(category, version, other_backbone=other_backbone)
-    say(f"{category}@{version} is current")
+    print_message(f"{category}@{version} is current")
 
 
 @app.command()
 def presets(as_json: JsonOption = False) -> None:
-    """List the configurations by name that `model.preset` and `flawstream train --preset` take, and their size.
+    """List the presets, the named model configurations of `flawstream train --preset`, with their sizes.
 
     Example: `flawstream models presets`
     """
@@ -154,22 +157,22 @@ def presets(as_json: JsonOption = False) -> None:
 @app.command()
 def export(
     version: Annotated[
-        str, typer.Argument(metavar="CATEGORY[@VERSION]", help="What to write; without a version the current one.")
+        str, typer.Argument(metavar="CATEGORY[@VERSION]", help="The version; by default the current one.")
     ],
-    kind: Annotated[Literal["onnx", "openvino", "triton"], typer.Option("--format", help="For whom.")],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to; for triton the model repository.")],
-    score: Annotated[bool, typer.Option(help="The image score comes out beside the grids.")] = True,
-    map_: Annotated[bool, typer.Option("--map/--no-map", help="The map comes out at the size of the image.")] = False,
+    kind: Annotated[Literal["onnx", "openvino", "triton"], typer.Option("--format", help="Export format.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Target folder; for triton the model repository.")],
+    score: Annotated[bool, typer.Option(help="Add the image score to the outputs.")] = True,
+    map_: Annotated[bool, typer.Option("--map/--no-map", help="Add the full-size anomaly map to the outputs.")] = False,
     backend: Annotated[
         Literal["onnxruntime", "python"],
-        typer.Option(help="triton: what runs the networks; python for a server without the onnxruntime backend."),
+        typer.Option(help="triton: backend of the networks; python for a server without the onnxruntime backend."),
     ] = "onnxruntime",
-    max_batch: Annotated[int, typer.Option(min=1, help="triton: most images in a batch.")] = 32,
-    instances: Annotated[int, typer.Option(min=1, help="triton: copies of a network that run at once.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="triton: largest batch.")] = 32,
+    instances: Annotated[int, typer.Option(min=1, help="triton: instances of each network.")] = 1,
     registry: RegistryOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Write a version for another program: uint8 images in, anomaly grids out, preprocessing inside.
+    """Export a version to another format: uint8 images in, anomaly grids out, preprocessing included.
 
     Example: `flawstream models export bottle --format onnx --to exported`
     """
@@ -178,8 +181,8 @@ def export(
 
     settings = read_settings(config, registry={"root": registry})
     opened = Registry(settings.registry.root)
-    category, _, named = version.partition("@")
-    manifest = opened.manifest(category, named or _current(opened, category, settings.registry.root))
+    category, _, given_version = version.partition("@")
+    manifest = opened.manifest(category, given_version or _current(opened, category, settings.registry.root))
     with busy(f"writing {manifest.model}"):
         target = export_version(
             opened,
@@ -201,38 +204,39 @@ def import_anomalib(
     checkpoint: Annotated[
         Path, typer.Argument(help="A Lightning .ckpt of anomalib's Fastflow, or its state dict (.pt, .safetensors).")
     ],
-    category: Annotated[str, typer.Option("--category", "-c", help="Whose version it becomes.")],
+    category: Annotated[str, typer.Option("--category", "-c", help="Category of the new version.")],
     data: Annotated[
-        Path, typer.Option(help="Folder of normal images that did not train the model: they set the threshold.")
+        Path, typer.Option(help="Folder of normal images that did not train the model; they set the threshold.")
     ],
     backbone: Annotated[
-        str, typer.Option(help="auto: found by the tensors; or one of anomalib's, by timm's name.")
+        str, typer.Option(help="auto: inferred from the tensors; or one of anomalib's backbones, named as in timm.")
     ] = "auto",
     resize: Annotated[
-        Resize, typer.Option(help="antialias: images are resized as in anomalib; area: as models trained here.")
+        Resize, typer.Option(help="antialias: resize images as anomalib does; area: as for models trained here.")
     ] = "antialias",
-    false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normal parts that may be rejected.")] = None,
-    promote: Annotated[bool, typer.Option(help="Make the new version current as well.")] = False,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(help="Share of normal images that may be called anomalous.")
+    ] = None,
+    promote: Annotated[bool, typer.Option(help="Make the new version current.")] = False,
     registry: RegistryOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a version of a FastFlow model that anomalib trained.
+    """Import a FastFlow model that anomalib trained, as a new version.
 
-    The checkpoint is read as tensors alone; a pickle is never executed. Everything else is inferred from the tensors,
-    and the backbone's weights come along. A version without a threshold cannot judge, and a threshold set on images
-    that trained the model is too low: hence `--data`. The version serves once it is promoted.
+    Reads tensors only and never executes a pickle. Imports the backbone's weights, and infers everything else from the
+    tensors. The images in `--data` calibrate the version; with images that trained the model, the threshold would be
+    too low. Promote the version to serve it.
 
     Example: `flawstream models import-anomalib model.ckpt -c bottle --data bottle/held-out`
     """
     from flawstream.fastflow.anomalib import read_anomalib  # noqa: PLC0415 - torch takes seconds; `list` needs none
-    from flawstream_cli.training_display import TrainingDisplay  # noqa: PLC0415 - the same
-    from training.imports import ImportJob, run_import  # noqa: PLC0415 - the same
+    from training.imports import ImportJob  # noqa: PLC0415 - the same
 
     settings = read_settings(config, registry={"root": registry}, training={"false_alarm_rate": false_alarm_rate})
     with busy(f"reading {checkpoint}"):
         model = read_anomalib(checkpoint, backbone, resize)
-    say(f"found: {model.settings.backbone} at {model.settings.input_size} px, {model.flow.steps} steps")
+    print_message(f"found: {model.settings.backbone} at {model.settings.input_size} px, {model.flow.steps} steps")
     job = ImportJob(
         model=model,
         checkpoint=checkpoint,
@@ -244,19 +248,26 @@ def import_anomalib(
         detector=settings.detector,
         registry_root=settings.registry.root,
     )
-    with TrainingDisplay([category]) as display:
-        for progress in run_import(job):
-            display.show(progress)
-    assert progress.manifest is not None  # noqa: S101 - the last one carries it
-    manifest = progress.manifest
-    if progress.note:
-        say(progress.note, "yellow")
+    manifest = _run_import(job)
     if as_json:
         print_json(manifest.model_dump(mode="json", exclude={"calibration"}))
-    say(f"{manifest.model} is written; threshold {manifest.calibration.threshold:.4g}")
+    print_message(f"{manifest.model} is written; threshold {manifest.calibration.threshold:.4g}")
     if promote:
         Registry(settings.registry.root).promote(category, manifest.version)
-        say(f"{manifest.model} is current")
+        print_message(f"{manifest.model} is current")
     else:
         root = shlex.quote(settings.registry.root)
-        say(f"to serve it: flawstream models promote {category} {manifest.version} --registry {root}")
+        print_message(f"to serve it: flawstream models promote {category} {manifest.version} --registry {root}")
+
+
+def _run_import(job: "ImportJob") -> ModelManifest:
+    from flawstream_cli.training_display import TrainingDisplay  # noqa: PLC0415 - torch takes seconds; `list` needs none
+    from training.imports import run_import  # noqa: PLC0415 - the same
+
+    with TrainingDisplay([job.category]) as display:
+        for progress in run_import(job):
+            display.show(progress)
+    assert progress.manifest is not None  # noqa: S101 - the last report has it
+    if progress.note:
+        print_message(progress.note, "yellow")
+    return progress.manifest

@@ -1,4 +1,4 @@
-"""`flawstream serve`: detectors, stream workers and HTTP API, with a Redis server of their own where none is named."""
+"""`flawstream serve`: runs detectors, stream workers and HTTP API, by default with an embedded stream server."""
 
 import contextlib
 import signal
@@ -11,7 +11,15 @@ import typer
 
 from flawstream.registry.registry import Registry
 from flawstream_cli.cluster import Cluster, on_cluster
-from flawstream_cli.terminal import ConfigOption, RedisOption, RegistryOption, busy, print_json, read_settings, say
+from flawstream_cli.terminal import (
+    ConfigOption,
+    RedisOption,
+    RegistryOption,
+    busy,
+    print_json,
+    print_message,
+    read_settings,
+)
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 from serving import app as service
@@ -25,28 +33,28 @@ def serve(
     redis: RedisOption = None,
     registry: RegistryOption = None,
     data_dir: Annotated[
-        Path, typer.Option(help="Where the embedded server keeps its data; only without --redis.")
+        Path, typer.Option(help="Data folder of the embedded server; only without --redis.")
     ] = DATA_DIR,
     redis_port: Annotated[
         int | None,
         typer.Option(
-            min=1, max=65535, help="Port of the embedded server; 6379 if absent, any free one where that is taken."
+            min=1, max=65535, help="Port of the embedded server; by default 6379, or any free one if that is taken."
         ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address of the HTTP API.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the HTTP API.")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, ncnn, openvino, torch or triton.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Stream workers.")] = None,
-    detectors: Annotated[int | None, typer.Option(min=1, help="Detector replicas.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Number of stream workers.")] = None,
+    detectors: Annotated[int | None, typer.Option(min=1, help="Number of detector replicas.")] = None,
     ray_address: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; without it, this machine alone.")
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; by default only this machine.")
     ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Serve the trained categories until Ctrl-C.
 
-    Without --redis an embedded Valkey server starts, whose data outlives a restart. When all is up, one JSON line with
-    the addresses goes to standard output.
+    Without --redis, starts an embedded Valkey server, whose data survives a restart. When everything is ready, prints
+    one JSON line with the addresses to standard output.
 
     Example: `flawstream serve --redis redis://plant:6379/0 --registry s3://plant/models`
     """
@@ -59,65 +67,68 @@ def serve(
         worker={"replicas": workers},
     )
     if redis is not None and redis_port is not None:
-        raise ConfigError("--redis-port is for the embedded server, and --redis names another; leave one of them out")
+        raise ConfigError("--redis-port is for the embedded server, --redis for another server; leave one of them out")
     embedded = redis is None and "url" not in settings.redis.model_fields_set
     with contextlib.ExitStack() as stack:
         if embedded:
-            say(f"starting an embedded Valkey server in {data_dir} ...")
+            print_message(f"starting an embedded Valkey server in {data_dir} ...")
             server = stack.enter_context(EmbeddedServer(data_dir, redis_port or free_port(_REDIS_PORT)))
             settings = with_redis(settings, server.url)
-        if ray_address is None:  # a cluster may reach what this machine cannot
+        if ray_address is None:  # a remote cluster may reach servers and folders that this machine cannot
             require_startable(settings)
-        joined = stack.enter_context(on_cluster(ray_address))
-        addresses = stack.enter_context(running(settings, joined))
-        say(f"push an image   flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
-        say("stop            Ctrl-C")
+        cluster = stack.enter_context(on_cluster(ray_address))
+        addresses = stack.enter_context(running(settings, cluster))
+        print_message(f"push an image   flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
+        print_message("stop            Ctrl-C")
         print_json(addresses)
         wait_for_stop()
-    say("stopped")
+    print_message("stopped")
 
 
 def with_redis(settings: Settings, url: str) -> Settings:
-    """Point settings at another server."""
+    """Return a copy of the settings with another `redis.url`."""
     return settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": url})})
 
 
 def require_startable(settings: Settings) -> None:
-    """See that the service can start here, and say where no image can be judged yet.
+    """Check that the service can start on this machine; warn if the registry has no versions yet.
 
     Raises:
-        ConfigError: A port is taken, or a folder is none.
+        ConfigError: A port is taken, or the registry's root is not a folder.
         StreamUnavailableError: The stream server does not answer.
         RegistryError: The registry cannot be read.
     """
     service.require_startable(settings)
     root = settings.registry.root
     if not Registry(root).currents():
-        say(f"{root} has no model versions yet: images are refused until `flawstream train` has made some", "yellow")
+        print_message(
+            f"{root} has no model versions yet: images become dead letters until `flawstream train` has trained some",
+            "yellow",
+        )
 
 
 @contextlib.contextmanager
-def running(settings: Settings, joined: Cluster) -> Iterator[dict[str, str]]:
-    """Have the service up on a cluster for as long as the context lasts.
+def running(settings: Settings, cluster: Cluster) -> Iterator[dict[str, str]]:
+    """Run the service on a cluster while the context lasts.
 
     Yields:
         The addresses: `api`, `redis`, `dashboard`.
     """
     root = settings.registry.root
-    if "://" not in root:  # replicas run in other folders
+    if "://" not in root:  # replicas have other working directories
         absolute = settings.registry.model_copy(update={"root": str(Path(root).absolute())})
         settings = settings.model_copy(update={"registry": absolute})
     with busy("starting detector, stream worker and API; this takes half a minute"):
         api = service.run(settings)
-    addresses = {"api": api, "redis": settings.redis.url, "dashboard": joined.dashboard_url}
-    say(f"API             {api}  (documentation at {api}/docs)")
-    say(f"Redis           {settings.redis.url}")
-    if joined.dashboard_url:
-        say(f"Ray dashboard   {joined.dashboard_url}  (its token: ray get-auth-token)")
+    addresses = {"api": api, "redis": settings.redis.url, "dashboard": cluster.dashboard_url}
+    print_message(f"API             {api}  (documentation at {api}/docs)")
+    print_message(f"Redis           {settings.redis.url}")
+    if cluster.dashboard_url:
+        print_message(f"Ray dashboard   {cluster.dashboard_url}  (its token: ray get-auth-token)")
     try:
         yield addresses
     finally:
-        with busy("stopping: batches under way are finished first"):
+        with busy("stopping: batches in flight are finished first"):
             service.stop()
 
 

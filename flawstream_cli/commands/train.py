@@ -1,4 +1,4 @@
-"""`flawstream train`: folders of normal images become model versions."""
+"""`flawstream train`: trains a model version for each category of a data set."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +19,8 @@ from flawstream_cli.terminal import (
     RegistryOption,
     out,
     print_json,
+    print_message,
     read_settings,
-    say,
     table,
 )
 from flawstream_cli.training_display import TrainingDisplay
@@ -37,47 +37,47 @@ from training.pipeline import Job, Stage
 
 def train(
     root: Annotated[
-        Path, typer.Argument(help="Data set: ROOT/CATEGORY/train/good, test/DEFECT, ground_truth; or another --layout.")
+        Path,
+        typer.Argument(help="Data set: ROOT/CATEGORY/train/good, test/DEFECT, ground_truth; or another --layout."),
     ],
     category: CategoryOption = None,
     layout: LayoutOption = Layout.AUTO,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     preset: Annotated[
-        PresetName | None, typer.Option(help="A configuration by name: flawstream models presets.")
+        PresetName | None, typer.Option(help="A named configuration; `flawstream models presets` lists them.")
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="A timm model, e.g. resnet18.")] = None,
-    weights: Annotated[str | None, typer.Option(help="auto, package, timm, or a state dict's path.")] = None,
-    input_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
-    false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normal parts that may be rejected.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
-    check: Annotated[
-        bool, typer.Option(help="Decode every image first. Names and counts are checked in any case.")
-    ] = True,
+    weights: Annotated[str | None, typer.Option(help="auto, package, timm, or the path of a state dict.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side in pixels to which images are resized.")] = None,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(help="Share of normal images that may be called anomalous.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all random numbers.")] = None,
+    check: Annotated[bool, typer.Option(help="Decode every image first. Names and counts are always checked.")] = True,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Train nothing where any category's data has an error.")
+        bool, typer.Option("--strict", help="Train nothing if any category's data has an error.")
     ] = False,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Versions of each category, with this and the following seeds; the first serves.")
+        int, typer.Option(min=1, help="Versions of each category, one per seed from --seed on; the first is promoted.")
     ] = 1,
     promote: Annotated[bool, typer.Option(help="Make the new versions current.")] = True,
     registry: RegistryOption = None,
     ray_address: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; without it, this machine alone.")
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; by default only this machine.")
     ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train every category of a data set, in parallel on Ray.
 
-    Normal images only are needed. A share of them never trains the model: it sets the threshold for the false-alarm
-    rate asked for. Where there is a test folder, the metrics of `flawstream evaluate` on it are reported. A category
-    in which `flawstream datasets check` finds an error is not trained; the others are. A backbone that is not that of
-    the current versions of other categories is refused, unless nothing is promoted.
+    Needs normal images only. A share of them is held out, and sets the threshold for the false-alarm rate. If there is
+    a test folder, the metrics of `flawstream evaluate` are reported. A category whose data has an error
+    (`flawstream datasets check`) is skipped. A backbone other than that of the current versions of other categories is
+    refused, except with --no-promote.
 
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
-    Exit code 1: a category failed, has faulty data or was not promoted; the others are trained. 3: nothing could be
-    trained.
+    Exit code 1: a category failed, has faulty data or was not promoted; the others are trained. 3: nothing was trained.
     """
     settings = read_settings(
         config,
@@ -92,34 +92,38 @@ def train(
     with on_cluster(ray_address):
         manifests, failures = train_all(sound, settings, promote=promote, seeds=seeds)
     failures |= faulty
+    _report(manifests, failures, settings.registry.root, as_json=as_json)
+    if failures:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _report(manifests: list[ModelManifest], failures: dict[str, str], root: str, *, as_json: bool) -> None:
     if as_json:
         trained = [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests]
         print_json({"trained": trained, "failed": failures, "warnings": _warnings(manifests)})
     elif manifests:
         out.print(training_table(manifests))
-        say(f"registry: {settings.registry.root}")
-        say(f"next:     flawstream serve --registry {settings.registry.root}")
+        print_message(f"registry: {root}")
+        print_message(f"next:     flawstream serve --registry {root}")
     for name, reason in failures.items():
-        say(f"{name} failed: {reason}", "red")
-    if failures:
-        raise typer.Exit(ExitCode.FAILED)
+        print_message(f"{name} failed: {reason}", "red")
 
 
 def train_all(
     data: list[CategoryData], settings: Settings, *, promote: bool = True, seeds: int = 1
 ) -> tuple[list[ModelManifest], dict[str, str]]:
-    """Train all categories, with a bar for each version, and say where there were too few images to calibrate.
+    """Train all categories with progress bars, and warn about those with too few images to calibrate.
 
     Args:
-        data: One item a category.
-        settings: The recipe, its seed the first.
-        promote: Whether the first seed's versions become current.
-        seeds: Versions of each category.
+        data: The categories.
+        settings: The recipe, with the first seed.
+        promote: Whether to promote the versions with the first seed.
+        seeds: Number of versions per category.
 
     Returns:
-        The published versions by category and seed, and what was wrong with the jobs that failed, by name.
+        The published versions, sorted by category and seed; and the errors of the failed jobs, by job name.
     """
-    jobs = [_job(one, settings, number, seeds) for one in data for number in range(seeds)]
+    jobs = [_job(category, settings, number, seeds) for category in data for number in range(seeds)]
     manifests: list[ModelManifest] = []
     failures: dict[str, str] = {}
     promotions = _Promotions(Registry(settings.registry.root))
@@ -141,59 +145,59 @@ def train_all(
             elif progress.stage is Stage.FAILED:
                 failures[progress.job] = progress.note
     failures |= promotions.refused
-    for model, missing in _warnings(manifests).items():
-        say(f"warning: {model}: {missing}", "yellow")
+    for model, warning in _warnings(manifests).items():
+        print_message(f"warning: {model}: {warning}", "yellow")
     return sorted(manifests, key=lambda m: (m.category, m.training.seed)), failures
 
 
 class _Promotions:
-    """Promotes versions as they are trained; where a run changes the backbone, together once the last one is there.
+    """Promotes each version when it is trained; in a run that changes the backbone, all together after the last one.
 
     Args:
-        registry: Where the versions are.
+        registry: The registry of the versions.
     """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._waiting: dict[str, str] = {}
-        self._why = ""
+        self._error = ""
 
     @property
     def refused(self) -> dict[str, str]:
-        """Give for every category that was not promoted the reason."""
+        """Return the error of every category that was not promoted."""
         return {
-            category: f"{category}@{version} is written and not promoted: {self._why}"
+            category: f"{category}@{version} is written and not promoted: {self._error}"
             for category, version in self._waiting.items()
         }
 
     def add(self, manifest: ModelManifest) -> None:
-        """Promote a version and those that waited for it, or keep it waiting where that is refused."""
+        """Promote a version together with those refused before; if the registry refuses, keep them all for later."""
         self._waiting[manifest.category] = manifest.version
         try:
             self._registry.promote_all(self._waiting)
         except RegistryError as error:
-            self._why = str(error)
+            self._error = str(error)
         else:
             self._waiting.clear()
 
 
 def _refuse_other_backbone(data: list[CategoryData], settings: Settings) -> None:
-    """Refuse before training what could not be promoted after it.
+    """Refuse, before training, a backbone whose versions could not be promoted.
 
     Raises:
-        MixedBackbonesError: Current versions of categories that are not trained now run on another backbone.
+        MixedBackbonesError: Categories outside this run have current versions on another backbone.
         RegistryError: The registry cannot be read.
         ConfigError: The backbone does not exist.
-        WeightsError: The backbone's weights cannot be had.
+        WeightsError: The backbone's weights cannot be loaded.
     """
-    trained, root = [one.name for one in data], settings.registry.root
-    current, _ = Registry(root).current_manifests()
-    others = {one.category: one.backbone for one in current if one.category not in trained}
+    trained, root = [category.name for category in data], settings.registry.root
+    manifests, _ = Registry(root).current_manifests()
+    others = {manifest.category: manifest.backbone for manifest in manifests if manifest.category not in trained}
     if others:
         require_one_backbone(
             others | dict.fromkeys(trained, Backbone(settings.model).spec),
-            f"the training is refused, as the current versions in {root} would run on several backbones",
-            "train on the backbone of the others, train all categories in one run, use a registry of its own "
+            f"training is refused, because the current versions in {root} would have several backbones",
+            "train on the backbone of the other categories, train all categories in one run, use another registry "
             "(--registry), or train with --no-promote",
         )
 
@@ -210,7 +214,7 @@ def _job(data: CategoryData, settings: Settings, number: int, seeds: int) -> Job
 
 
 def training_table(manifests: list[ModelManifest]) -> Table:
-    """Show trained versions."""
+    """Build a table of trained versions."""
     return table(
         "Trained",
         (
@@ -234,25 +238,25 @@ def training_table(manifests: list[ModelManifest]) -> Table:
                 m.training.seed,
                 m.training.train_images,
                 m.training.calibration_images,
-                found.normal_images + found.anomalous_images,
-                found.image_auroc,
-                found.pixel_auroc,
-                found.aupro,
-                found.false_alarm_rate,
-                found.recall,
+                measured.normal_images + measured.anomalous_images,
+                measured.image_auroc,
+                measured.pixel_auroc,
+                measured.aupro,
+                measured.false_alarm_rate,
+                measured.recall,
                 round(m.training.duration_s),
             )
             for m in manifests
-            for found in [m.serving_metrics]
+            for measured in [m.serving_metrics]
         ),
     )
 
 
 def _warnings(manifests: list[ModelManifest]) -> dict[str, str]:
-    """Say for which models the false-alarm rate could not be kept."""
-    return {m.model: missing for m in manifests if (missing := shortage_of(m.calibration))}
+    """Return a warning for each model with too few held-out images for its false-alarm rate."""
+    return {m.model: warning for m in manifests if (warning := shortage_of(m.calibration))}
 
 
 def _absolute(root: str) -> str:
-    """Make a folder mean the same in every process; URLs stay as they are."""
+    """Make a folder's path absolute, since trainers have other working directories; leave URLs as they are."""
     return root if "://" in root else str(Path(root).absolute())

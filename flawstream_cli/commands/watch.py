@@ -1,4 +1,4 @@
-"""`flawstream watch`: results as they come."""
+"""`flawstream watch`: prints results as they are published."""
 
 import asyncio
 from pathlib import Path
@@ -15,9 +15,9 @@ from flawstream_cli.terminal import (
     entry_id,
     out,
     print_json,
+    print_message,
     printable,
     read_settings,
-    say,
 )
 from schemas.errors import MessageError
 from schemas.messages import DetectionResult, MapCodec, Verdict
@@ -26,20 +26,20 @@ from workers.outcomes.results import ResultReader
 
 
 def watch(
-    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Leave after so many; 0: never.")] = 0,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Stop after so many results; 0: never.")] = 0,
     since: Annotated[
         str,
         typer.Option(
             callback=lambda text: text if text == "$" else entry_id(text),
-            help="Entry id to start behind; 0 from the oldest, $ from now on.",
+            help="Start after this entry id; 0: with the oldest, $: with the next new one.",
         ),
     ] = "$",
-    maps: Annotated[Path | None, typer.Option(help="Write each anomaly map as a JPEG into this folder.")] = None,
+    maps: Annotated[Path | None, typer.Option(help="Write each anomaly map as a JPEG to this folder.")] = None,
     redis: RedisOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show results as they come. Reading takes nothing away from other readers.
+    """Print results as they are published. Does not affect other readers.
 
     Example: `flawstream watch --json --maps heatmaps/ | jq 'select(.verdict == "anomalous")'`
     """
@@ -47,19 +47,19 @@ def watch(
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)
     if not as_json:
-        say(f"waiting for results on {settings.redis.url}; Ctrl-C ends")
+        print_message(f"waiting for results on {settings.redis.url}; Ctrl-C stops")
     asyncio.run(_watch(settings, count, "0-0" if since == "0" else since, maps, as_json=as_json))
 
 
 async def _watch(settings: Settings, count: int, since: str, maps: Path | None, *, as_json: bool) -> None:
-    seen = 0
+    printed = 0
     async with ResultReader(settings.redis, after=since) as reader:
         async for name, result in reader:
             if maps is not None:
                 _write_map(maps / f"{name}.jpg", result)
             _show(name, result, as_json=as_json)
-            seen += 1
-            if seen == count:
+            printed += 1
+            if printed == count:
                 return
 
 
@@ -69,15 +69,15 @@ def _write_map(file: Path, result: DetectionResult) -> None:
     elif result.map.codec is not MapCodec.NONE:
         try:
             file.write_bytes(encode_jpeg(paint(decode_map(result.map), result.threshold)))
-        except MessageError as error:  # written by something else than our workers
-            say(f"the map of {result.id} cannot be read: {error}", "red")
+        except MessageError as error:  # not written by our workers
+            print_message(f"the map of {result.id} cannot be read: {error}", "red")
 
 
 def _show(name: str, result: DetectionResult, *, as_json: bool) -> None:
     if as_json:
         extra = {name: value.decode("utf-8", "backslashreplace") for name, value in result.extra.items()}
-        told = result.model_dump(mode="json", exclude={"map", "extra"})
-        print_json({"entry_id": name, **told, "map_codec": result.map.codec, "extra": extra})
+        fields = result.model_dump(mode="json", exclude={"map", "extra"})
+        print_json({"entry_id": name, **fields, "map_codec": result.map.codec, "extra": extra})
         return
     style = "bold red" if result.verdict is Verdict.ANOMALOUS else "green"
     line = printable(

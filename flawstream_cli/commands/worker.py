@@ -1,4 +1,4 @@
-"""`flawstream worker`: one stream worker with the detector in its own process, for a small node; no Ray."""
+"""`flawstream worker`: runs stream worker and detector in one process, without Ray."""
 
 import asyncio
 import contextlib
@@ -19,8 +19,8 @@ from flawstream_cli.terminal import (
     RegistryOption,
     busy,
     print_json,
+    print_message,
     read_settings,
-    say,
 )
 from schemas.settings import Settings
 from serving.detector import DetectorService, make_detector
@@ -28,27 +28,27 @@ from workers.consume.sharded import ShardedWorker
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
 
-_TELL_S = 10.0
+_REPORT_S = 10.0
 
 
 def worker(
     name: Annotated[
         str | None,
-        typer.Option(help="Consumer name; the host's if absent. Several workers on one host need a name each."),
+        typer.Option(help="Consumer name; by default the host name. Several workers on one host need different names."),
     ] = None,
     redis: RedisOption = None,
     registry: RegistryOption = None,
     engine: Annotated[str | None, typer.Option(help="auto, ncnn, openvino, torch or triton.")] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Answer Prometheus at this port of metrics.host.")
+        int | None, typer.Option(min=0, max=65535, help="Expose Prometheus metrics at this port of metrics.host.")
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Judge images from the stream until Ctrl-C, with the detector in this process: a small node needs no Ray.
+    """Judge images from the stream until Ctrl-C, with the detector in this process, without Ray.
 
-    When it is ready, one JSON line goes to standard output, and another at the end. Ctrl-C or SIGTERM finishes what is
-    in hand (`worker.drain_s`) and hands the rest back at once. After a crash, a worker that starts under the same name
-    goes on with what it had.
+    Prints one JSON line to standard output when ready, and another at the end. On Ctrl-C or SIGTERM, finishes the
+    batches in flight within `worker.drain_s` and releases the rest. After a crash, a worker with the same name
+    continues with the entries that are pending for it.
 
     Example: `flawstream worker --redis redis://plant:6379/0 --registry /models --name line7`
     """
@@ -63,16 +63,16 @@ def worker(
     with serve_metrics(settings.metrics) as (metrics, metrics_url), open_tracer(settings.tracing) as tracer:
         with busy("loading the models"):
             detector = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
-        lived = asyncio.run(_work(settings, detector, metrics, metrics_url, tracer))
-    if not lived:
-        say("the detector has ended; start the worker again", "red")
+        detector_alive = asyncio.run(_work(settings, detector, metrics, metrics_url, tracer))
+    if not detector_alive:
+        print_message("the detector has stopped unexpectedly; restart the worker", "red")
         raise typer.Exit(ExitCode.FAILED)
 
 
 async def _work(
     settings: Settings, detector: DetectorService, metrics: Metrics, metrics_url: str | None, tracer: Tracer
 ) -> bool:
-    """Work until a signal comes; tells whether the detector lived to the end."""
+    """Run the worker until SIGINT or SIGTERM, or until the detector fails; return whether the detector is alive."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -91,15 +91,15 @@ async def _work(
                 "detector": detector.status(),
             }
         )
-        told = -1
+        reported = -1
         while not working.done() and detector.alive:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(working), _TELL_S)
+                await asyncio.wait_for(asyncio.shield(working), _REPORT_S)
             stats = stream_worker.stats
-            if stats.read != told and not stop.is_set():
-                told = stats.read
-                say(
-                    f"{stats.results} results, {stats.dead.total()} dead letters, {stats.retries} tries made again, "
+            if stats.read != reported and not stop.is_set():
+                reported = stats.read
+                print_message(
+                    f"{stats.results} results, {stats.dead.total()} dead letters, {stats.retries} retries, "
                     f"{stats.deferred} images deferred"
                 )
         alive = detector.alive

@@ -1,4 +1,4 @@
-"""Makes `k8s/flawstream/files/dashboards/*.json`: `python -m k8s.boards`. A test compares them with what is there."""
+"""Generates `k8s/flawstream/files/dashboards/*.json`: `python -m k8s.boards`. A test compares them."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ BOARDS = {"operations": operations.BOARD, "quality": quality.BOARD, "training": 
 
 
 def make(name: str) -> str:
-    """Give a board's file."""
+    """Return the JSON file of a board."""
     return json.dumps(write(BOARDS[name]), cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for each in BOARDS:
-        (FOLDER / f"{each}.json").write_text(make(each), encoding="utf-8")
+    for name in BOARDS:
+        (FOLDER / f"{name}.json").write_text(make(name), encoding="utf-8")

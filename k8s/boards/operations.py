@@ -1,4 +1,4 @@
-"""The board of whoever is called at night: does it work, how much waits, what was refused, where the time goes."""
+"""The board for whoever is on call: health, backlog, dead letters, errors, and time per stage."""
 
 from flawstream.telemetry import metrics as m
 from k8s.boards.panels import IMAGES, IMAGES_PER_S, Board, Query, choice, lines, number
@@ -16,7 +16,7 @@ from k8s.boards.queries import (
 _STREAM = number(
     "Stream server",
     "none",
-    "Whether workers reach the Redis server. While they do not, nothing is read and producers cannot push.",
+    "Whether any worker reaches the Redis server. While it is down, nothing is judged and producers cannot push.",
     Query(f"min(max by (namespace) ({select(m.STREAM_UP)}))", "stream server"),
     runbook="FlawstreamStreamDown",
     words={"1": ("up", "green"), "0": ("down", "red")},
@@ -24,21 +24,21 @@ _STREAM = number(
 _ALERTS = number(
     "Alerts",
     "none",
-    "Alerts of ours that fire now. Each has a runbook; Alertmanager and the Prometheus server's page Alerts list them.",
+    "Firing alerts of flawstream. Each has a runbook; Alertmanager and Prometheus's Alerts page list them.",
     Query(f'count(ALERTS{{{NAMESPACE}, alertname=~"Flawstream.+", alertstate="firing"}}) or vector(0)', "firing"),
     limit=1,
 )
 _WAITING = number(
-    "Images waiting",
+    "Backlog now",
     IMAGES,
-    "Images on the streams, waiting or in hand. Read it beside the age of the oldest.",
-    Query(of_the_streams(m.BACKLOG_IMAGES), "waiting"),
+    "Images on the images streams, pending ones included. Read it together with the age of the oldest.",
+    Query(of_the_streams(m.BACKLOG_IMAGES), "backlog"),
     runbook="FlawstreamBacklogGrows",
 )
 _AGE = number(
     "Oldest image",
     "s",
-    "Age of the oldest image that has not ended. Above a minute, parts have left the line without a verdict.",
+    "Age of the oldest image without an outcome. Above a minute, parts may have left the line without a verdict.",
     Query(of_the_streams(m.OLDEST_IMAGE_SECONDS), "oldest"),
     runbook="FlawstreamImagesLate",
     limit=60,
@@ -46,14 +46,14 @@ _AGE = number(
 _RESULTS = number(
     "Results",
     IMAGES_PER_S,
-    "Results a second. 0 while images wait means that nothing is judged.",
+    "Results a second. 0 while there is a backlog: nothing is judged.",
     Query(per_second(m.RESULTS), "results"),
     runbook="FlawstreamNoResults",
 )
 _REFUSED = number(
     "Dead letters, last hour",
     IMAGES,
-    "Images that could not be judged. `flawstream dead list` says which, and why.",
+    "Images that could not be judged. `flawstream dead list` shows them with the reason.",
     Query(counted(m.DEAD_LETTERS, window="1h"), "dead letters"),
     runbook="FlawstreamDeadLetters",
     limit=1,
@@ -62,8 +62,8 @@ _REFUSED = number(
 _THROUGHPUT = lines(
     "Images",
     IMAGES_PER_S,
-    "Given to workers, and how they ended. Given stays above ended only while something is given out again.",
-    Query(per_second(m.IMAGES), "given to workers"),
+    "Images delivered to workers, and their outcomes. Deliveries exceed outcomes only while images are redelivered.",
+    Query(per_second(m.IMAGES), "delivered"),
     Query(per_second(m.RESULTS), "results"),
     Query(per_second(m.DEAD_LETTERS), "dead letters"),
     runbook="FlawstreamNoResults",
@@ -72,8 +72,8 @@ _THROUGHPUT = lines(
 _PUSHES = lines(
     "Pushes by outcome",
     IMAGES_PER_S,
-    "Of producers that are scraped: the HTTP API and Python producers. Anything but `written` is a part that is not "
-    "looked at until it is pushed again.",
+    "By producers that Prometheus scrapes: the HTTP API and Python producers. An image with an outcome other than "
+    "`written` is not judged until it is pushed again.",
     Query(per_second(m.PUSHES, "outcome"), "{{outcome}}"),
     runbook="FlawstreamProducersRefused",
     width=6,
@@ -81,17 +81,17 @@ _PUSHES = lines(
 _PUSH_TIME = lines(
     "Time of a push",
     "s",
-    "Of the same producers, waiting for room included. Seconds: the backlog is full and pushes wait. Else the network "
-    "or the stream server's disk (`appendfsync`).",
+    "By the same producers, retries included. Seconds: the backlog is full and pushes are retried, or the network or "
+    "the stream server's disk (`appendfsync`) is slow.",
     *(Query(quantile(share, m.PUSH_SECONDS), f"p{share * 100:g}") for share in (0.5, 0.99)),
     width=6,
 )
 _EVENTS = lines(
     "Refused, duplicate, trimmed",
     IMAGES_PER_S,
-    "What the stream server counted, whoever pushed. `refused_*`: a bound of the backlog is reached, add workers or "
-    "slow the line. `trimmed_results`: old results that were taken off; read faster or raise "
-    "`backlog.keep_results` where nobody had read them.",
+    "Counted by the stream server, for all producers. `refused_*`: the backlog is full; add workers or slow the line. "
+    "`trimmed_results`: old results that were deleted; if they had not been read, read faster or raise "
+    "`backlog.keep_results`.",
     Query(events_of_the_streams(m.STREAM_EVENTS, "event"), "{{event}}"),
     runbook="FlawstreamProducersRefused",
     width=6,
@@ -100,25 +100,25 @@ _EVENTS = lines(
 _BACKLOG = lines(
     "Backlog",
     IMAGES,
-    "All images on the streams, those in hand, and those not yet given out. In hand and not falling: workers hang. "
-    "Not given out and growing: too few workers, or detectors too slow.",
-    Query(of_the_streams(m.BACKLOG_IMAGES), "all"),
-    Query(of_the_streams(m.PENDING_IMAGES), "in hand"),
-    Query(of_the_streams(m.LAG_IMAGES), "not yet given out"),
+    "The backlog is the lag (images not yet delivered) and the pending images (delivered, no outcome yet). Pending "
+    "does not fall: workers hang. Lag grows: too few workers, or detectors too slow.",
+    Query(of_the_streams(m.BACKLOG_IMAGES), "backlog"),
+    Query(of_the_streams(m.PENDING_IMAGES), "pending"),
+    Query(of_the_streams(m.LAG_IMAGES), "lag"),
     runbook="FlawstreamBacklogGrows",
 )
 _OLDEST = lines(
     "Age of the oldest image",
     "s",
-    "A line that climbs one second a second is one image, or all of them, that nobody ends.",
+    "If it rises by one second a second, the oldest image, or all, get no outcome.",
     Query(of_the_streams(m.OLDEST_IMAGE_SECONDS), "oldest"),
     runbook="FlawstreamImagesLate",
     limit=60,
 )
 _KEPT = lines(
-    "Kept on the streams",
+    "Results and dead letters kept",
     IMAGES,
-    "Results and dead letters that lie on their streams. Dead letters stay until they are replayed or purged: "
+    "Length of the results and dead-letter streams. Dead letters stay until they are replayed or purged: "
     "`flawstream dead replay`, `flawstream dead purge`.",
     Query(of_the_streams(m.STREAM_RESULTS), "results"),
     Query(of_the_streams(m.STREAM_DEAD_LETTERS), "dead letters"),
@@ -127,25 +127,25 @@ _KEPT = lines(
 _DEAD = lines(
     "Dead letters by reason",
     IMAGES,
-    "Images of each interval that could not be judged. `poison`: it took workers down with it; the log says how.",
+    "Images per interval that could not be judged. `poison`: no worker could complete it; see the workers' log.",
     Query(counted(m.DEAD_LETTERS, "reason"), "{{reason}}"),
     runbook="FlawstreamDeadLetters",
     bars=True,
 )
 _RETRIES = lines(
-    "Tries made again",
+    "Retries",
     "suffix: /s",
-    "`detector_overloaded`: no detector had room or answered in time, add some. `model_unavailable`: images that "
-    "wait because the current version of their category cannot be used. `stream_unavailable`: Redis did not answer.",
+    "`detector_overloaded`: no detector had capacity or answered in time; add detectors. `model_unavailable`: images "
+    "deferred because their category's version cannot be used. `stream_unavailable`: Redis did not answer.",
     Query(per_second(m.RETRIES, "cause"), "{{cause}}"),
 )
 _BUGS = lines(
     "Unexpected errors",
     "none",
-    "Errors that nobody foresaw, with a traceback in the workers' log; and outcomes dropped because another worker had "
-    "ended the image, which is right after a pause or a restart and costs work alone.",
+    "Bugs, with a traceback in the workers' log. Also outcomes that were dropped because another worker had completed "
+    "the image: normal after a pause or a restart.",
     Query(counted(m.ERRORS), "unexpected errors"),
-    Query(counted(m.NOT_OURS), "ended by another worker"),
+    Query(counted(m.NOT_OURS), "completed by another worker"),
     runbook="FlawstreamUnexpectedErrors",
     bars=True,
 )
@@ -153,7 +153,7 @@ _BUGS = lines(
 _LATENCY = lines(
     "From arrival to result",
     "s",
-    "Time on the stream and in a worker. Where it grows and the stages do not, images wait: see the backlog.",
+    "Time on the stream and in a worker. If it grows and the stages do not, images wait: see the backlog.",
     *(Query(quantile(share, m.IMAGE_SECONDS), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)),
     runbook="FlawstreamImagesLate",
 )
@@ -161,43 +161,43 @@ _STAGES = lines(
     "Time of a batch, by stage (p95)",
     "s",
     "`decode` high: large images, give workers more CPU. `detect` high: larger batches or a slower engine. `wait` "
-    "high: too few detectors. `publish` high: the stream server is slow. `call` holds `wait` and `detect`.",
+    "high: too few detectors. `publish` high: the stream server is slow. `call` includes `wait` and `detect`.",
     Query(quantile(0.95, m.STAGE_SECONDS, "stage"), "{{stage}}"),
 )
 _MEANS = lines(
     "Time of a batch, by stage (mean)",
     "s",
-    "The same in the mean: what a second of an image's time is made of.",
+    "The same as means, which can be added up.",
     Query(mean(m.STAGE_SECONDS, "stage"), "{{stage}}"),
 )
 
 _BATCHES = lines(
-    "Images of a batch",
+    "Batch size",
     IMAGES,
-    "In the mean. `detect` near 1 with images waiting: workers read too few at once (`worker.batch_size`).",
+    "Mean images per batch. `detect` near 1 with a backlog: workers read too few at a time (`worker.batch_size`).",
     Query(mean(m.BATCH_IMAGES, "stage"), "{{stage}}"),
 )
 _QUEUE = lines(
     "Detector queue",
     IMAGES,
-    "Images that wait for a detector's next batch, all detectors together. Always full: add detectors.",
-    Query(f"sum({select(m.DETECTOR_QUEUE_IMAGES)})", "waiting"),
+    "Images in the queues of all detectors. Always full: add detectors.",
+    Query(f"sum({select(m.DETECTOR_QUEUE_IMAGES)})", "queued"),
 )
 _FULL = lines(
     "Refused or halved",
     "none",
-    "Calls refused because a detector's queue was full, and batches that did not fit in memory. Halved again and "
-    "again: lower `detector.max_batch_images`.",
+    "Calls refused because a detector's queue was full, and batches halved because they did not fit in memory. Halved "
+    "repeatedly: lower `detector.max_batch_images`.",
     Query(counted(m.DETECTOR_REFUSALS), "calls refused"),
     Query(counted(m.HALVINGS), "batches halved"),
     runbook="FlawstreamBatchesHalved",
     bars=True,
 )
 _LOADS = lines(
-    "Models loaded",
+    "Versions loaded",
     "none",
-    "`first`: loaded for the first time, or again after it made room for another. `swap`: another version was "
-    "promoted. `failed`: a version that cannot be loaded; the former one serves on, or the images wait.",
+    "`first`: first load of a category, or a reload after it was unloaded. `swap`: a promoted version replaced the "
+    "loaded one. `failed`: it cannot be loaded; the version before keeps serving, or the images stay pending.",
     Query(counted(m.MODEL_LOADS, "outcome"), "{{outcome}}"),
     runbook="FlawstreamModelLoadFails",
     bars=True,
@@ -205,20 +205,20 @@ _LOADS = lines(
 _RESIDENT = lines(
     "Categories loaded",
     "none",
-    "Of the detector that has most. It falls and rises where `detector.max_resident_mb` is too little for what comes.",
+    "Of the detector with the most. If it goes up and down, `detector.max_resident_mb` is too low.",
     Query(f"max({select(m.RESIDENT_CATEGORIES)})", "categories"),
 )
 _MEMORY = lines(
     "Memory of loaded categories",
     "bytes",
-    "Of the detector that needs most; bounded by `detector.max_resident_mb`.",
+    "Of the detector that uses most; limited by `detector.max_resident_mb`.",
     Query(f"max({select(m.RESIDENT_BYTES)})", "memory"),
 )
 
 _REPLICAS = lines(
-    "Replicas that are well",
+    "Healthy replicas",
     "none",
-    "Of each deployment, as Ray Serve sees it. Fewer than there should be: see the deployment in Ray's dashboard.",
+    "Of each deployment, as reported by Ray Serve. Fewer than expected: see the deployment in Ray's dashboard.",
     Query(f"sum by (deployment) ({select('ray_serve_deployment_replica_healthy')})", "{{deployment}}"),
     runbook="FlawstreamReplicasRestart",
     width=12,
@@ -226,7 +226,7 @@ _REPLICAS = lines(
 _STARTS = lines(
     "Replicas and workers started",
     "none",
-    "Replicas started within a quarter of an hour, updates and scaling included, and restarts of `flawstream worker`.",
+    "Replicas started within 15 minutes, including updates and scaling, and restarts of `flawstream worker`.",
     Query(
         counted("ray_serve_replica_startup_latency_ms_count", "deployment", window="15m"),
         "{{deployment}}",
@@ -243,14 +243,14 @@ _STARTS = lines(
 BOARD = Board(
     uid="flawstream-operations",
     title="flawstream: operations",
-    description="Does it work, how much waits, what was refused and why, and where the time of an image goes.",
+    description="Health, backlog, dead letters and errors, and the time of each stage.",
     variables=[choice("namespace", "Namespace", f"label_values({m.STREAM_UP.name}, namespace)", several=True)],
     rows=[
-        ("Does it work?", [_STREAM, _ALERTS, _WAITING, _AGE, _RESULTS, _REFUSED]),
+        ("Health", [_STREAM, _ALERTS, _WAITING, _AGE, _RESULTS, _REFUSED]),
         ("Throughput", [_THROUGHPUT, _PUSHES, _PUSH_TIME, _EVENTS]),
         ("Backlog", [_BACKLOG, _OLDEST, _KEPT]),
-        ("What went wrong", [_DEAD, _RETRIES, _BUGS]),
-        ("Where the time goes", [_LATENCY, _STAGES, _MEANS]),
+        ("Errors", [_DEAD, _RETRIES, _BUGS]),
+        ("Latency", [_LATENCY, _STAGES, _MEANS]),
         ("Detectors", [_BATCHES, _QUEUE, _FULL, _LOADS, _RESIDENT, _MEMORY]),
         ("Replicas", [_REPLICAS, _STARTS]),
     ],

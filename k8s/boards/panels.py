@@ -1,4 +1,4 @@
-"""How all our panels and boards look: one manner for every number. Knows neither metrics nor queries."""
+"""Builders for panels and boards, so that they all look alike. Knows neither metrics nor queries."""
 
 import string
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 RUNBOOKS = "docs/runbooks"
-"""Where runbooks are; the chart puts the address in its place at which they are published."""
+"""Folder of the runbooks; the chart replaces it by the address where they are published."""
 
 IMAGES_PER_S = "suffix: img/s"
 IMAGES = "suffix: img"
@@ -36,14 +36,14 @@ Panel = Builder[model.Panel]
 
 
 class Query(NamedTuple):
-    """What a panel asks, and what the line is called."""
+    """A PromQL expression, and the name of its series in the legend."""
 
     expr: str
     legend: str
 
 
 class Board(NamedTuple):
-    """A board before it is written."""
+    """Definition of a board."""
 
     uid: str
     title: str
@@ -64,38 +64,32 @@ def lines(
     bars: bool = False,
     width: int = 8,
 ) -> Panel:
-    """Draw numbers over time.
+    """Draw time series.
 
     Args:
-        title: What is seen.
-        unit: As Grafana calls it.
-        description: What it means, and what to do about it.
-        queries: What is drawn.
-        runbook: The alert that goes with it.
-        limit: Where its line is; above it is red.
-        least: The scale's beginning, where there is one.
-        most: The scale's end, where there is one.
-        bars: Draw counts of an interval, one upon the other.
-        width: In 24ths of the board's.
+        title: Title of the panel.
+        unit: Unit, by its name in Grafana.
+        description: What the panel shows, and what to do about it.
+        queries: The series.
+        runbook: Name of the alert to link to.
+        limit: Value of a dashed line; red above it.
+        least: Lower end of the axis; None for automatic.
+        most: Upper end of the axis; None for automatic.
+        bars: Draw stacked bars, for counts per interval.
+        width: Width, in 24ths of the board.
     """
     panel = (
         timeseries.Panel()
         .title(title)
         .unit(unit)
-        .description(_told(description, runbook))
-        .links(_runbook(runbook))
+        .description(_with_alert(description, runbook))
+        .links(_runbook_links(runbook))
         .datasource(_DATASOURCE)
         .height(_HEIGHT)
         .span(width)
         .fill_opacity(10)
         .show_points(VisibilityMode.AUTO)
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(LegendDisplayMode.TABLE)
-            .placement(LegendPlacement.BOTTOM)
-            .show_legend(True)
-            .calcs(["lastNotNull", "max"])
-        )
+        .legend(_table_legend())
         .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
     )
     if least is not None:
@@ -127,25 +121,25 @@ def number(
     name_only: bool = False,
     width: int = 4,
 ) -> Panel:
-    """Show how it is now, in one number.
+    """Show the latest value as one number.
 
     Args:
-        title: What is seen.
-        unit: As Grafana calls it.
-        description: What it means, and what to do about it.
-        query: What is shown.
-        runbook: The alert that goes with it.
-        limit: From it on it is red.
-        words: Text and colour for some values.
-        name_only: Show the line's name and not its value.
-        width: In 24ths of the board's.
+        title: Title of the panel.
+        unit: Unit, by its name in Grafana.
+        description: What the panel shows, and what to do about it.
+        query: The value.
+        runbook: Name of the alert to link to.
+        limit: Red at this value and above.
+        words: Text and colour by value, shown in place of the value.
+        name_only: Show the name of the series in place of its value.
+        width: Width, in 24ths of the board.
     """
     panel = (
         stat.Panel()
         .title(title)
         .unit(unit)
-        .description(_told(description, runbook))
-        .links(_runbook(runbook))
+        .description(_with_alert(description, runbook))
+        .links(_runbook_links(runbook))
         .datasource(_DATASOURCE)
         .height(4)
         .span(width)
@@ -157,16 +151,16 @@ def number(
         .with_target(_target(query).instant())
     )
     if words:
-        results = {
+        mapping = {
             value: model.ValueMappingResult(text=text, color=color, index=index)
             for index, (value, (text, color)) in enumerate(words.items())
         }
-        panel.mappings([model.ValueMap(options=results)])
+        panel.mappings([model.ValueMap(options=mapping)])
     return panel
 
 
 def buckets(title: str, unit: str, description: str, query: Query, *, width: int = 8) -> Panel:
-    """Show how many values each bucket of a histogram took, over time: the query gives increases by `le`."""
+    """Draw a histogram over time as a heatmap; the query returns the increase of each bucket by `le`."""
     return (
         heatmap.Panel()
         .title(title)
@@ -185,7 +179,7 @@ def buckets(title: str, unit: str, description: str, query: Query, *, width: int
 
 
 def choice(name: str, label: str, query: str, *, several: bool) -> Builder[model.VariableModel]:
-    """Let the reader choose a label's value; with several, all are chosen at first."""
+    """Add a drop-down of a label's values; with `several`, multiple choice with all selected at first."""
     variable = (
         build.QueryVariable(name)
         .label(label)
@@ -202,8 +196,8 @@ def choice(name: str, label: str, query: str, *, several: bool) -> Builder[model
 
 
 def write(board: Board) -> model.Dashboard:
-    """Put a board together; its panels have links to the runbooks, and the board to the others."""
-    built = (
+    """Build a board; it links to the other boards, and its panels to their runbooks."""
+    builder = (
         build.Dashboard(board.title)
         .uid(board.uid)
         .description(board.description)
@@ -223,26 +217,36 @@ def write(board: Board) -> model.Dashboard:
         )
     )
     for variable in board.variables:
-        built.with_variable(variable)
+        builder.with_variable(variable)
     for title, panels in board.rows:
-        built.with_row(build.Row(title))
+        builder.with_row(build.Row(title))
         for panel in panels:
-            built.with_panel(panel)
-    whole = built.build()
-    for number_of_panel, panel_or_row in enumerate(whole.panels or [], 1):
-        panel_or_row.id_val = number_of_panel
-    return whole
+            builder.with_panel(panel)
+    dashboard = builder.build()
+    for panel_id, panel_or_row in enumerate(dashboard.panels or [], 1):
+        panel_or_row.id_val = panel_id
+    return dashboard
 
 
 def _target(query: Query, name: str = "A") -> prometheus.Dataquery:
     return prometheus.Dataquery().ref_id(name).expr(query.expr).legend_format(query.legend).datasource(_DATASOURCE)
 
 
-def _told(description: str, runbook: str) -> str:
-    return f"{description} Alert: {runbook}." if runbook else description
+def _table_legend() -> common.VizLegendOptions:
+    return (
+        common.VizLegendOptions()
+        .display_mode(LegendDisplayMode.TABLE)
+        .placement(LegendPlacement.BOTTOM)
+        .show_legend(True)
+        .calcs(["lastNotNull", "max"])
+    )
 
 
-def _runbook(alert: str) -> list[Builder[model.DashboardLink]]:
+def _with_alert(description: str, alert: str) -> str:
+    return f"{description} Alert: {alert}." if alert else description
+
+
+def _runbook_links(alert: str) -> list[Builder[model.DashboardLink]]:
     if not alert:
         return []
     link = build.DashboardLink(f"Runbook: {alert}").type(model.DashboardLinkType.LINK)

@@ -1,25 +1,25 @@
-"""The board of whoever answers for the verdicts: each category's rate, scores, drift and model."""
+"""The board of verdict quality: each category's anomalous share, scores, drift and version."""
 
 from flawstream.telemetry import metrics as m
 from k8s.boards.panels import IMAGES, IMAGES_PER_S, Board, Panel, Query, buckets, choice, lines, number
 from k8s.boards.queries import counted, per_second, select
 
 DRIFT_LIMIT = 0.3
-"""As the alert has it."""
+"""The alert's limit."""
 DRIFT_IMAGES = 100
-"""So many images the alert asks for."""
+"""The alert's minimum of images in a window."""
 
 _ONE = 'category="$category"'
 _WINDOW = "30m"
-"""Rates of rare things need more than a few scrapes."""
+"""Longer than for other rates, because anomalous results are rare."""
 
 
 def _anomalous(matchers: str = "") -> str:
-    """Give the share of results that are anomalous; 0 where there are results and none is."""
+    """Return the share of anomalous results; 0, and not empty, if none is anomalous."""
     comma = ", " if matchers else ""
-    all_of_them = per_second(m.RESULTS, "category", matchers, _WINDOW)
+    total = per_second(m.RESULTS, "category", matchers, _WINDOW)
     anomalous = per_second(m.RESULTS, "category", f'{matchers}{comma}verdict="anomalous"', _WINDOW)
-    return f"({anomalous} or 0 * {all_of_them}) / {all_of_them}"
+    return f"({anomalous} or 0 * {total}) / {total}"
 
 
 def _drift(by: str, matchers: str = "") -> str:
@@ -30,8 +30,8 @@ def _share(width: int, title: str, query: Query) -> Panel:
     return lines(
         title,
         "percentunit",
-        "Anomalous results of all, over half an hour. A step without a cause on the line is drift, or another model: "
-        "look at the maps of some, then at the scores below.",
+        "Share of anomalous results over half an hour. A step without a cause on the line is drift, or another "
+        "version: look at some maps, then at the scores below.",
         query,
         width=width,
     )
@@ -40,7 +40,7 @@ def _share(width: int, title: str, query: Query) -> Panel:
 BOARD = Board(
     uid="flawstream-quality",
     title="flawstream: quality",
-    description="For each category: how many parts are judged anomalous, how scores lie, and whether they drift.",
+    description="For each category: share of anomalous parts, scores, drift and loaded version.",
     variables=[
         choice("namespace", "Namespace", f"label_values({m.P_VALUE.name}_count, namespace)", several=True),
         choice("category", "Category", f"label_values({select(m.P_VALUE.name + '_count')}, category)", several=False),
@@ -53,8 +53,8 @@ BOARD = Board(
                 lines(
                     "Drift",
                     "none",
-                    "Distance of the latest p-values from uniform: 0 as calibrated. Above the line, scores are no more "
-                    "what they were: light, focus, fixture, or many anomalous parts.",
+                    "Distance of the latest p-values from uniform; 0: as calibrated. Above the line, scores have "
+                    "changed: light, focus, fixture, or many anomalous parts.",
                     Query(f"topk(10, {_drift('category')})", "{{category}}"),
                     runbook="FlawstreamDrift",
                     limit=DRIFT_LIMIT,
@@ -63,7 +63,7 @@ BOARD = Board(
                 lines(
                     "Results",
                     IMAGES_PER_S,
-                    "Results of each category. `other`: those past `metrics.max_categories`.",
+                    "Results of each category. `other`: categories beyond `metrics.max_categories`.",
                     Query(per_second(m.RESULTS, "category"), "{{category}}"),
                 ),
             ],
@@ -72,10 +72,10 @@ BOARD = Board(
             "$category",
             [
                 number(
-                    "Model",
+                    "Version",
                     "none",
-                    "Version that detectors have loaded. Two: a promotion is under way, or a detector could not load "
-                    "it.",
+                    "Version that detectors have loaded. Two: a swap is in progress, or a detector could not load the "
+                    "new one.",
                     Query(f"max by (version) ({select(m.MODEL_INFO, _ONE)} == 1)", "{{version}}"),
                     runbook="FlawstreamModelLoadFails",
                     name_only=True,
@@ -89,13 +89,13 @@ BOARD = Board(
                 number(
                     "Anomalous, last day",
                     "percentunit",
-                    "Share of the results within 24 hours. Compare it with what people on the line find.",
+                    "Share of anomalous results within 24 hours. Compare it with what inspectors find.",
                     Query(_anomalous(_ONE).replace(f"[{_WINDOW}]", "[1d]"), "anomalous"),
                 ),
                 number(
                     "Drift now",
                     "none",
-                    "Distance of the latest p-values from uniform; more than 0.3 is drift, once the window has 100 "
+                    "Distance of the latest p-values from uniform; above 0.3 is drift, if the window has at least 100 "
                     "images.",
                     Query(_drift("category", _ONE), "drift"),
                     runbook="FlawstreamDrift",
@@ -104,20 +104,20 @@ BOARD = Board(
                 number(
                     "Window",
                     IMAGES,
-                    "Results from which drift and quantiles are taken. Below 100, do not read drift yet.",
+                    "Number of latest results behind drift and quantiles. Below 100, ignore drift.",
                     Query(f"max by (category) ({select(m.WINDOW_IMAGES, _ONE)})", "window"),
                 ),
                 number(
                     "Threshold",
                     "none",
-                    "A score above it is anomalous, nats per channel. It comes with the model's calibration.",
+                    "A score above it is anomalous, nats per channel. Set by the version's calibration.",
                     Query(f"max by (category) ({select(m.THRESHOLD, _ONE)})", "threshold"),
                 ),
                 lines(
                     "Scores and threshold",
                     "none",
-                    "Quantiles of the latest scores, nats per channel, in the mean over workers. The median moves to "
-                    "the threshold: drift. Only the highest does: more anomalous parts.",
+                    "Quantiles of the latest scores, nats per channel, averaged over workers. If the median approaches "
+                    "the threshold: drift. If only the highest does: more anomalous parts.",
                     Query(f"avg by (quantile) ({select(m.WINDOW_SCORE, _ONE)})", "quantile {{quantile}}"),
                     Query(f"max by (category) ({select(m.THRESHOLD, _ONE)})", "threshold"),
                     width=12,
@@ -125,8 +125,8 @@ BOARD = Board(
                 buckets(
                     "p-values",
                     "short",
-                    "Results by p-value; the axis has the buckets' upper ends. Normal parts fill each tenth alike. A "
-                    "heap at the bottom: anomalous parts or drift. At the top: lower than calibrated, drift too.",
+                    "Results by p-value; the axis shows the buckets' upper bounds. p-values of normal parts are "
+                    "uniform. Many low ones: anomalous parts or drift. Many high ones: drift to lower scores.",
                     Query(counted(f"{m.P_VALUE.name}_bucket", "le", _ONE), "{{le}}"),
                     width=12,
                 ),
@@ -134,7 +134,7 @@ BOARD = Board(
                 lines(
                     "p-value of 0.05 or less",
                     "percentunit",
-                    "Share of results that only one in twenty normal parts would have; 5 % where all are normal.",
+                    "Share of results with a p-value of at most 0.05; 5 % if all parts are normal.",
                     Query(
                         per_second(f"{m.P_VALUE.name}_bucket", "category", f'{_ONE}, le="0.05"', _WINDOW)
                         + " / "
@@ -145,8 +145,8 @@ BOARD = Board(
                 lines(
                     "Drift",
                     "none",
-                    "The alert asks for more than 0.3 and 100 images in a worker's window. Teach the new state: train "
-                    "again with recent normal images, if what changed is to stay.",
+                    "The alert fires above 0.3, with at least 100 images in a worker's window. If the change is "
+                    "permanent, train again with recent normal images.",
                     Query(_drift("category", _ONE), "drift"),
                     runbook="FlawstreamDrift",
                     limit=DRIFT_LIMIT,
@@ -155,7 +155,7 @@ BOARD = Board(
                 lines(
                     "Versions loaded",
                     "none",
-                    "1 while a version is loaded in some detector: when a promotion took effect.",
+                    "1 while any detector has the version loaded; shows when a promotion took effect.",
                     Query(f"max by (version) ({select(m.MODEL_INFO, _ONE)})", "{{version}}"),
                     most=1,
                     width=12,
@@ -163,7 +163,7 @@ BOARD = Board(
                 lines(
                     "Window",
                     IMAGES,
-                    "Latest results that drift and quantiles are taken from. It begins anew with another version.",
+                    "Number of latest results behind drift and quantiles. Starts again at 0 with another version.",
                     Query(f"max by (category) ({select(m.WINDOW_IMAGES, _ONE)})", "images"),
                     limit=DRIFT_IMAGES,
                     width=12,

@@ -1,57 +1,56 @@
-"""PromQL of the boards, put together from the metrics themselves. Knows no panel.
+"""Builds the PromQL of the boards from our metric definitions. Knows no panel.
 
-Boards know our names without Ray's prefix: the chart's monitors take it off, and so does the scrape configuration in
-docs/how-to/monitor.md.
+Names are without Ray's prefix: the chart's monitors and the scrape configuration in docs/how-to/monitor.md remove it.
 """
 
 from flawstream.telemetry.metrics import Histogram, Metric
 
 NAMESPACE = 'namespace=~"$namespace"'
-"""Of the chosen installation; `.*` where all are chosen, which takes in a Prometheus that puts no such label."""
+"""Matches the chosen installations; with all chosen it is `.*`, which also matches series without this label."""
 
 _WINDOW = "$__rate_interval"
 
 
 def select(metric: Metric | str, matchers: str = "") -> str:
-    """Give a metric's lines of the chosen installation.
+    """Select a metric's series of the chosen installations.
 
     Args:
-        metric: Ours, or the name of one that is Ray's or Prometheus's own.
-        matchers: More that a line must have, as PromQL has it.
+        metric: Our metric, or the name of one of Ray or Prometheus.
+        matchers: Further label matchers in PromQL.
     """
     name = metric.name if isinstance(metric, Metric) else metric
     return f"{name}{{{NAMESPACE}{', ' if matchers else ''}{matchers}}}"
 
 
 def per_second(metric: Metric | str, by: str = "", matchers: str = "", window: str = _WINDOW) -> str:
-    """Give how fast a counter grows, over all processes."""
+    """Return the rate of a counter, summed over all processes."""
     return f"sum {_by(by)}(rate({select(metric, matchers)}[{window}]))"
 
 
 def counted(metric: Metric | str, by: str = "", matchers: str = "", window: str = _WINDOW) -> str:
-    """Give by how much a counter grew, over all processes."""
+    """Return the increase of a counter, summed over all processes."""
     return f"sum {_by(by)}(increase({select(metric, matchers)}[{window}]))"
 
 
 def quantile(share: float, histogram: Histogram, by: str = "", matchers: str = "") -> str:
-    """Give a quantile of a histogram, as good as its buckets are."""
+    """Return a quantile of a histogram, interpolated within its buckets."""
     buckets = per_second(f"{histogram.name}_bucket", f"le, {by}" if by else "le", matchers)
     return f"histogram_quantile({share:g}, {buckets})"
 
 
 def mean(histogram: Histogram, by: str = "", matchers: str = "") -> str:
-    """Give the mean of a histogram; of what came through Ray right to within a third."""
+    """Return the mean of a histogram; for metrics exported by Ray it is within a third of the true mean."""
     total, count = (per_second(f"{histogram.name}_{part}", by, matchers) for part in ("sum", "count"))
     return f"{total} / {count}"
 
 
 def of_the_streams(metric: Metric, matchers: str = "") -> str:
-    """Give a gauge that every worker tells alike: the highest of an installation, summed over those chosen."""
+    """Return a gauge that all workers report with the same value: the maximum per installation, summed over these."""
     return f"sum(max by (namespace) ({select(metric, matchers)}))"
 
 
 def events_of_the_streams(metric: Metric, by: str, matchers: str = "") -> str:
-    """Give how fast a counter of the stream server grows, which every worker tells alike."""
+    """Return the rate of a counter of the stream server, which all workers report with the same value."""
     return f"sum by ({by}) (max by (namespace, {by}) (rate({select(metric, matchers)}[{_WINDOW}])))"
 
 

@@ -1,4 +1,4 @@
-"""The board of whoever trains: what is under way, how fast, and whether it learns."""
+"""The board of training: running jobs, their speed, and their loss."""
 
 from flawstream.telemetry import metrics as m
 from k8s.boards.panels import IMAGES_PER_S, Board, Query, choice, lines, number
@@ -9,7 +9,7 @@ _CHOSEN = 'category=~"$category"'
 BOARD = Board(
     uid="flawstream-training",
     title="flawstream: training",
-    description="Training jobs under way and ended, images a second by stage, epoch and loss.",
+    description="Running and finished training jobs, images a second by stage, epoch and loss.",
     variables=[
         choice("namespace", "Namespace", f"label_values({m.TRAINING_IMAGES.name}, namespace)", several=True),
         choice("category", "Category", f"label_values({select(m.TRAINING_IMAGES)}, category)", several=True),
@@ -19,11 +19,11 @@ BOARD = Board(
             "Jobs",
             [
                 number(
-                    "Under way",
+                    "Running",
                     "none",
-                    "Categories in their epochs now. 0 with a job running: features are read, or it waits for a node; "
-                    "see the job in Ray's dashboard.",
-                    Query(f"count({select(m.TRAINING_EPOCH, _CHOSEN)} > 0) or vector(0)", "under way"),
+                    "Categories whose flow is being trained. 0 while a job runs: it computes features, or waits for a "
+                    "node; see the job in Ray's dashboard.",
+                    Query(f"count({select(m.TRAINING_EPOCH, _CHOSEN)} > 0) or vector(0)", "running"),
                     width=6,
                 ),
                 number(
@@ -36,7 +36,7 @@ BOARD = Board(
                 number(
                     "Failed, last day",
                     "none",
-                    "Categories that could not be trained within 24 hours; the job's log says why.",
+                    "Categories whose training failed within 24 hours; the job's log has the error.",
                     Query(counted(m.TRAINING_JOBS, matchers='outcome="failed"', window="1d"), "failed"),
                     runbook="FlawstreamTrainingFails",
                     limit=1,
@@ -45,7 +45,7 @@ BOARD = Board(
                 number(
                     "Images",
                     IMAGES_PER_S,
-                    "Images gone through, all stages together. 0 with jobs under way: they hang or wait for a node.",
+                    "Images processed, all stages together. 0 while jobs run: they hang or wait for a node.",
                     Query(per_second(m.TRAINING_IMAGES, matchers=_CHOSEN), "images"),
                     width=6,
                 ),
@@ -63,7 +63,7 @@ BOARD = Board(
                     width=12,
                 ),
                 lines(
-                    "Jobs that ended",
+                    "Finished jobs",
                     "none",
                     "Categories trained or failed in each interval.",
                     Query(counted(m.TRAINING_JOBS, "outcome"), "{{outcome}}"),
@@ -79,15 +79,15 @@ BOARD = Board(
                 lines(
                     "Epoch",
                     "none",
-                    "Epoch under way of each category; 0 once it has ended. A line that stays level hangs or waits.",
+                    "Current epoch of each category; 0 when finished. A flat line: the job hangs or waits for a node.",
                     Query(f"max by (category) ({select(m.TRAINING_EPOCH, _CHOSEN)})", "{{category}}"),
                     width=12,
                 ),
                 lines(
                     "Loss",
                     "none",
-                    "Mean of the epoch so far, nats per value; it falls and may go below 0. One that rises: too few or "
-                    "mixed images (`flawstream datasets check`), or a learning rate that is too high.",
+                    "Mean of the epoch so far, nats per value. It should fall, also below 0. If it rises: too few or "
+                    "mixed images (`flawstream datasets check`), or too high a learning rate.",
                     Query(f"max by (category) ({select(m.TRAINING_LOSS, _CHOSEN)})", "{{category}}"),
                     least=None,
                     width=12,

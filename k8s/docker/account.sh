@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Who runs in the image, and where a shell finds the commands. Knows nothing of Docker; `make test-image` runs it too.
+# Creates the image's user, and sets PATH for login shells. Needs no Docker; `make test-image` runs it too.
 set -euo pipefail
 
 groupadd --gid 10001 flawstream

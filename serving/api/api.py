@@ -1,4 +1,4 @@
-"""The HTTP API as a plain ASGI application over a `Detector` and a `Pusher`. Knows no Ray and no Redis."""
+"""The HTTP API, an ASGI application that uses a `Detector` and a `Pusher`. Knows no Ray and no Redis."""
 
 import base64
 import logging
@@ -29,7 +29,9 @@ from workers.ports import Deferral, Detector, Refusal
 log = logging.getLogger(__name__)
 
 Status = Callable[[], Awaitable[dict[str, object]]]
-CategoryParameter = Annotated[str, Query(pattern=CATEGORY_PATTERN, description="Whose model judges the image.")]
+CategoryParameter = Annotated[
+    str, Query(pattern=CATEGORY_PATTERN, description="Category whose model judges the image.")
+]
 
 _TRACEPARENT_LENGTH = 55
 _IMAGE_BODY: dict[str, Any] = {
@@ -44,7 +46,7 @@ _IMAGE_BODY: dict[str, Any] = {
 
 
 class Pusher(Protocol):
-    """Puts an image onto the stream; `workers.produce.producer.Producer` does."""
+    """Pushes images to the stream; implemented by `workers.produce.producer.Producer`."""
 
     async def push(
         self,
@@ -55,7 +57,7 @@ class Pusher(Protocol):
         captured_at: datetime | None = None,
         traceparent: str | None = None,
     ) -> str:
-        """Push one image; gives the entry's id."""
+        """Push one image; return the entry id."""
         ...
 
 
@@ -63,10 +65,10 @@ class MapBody(BaseModel):
     """An anomaly map in JSON.
 
     Attributes:
-        codec: How `data` is to be read.
-        shape: (height, width) in pixels once decoded.
+        codec: Encoding of `data`.
+        shape: (height, width) in pixels of the decoded map.
         grids: (height, width) of each native grid, for `grid-f16`.
-        data: Base64.
+        data: The encoded map in base64.
     """
 
     codec: MapCodec
@@ -76,7 +78,7 @@ class MapBody(BaseModel):
 
 
 class DetectionBody(BaseModel):
-    """The answer to one image; the fields mean what they mean on the results stream."""
+    """The result of one image; the fields are those of the results stream."""
 
     id: str
     category: str
@@ -95,11 +97,11 @@ class DetectionBody(BaseModel):
 
 
 class PushedBody(BaseModel):
-    """An image is on the stream.
+    """Confirms that an image is on the stream.
 
     Attributes:
-        id: What its result or dead letter will have; your own, or the entry's.
-        entry_id: The entry's on the images stream; of the first push, where `id` was pushed before.
+        id: The id of its result or dead letter: your own, or else the entry id.
+        entry_id: Its entry id on the images stream; that of the first push, if `id` was pushed before.
     """
 
     id: str
@@ -113,16 +115,16 @@ def build_api(
 
     Args:
         detector: Judges images.
-        pusher: Puts images onto the stream.
-        status: Tells how the service is; it raises what `readyz` then reports.
-        settings: Who may ask.
-        limits: What is refused before anything is decoded.
+        pusher: Pushes images to the stream.
+        status: Returns the status of the service; `readyz` reports its exception as the reason for 503.
+        settings: Tokens of the API.
+        limits: Limits that are checked before an image is decoded.
 
     Raises:
-        ConfigError: The tokens cannot be had.
+        ConfigError: The tokens cannot be read.
     """
     tokens, bodies = Tokens(settings), Bodies(limits.max_image_bytes)
-    app = FastAPIOffline(  # its pages need no other host, which a plant may not reach
+    app = FastAPIOffline(  # its pages load nothing from the internet, which a plant may not reach
         redoc_url=None,
         title="flawstream",
         summary="Anomaly score, verdict and anomaly map for one image.",
@@ -132,13 +134,13 @@ def build_api(
     _add_detect(v1, detector, bodies, limits)
     _add_images(v1, pusher, bodies)
 
-    @app.get("/healthz", summary="Whether the process lives")
+    @app.get("/healthz", summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get(
         "/readyz",
-        summary="Whether detector, stream server and stream worker are at work",
+        summary="Whether detector, stream server and stream worker are ready",
         responses={503: {"model": Problem}},
     )
     async def readyz() -> JSONResponse:
@@ -146,9 +148,9 @@ def build_api(
             return JSONResponse({"status": "ready", **await status()})
         except FlawstreamError as error:
             problem = Problem(reason="not_ready", detail=str(error))
-        except Exception as error:  # whatever keeps it from being ready is the answer
+        except Exception as error:  # the check itself must always answer
             log.exception("the service is not ready")
-            problem = Problem(reason="not_ready", detail=f"{type(error).__name__}; the log of the API has the rest")
+            problem = Problem(reason="not_ready", detail=f"{type(error).__name__}; see the log of the API")
         return JSONResponse(problem.model_dump(), status_code=503, headers=RETRY)
 
     app.include_router(v1)
@@ -166,27 +168,27 @@ def _add_detect(v1: APIRouter, detector: Detector, bodies: Bodies, limits: Limit
     async def post_detect(
         request: Request,
         category: CategoryParameter,
-        id: Annotated[str, Query(max_length=256, description="Your own key; made up if absent.")] = "",  # noqa: A002
+        id: Annotated[str, Query(max_length=256, description="Your own id; generated if absent.")] = "",  # noqa: A002
         map: Annotated[MapCodec, Query(description="How to send the anomaly map.")] = MapCodec.NONE,  # noqa: A002
     ) -> DetectionBody:
-        started = time.perf_counter()
+        received_s = time.perf_counter()
         async with bodies.read(request) as data:
             message = ImageMessage(id=id or uuid.uuid4().hex, category=category, image=data)
             form = await detector.pixel_form()
-            decoding = time.perf_counter()
+            decode_start_s = time.perf_counter()
             image = await run_in_threadpool(decode_image, data, form, limits)
-        detecting = time.perf_counter()
+        detect_start_s = time.perf_counter()
         (outcome,) = await detector.detect(image.pixels[np.newaxis], [category])
         if isinstance(outcome, Refusal):
             raise MessageError(outcome.reason, outcome.detail)
         if isinstance(outcome, Deferral):
             raise ModelUnavailableError(outcome.detail)
-        ended = time.perf_counter()
+        done_s = time.perf_counter()
         times = Times(
             queued_ms=0.0,
-            decode_ms=(detecting - decoding) * 1000,
-            detect_ms=(ended - detecting) * 1000,
-            total_ms=(ended - started) * 1000,
+            decode_ms=(detect_start_s - decode_start_s) * 1000,
+            detect_ms=(done_s - detect_start_s) * 1000,
+            total_ms=(done_s - received_s) * 1000,
         )
         return await run_in_threadpool(lambda: _body(build_result(message, image, outcome, map, times)))
 
@@ -195,9 +197,9 @@ def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
     @v1.post(
         "/images",
         status_code=202,
-        summary="Push one image onto the stream",
-        description="Its result comes on the results stream. Where the answer was lost, or is 503, push again with "
-        "the same `id`: the image is on the stream once.",
+        summary="Push one image to the stream",
+        description="The result is published on the results stream. If the response is lost, or is 503, push again "
+        "with the same `id`: the push is idempotent.",
         responses=_problems(401, 408, 413, 414, 422, 429, 500, 503),
         openapi_extra=_IMAGE_BODY,
     )
@@ -205,14 +207,14 @@ def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
         request: Request,
         category: CategoryParameter,
         *,
-        id: Annotated[str, Query(max_length=256, description="Your own key; the entry's id if absent.")] = "",  # noqa: A002
+        id: Annotated[str, Query(max_length=256, description="Your own id; the entry id if absent.")] = "",  # noqa: A002
         captured_at: Annotated[
-            AwareDatetime | None, Query(description="When the camera took it: RFC 3339, with a zone.")
+            AwareDatetime | None, Query(description="Time of capture: RFC 3339, with a time zone.")
         ] = None,
         captured_at_header: Annotated[
-            AwareDatetime | None, Header(alias="Captured-At", description="The same, where `+` need not be escaped.")
+            AwareDatetime | None, Header(alias="Captured-At", description="The same as a header: no escaping of `+`.")
         ] = None,
-        traceparent: Annotated[str, Header(description="W3C trace context; comes back in the result.")] = "",
+        traceparent: Annotated[str, Header(description="W3C trace context; copied to the result.")] = "",
     ) -> PushedBody:
         async with bodies.read(request) as data:
             entry_id = await pusher.push(
@@ -220,7 +222,7 @@ def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
                 category,
                 id=id or None,
                 captured_at=captured_at or captured_at_header,
-                # the worker ignores one that is malformed; of another length it could be as long as a header
+                # the length bounds what is stored; the worker ignores a malformed one
                 traceparent=traceparent if len(traceparent) == _TRACEPARENT_LENGTH else None,
             )
         return PushedBody(id=id or entry_id, entry_id=entry_id)

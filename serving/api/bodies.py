@@ -1,4 +1,4 @@
-"""Reads the bodies of requests within bounds: bytes of one, bytes of all at once, and time. Knows no image."""
+"""Reads request bodies, with limits on the bytes of one, the bytes of all in memory, and the time. Knows no image."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,40 +9,40 @@ from starlette.requests import Request
 from schemas.errors import MessageError, Reason
 from serving.api.problems import RETRY, RequestRefusedError
 
-_AT_ONCE = 16
-"""Bodies of the largest size that may be in memory together; of smaller ones accordingly more."""
+_LARGEST_BODIES = 16
+"""Default limit on all bodies in memory, in bodies of the largest size."""
 _TIMEOUT_S = 30.0
 
 
 class Bodies:
-    """Gives out the bodies of requests.
+    """Reads request bodies within limits.
 
     Args:
-        max_bytes: Of one body.
-        max_bytes_at_once: Of all that are being read or used; absent: 16 of the largest.
-        timeout_s: Longest time in which a body must have come.
+        max_bytes: Limit of one body.
+        max_bytes_at_once: Limit of all bodies that are being read or used; by default 16 times `max_bytes`.
+        timeout_s: Longest time to receive a body.
     """
 
     def __init__(self, max_bytes: int, *, max_bytes_at_once: int | None = None, timeout_s: float = _TIMEOUT_S) -> None:
         self._max_bytes = max_bytes
-        self._max_bytes_at_once = _AT_ONCE * max_bytes if max_bytes_at_once is None else max_bytes_at_once
+        self._max_bytes_at_once = _LARGEST_BODIES * max_bytes if max_bytes_at_once is None else max_bytes_at_once
         self._timeout_s = timeout_s
-        self._held_bytes = 0
+        self._bytes_in_memory = 0
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Read a body and stop at the limit, whatever Content-Length says; it counts until the context ends.
+        """Read a body, which counts as in memory until the context ends. The limits do not rely on Content-Length.
 
         Raises:
-            MessageError: `too_large`, or `malformed`: there is none.
-            RequestRefusedError: 408: it came too slowly. 503: too much is being read already.
+            MessageError: `too_large`; or `malformed`, as the body is empty.
+            RequestRefusedError: 408, too slow. 503, too many bytes are in memory already.
         """
         data = bytearray()
         try:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     async for chunk in request.stream():
-                        self._held_bytes += len(chunk)
+                        self._bytes_in_memory += len(chunk)
                         data += chunk
                         self._refuse_too_much(len(data))
             except TimeoutError:
@@ -57,7 +57,7 @@ class Bodies:
                 )
             yield bytes(data)
         finally:
-            self._held_bytes -= len(data)
+            self._bytes_in_memory -= len(data)
 
     def _refuse_too_much(self, read_bytes: int) -> None:
         if read_bytes > self._max_bytes:
@@ -66,5 +66,5 @@ class Bodies:
                 f"the body has more than {self._max_bytes:,} bytes; "
                 "send a smaller image or raise limits.max_image_bytes",
             )
-        if self._held_bytes > self._max_bytes_at_once:
-            raise RequestRefusedError(503, "busy", "too many images are being received at once; come back later", RETRY)
+        if self._bytes_in_memory > self._max_bytes_at_once:
+            raise RequestRefusedError(503, "busy", "too many images are being received; retry later", RETRY)

@@ -1,4 +1,4 @@
-"""How the HTTP API says no: one body for every refusal, and the status that goes with each error."""
+"""Error responses of the HTTP API: their body, and the status code of each error."""
 
 import logging
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ _STATUS_OF_REASON = {
 
 
 class Problem(BaseModel):
-    """Why a request was refused.
+    """Body of every error response.
 
     Attributes:
         reason: A code from a closed set.
-        detail: What was wrong, where, and what to do.
+        detail: The error, and what to do about it.
     """
 
     reason: str
@@ -36,13 +36,13 @@ class Problem(BaseModel):
 
 
 class RequestRefusedError(Exception):
-    """A request is refused for what it is as a request, whatever image it carries.
+    """A request is refused because of the request itself, not because of its image.
 
     Args:
-        status: Of the answer.
+        status: HTTP status of the response.
         reason: A code from a closed set.
-        detail: What was wrong, and what to do.
-        headers: Further headers of the answer.
+        detail: The error, and what to do about it.
+        headers: Further headers of the response.
     """
 
     def __init__(self, status: int, reason: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
@@ -53,7 +53,7 @@ class RequestRefusedError(Exception):
 
 
 def answer_failures(app: FastAPI) -> None:
-    """Have every failure answered by a `Problem`, without a traceback."""
+    """Register exception handlers that answer every error with a `Problem`, without a traceback."""
 
     @app.exception_handler(RequestRefusedError)
     async def refuse_request(_: Request, error: RequestRefusedError) -> JSONResponse:
@@ -66,25 +66,25 @@ def answer_failures(app: FastAPI) -> None:
         if isinstance(error, TransientError):
             return _answer(_status_of(error), error.code, str(error), RETRY)
         _log.error("a request failed (%s): %s", error.code, error)
-        return _answer(500, error.code, "the service is set up wrongly; the log of the API has the rest")
+        return _answer(500, error.code, "the service is misconfigured; see the log of the API")
 
     @app.exception_handler(RequestValidationError)
     async def refuse_parameters(_: Request, error: RequestValidationError) -> JSONResponse:
-        told = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        return _answer(422, Reason.MALFORMED, told)
+        detail = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        return _answer(422, Reason.MALFORMED, detail)
 
     @app.exception_handler(ClientDisconnect)
-    async def give_up(_: Request, __: ClientDisconnect) -> JSONResponse:
-        return _answer(400, Reason.MALFORMED, "the connection ended before the image did")  # nobody is there to read it
+    async def end_disconnected(_: Request, __: ClientDisconnect) -> JSONResponse:
+        return _answer(400, Reason.MALFORMED, "the client disconnected during the upload")  # no client will see it
 
     @app.exception_handler(Exception)
     async def hide(_: Request, error: Exception) -> JSONResponse:
         _log.error("a request failed unexpectedly", exc_info=error)
-        return _answer(500, "internal", "a bug; the log of the API has the rest")
+        return _answer(500, "internal", "an unexpected error; see the log of the API")
 
 
 def _status_of(error: TransientError) -> int:
-    """Tell whose pace is at fault: 429 (RFC 6585) bids the sender slow down, 503 (RFC 9110) says that we cannot now."""
+    """Return 429 (RFC 6585) if the client must slow down, 503 (RFC 9110) if the service is temporarily unavailable."""
     return 429 if isinstance(error, BacklogFullError) else 503
 
 

@@ -1,4 +1,4 @@
-"""Who may use the HTTP API, and what every answer of it says to browsers. Knows no route and no stream."""
+"""Access tokens and security headers of the HTTP API. Knows no route and no stream."""
 
 import hmac
 import logging
@@ -20,10 +20,10 @@ from serving.api.problems import Problem, RequestRefusedError
 _log = logging.getLogger(__name__)
 
 DOCUMENTS = ("/docs", "/static-offline-docs")
-"""Pages for people; they have scripts and styles of their own, and no data of anybody."""
+"""Paths of the documentation pages, which need scripts and styles and show no data."""
 
 _MAX_QUERY_BYTES = 4096
-"""Holds the longest id with every character escaped; a longer query is no mistake of ours to read."""
+"""Enough for the longest id with every character escaped."""
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -43,14 +43,14 @@ _DOCUMENT_HEADERS = {
 
 
 class Tokens:
-    """The tokens of which a request must carry one. Only their digests are kept.
+    """The tokens that the API accepts. Only their digests are kept in memory.
 
     Args:
-        settings: Where they are. A file is read again when it has changed, so that a rotated secret works without a
-            restart; one that cannot be read any more lets nobody in.
+        settings: The tokens or their file. The file is read again when it changes, so that tokens can be rotated
+            without a restart; if it cannot be read any more, all requests are refused.
 
     Raises:
-        ConfigError: Two places are named, or the one that is named has no token.
+        ConfigError: Tokens and a file are both set, or a token is empty, or the file has no token or cannot be read.
     """
 
     def __init__(self, settings: ApiSettings) -> None:
@@ -71,24 +71,24 @@ class Tokens:
 
     @property
     def required(self) -> bool:
-        """Tell whether a request must carry a token."""
+        """Whether requests need a token."""
         return bool(self._digests) or self._file is not None
 
     def accept(self, given: str) -> bool:
-        """Tell whether this is one of the tokens, in a time that says nothing of how near it came."""
+        """Return whether this is one of the tokens, comparing in constant time."""
         if self._file is not None:
             try:
                 self._read(self._file)
             except (OSError, UnicodeDecodeError) as error:
                 if self._version is not None:
-                    _log.error("api.tokens_file=%s cannot be read, so nobody is let in: %s", self._file, error)
+                    _log.error("api.tokens_file=%s cannot be read, so all requests are refused: %s", self._file, error)
                 self._digests, self._version = [], None
-        digest = _digest(given.encode("latin-1", "replace"))  # as the header's bytes came
-        return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419 - each is compared
+        digest = _digest(given.encode("latin-1", "replace"))  # the header's bytes
+        return any([hmac.compare_digest(digest, known) for known in self._digests])  # noqa: C419 - constant time
 
     def _read(self, file: Path) -> None:
-        about = file.stat()
-        version = (about.st_mtime_ns, about.st_ino, about.st_size)
+        stat = file.stat()
+        version = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
         if version == self._version:
             return
         lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
@@ -100,11 +100,11 @@ class Tokens:
         given: Annotated[
             HTTPAuthorizationCredentials | None,
             Security(
-                HTTPBearer(scheme_name="token", description="Needed where the service has tokens.", auto_error=False)
+                HTTPBearer(scheme_name="token", description="Required if the service has tokens.", auto_error=False)
             ),
         ],
     ) -> None:
-        """Refuse a request that carries no token of ours, where one is required; a dependency of FastAPI.
+        """Refuse a request without a valid token, if tokens are required. A FastAPI dependency.
 
         Raises:
             RequestRefusedError: 401.
@@ -121,19 +121,17 @@ class Tokens:
 
 
 class GuardedApp:
-    """An ASGI application whose every answer has the headers that keep browsers from harm, its failures too.
-
-    A query that is too long is refused before anything looks at it.
+    """ASGI middleware that adds security headers to every response, errors included, and refuses long queries.
 
     Args:
-        app: What is guarded.
+        app: The wrapped application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Handle a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -152,14 +150,14 @@ class GuardedApp:
 
 
 def warn_if_open(settings: ApiSettings) -> None:
-    """Say in the log where the API can be reached from the network and asks for no token."""
+    """Log a warning if the API can be reached from the network without a token."""
     try:
         loopback = ip_address(settings.host).is_loopback
     except ValueError:
         loopback = settings.host == "localhost"
     if not loopback and not settings.tokens and settings.tokens_file is None:
         _log.warning(
-            "the HTTP API listens on %s and asks for no token: whoever reaches it may push images and have them "
+            "the HTTP API listens on %s without a token: everyone who reaches it can push images and have them "
             "judged; set api.tokens_file, or let it listen on 127.0.0.1",
             settings.host,
         )

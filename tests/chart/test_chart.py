@@ -112,9 +112,9 @@ REFUSED = {
     "training without data": ({"training": {"enabled": True}}, "existingClaim"),
     "a shell's command in training": ({"training": {**TRAINING, "arguments": ["; reboot"]}}, "arguments"),
     "nothing that judges": ({"serve": {"enabled": False}}, "serve|workers|anyOf"),
-    "GPU pods for nobody": ({"serve": {"gpuWorkers": {"enabled": True}}}, "no detector asks for one"),
+    "GPU pods for nobody": ({"serve": {"gpuWorkers": {"enabled": True}}}, "no detector requires one"),
     "a GPU that no pod has": ({"settings": {"detector": {"num_gpus": 1}}}, "no pod has one"),
-    "more CPUs than a pod has": ({"settings": {"detector": {"num_cpus": 64}}}, "no replica ever starts"),
+    "more CPUs than a pod has": ({"settings": {"detector": {"num_cpus": 64}}}, "no replica can start"),
     "scaling between bounds that cross": (
         {"workers": {"enabled": True, "keda": {"enabled": True, "minReplicas": 9, "maxReplicas": 2}}},
         "minReplicas=9",

@@ -38,9 +38,7 @@ def test_sound_category_is_trained_and_the_damaged_one_is_reported_as_failed(tmp
     )
     assert ran.returncode == 1, ran.stderr
     assert f"error bottle: {damaged}: " in ran.stderr
-    assert ran.stderr.splitlines()[-1].startswith(
-        "bottle failed: not trained, as the check of its data found errors: 1"
-    )
+    assert ran.stderr.splitlines()[-1].startswith("bottle failed: not trained: the check of its data found errors: 1")
     reported = json.loads(ran.stdout)
     assert [one["category"] for one in reported["trained"]] == ["cable"]
     assert list(reported["failed"]) == ["bottle"]

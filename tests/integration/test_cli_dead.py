@@ -96,12 +96,12 @@ def test_replay_and_purge_of_many_ask_and_do_nothing_unless_agreed(run: Run, raw
         ("purge", "--older-than", "1s"),
     ):
         ran = run("dead", *arguments)
-        assert (ran.code, ran.err) == (1, "nothing was done; --yes does it without asking\n")
+        assert (ran.code, ran.err) == (1, "nothing was done; --yes skips this question\n")
     assert [question.split(" from before")[0] for question in answer] == [
-        "send 2 images again?",
-        "purge 2 dead letters, images and all?",
-        "purge 1 dead letters, images and all?",
-        "of 2 dead letters purge those",
+        "replay 2 images?",
+        "purge 2 dead letters, with their images?",
+        "purge 1 dead letters, with their images?",
+        "purge those of 2 dead letters",
     ]
     assert raw.count("XLEN", "flawstream:dead") == 2
     answer.insert(0, "yes")
@@ -115,7 +115,7 @@ def test_where_nobody_can_answer_nothing_is_done(run: Run, raw: RawRedis, monkey
         monkeypatch.setattr("sys.stdin", nobody)
         ran = run("dead", "purge", "--all")
     assert ran.code == 1
-    assert "--yes does it without asking" in ran.err
+    assert "--yes skips this question" in ran.err
     assert raw.count("XLEN", "flawstream:dead") == 1
 
 
@@ -123,7 +123,7 @@ def test_a_replay_that_finds_no_room_says_how_far_it_came(
     run: Run, raw: RawRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLAWSTREAM_BACKLOG__MAX_IMAGES", "2")
-    monkeypatch.setattr("flawstream_cli.commands.dead._WAIT_FOR_ROOM_S", 0.0)
+    monkeypatch.setattr("flawstream_cli.commands.dead._WAIT_FOR_CAPACITY_S", 0.0)
     for name in "abc":
         make_dead_letter(raw, name)
     ran = run("dead", "replay", "--all", "--yes")
@@ -191,12 +191,12 @@ def test_push_that_is_refused_says_why_and_how_far_it_came(
     run: Run, raw: RawRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLAWSTREAM_BACKLOG__MAX_IMAGES", "2")
-    monkeypatch.setattr(push_command, "_WAIT_FOR_ROOM_S", 0.0)
+    monkeypatch.setattr(push_command, "_WAIT_FOR_CAPACITY_S", 0.0)
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(png())
     ran = run("push", tmp_path, "-c", "bottle", "--json")
     assert ran.code == 4
     assert json.loads(ran.out.splitlines()[-1])["reason"] == "backlog_full"
-    assert f"2 of 3 pushed before; push the others again from {tmp_path / 'c.png'} on" in ran.err
+    assert f"2 of 3 are pushed; push again from {tmp_path / 'c.png'} on" in ran.err
     assert "error (backlog_full): 2 images wait on flawstream:images and 2 are allowed" in ran.err
     assert raw.count("XLEN", "flawstream:images") == 2

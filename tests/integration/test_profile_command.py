@@ -51,7 +51,7 @@ def test_registry_without_versions_is_named(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(png())
     ran = profiled(tmp_path, "--registry", tmp_path / "none")
     assert ran.returncode == 3
-    assert "has no model versions; make some with `flawstream train`" in ran.stderr
+    assert "has no model versions; train some with `flawstream train`" in ran.stderr
 
 
 def test_profile_ends_where_a_category_cannot_be_judged(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* KubeRay puts `-serve-svc` and `-head-svc` behind a RayService's name. */}}
+{{/* KubeRay appends `-serve-svc` and `-head-svc` to a RayService's name. */}}
 {{- define "flawstream.apiService" -}}{{ include "flawstream.fullname" . }}-serve-svc{{- end -}}
 {{- define "flawstream.dashboardService" -}}{{ include "flawstream.fullname" . }}-head-svc{{- end -}}
 
@@ -17,7 +17,7 @@
 {{- default (include "flawstream.fullname" .) .Values.serviceAccount.name -}}
 {{- end -}}
 
-{{/* What selectors ask for. KubeRay writes app.kubernetes.io/name and created-by on its pods itself: not in here.
+{{/* Labels for selectors. Without app.kubernetes.io/name and created-by, which KubeRay sets on its pods itself.
      Takes (dict "root" $ "component" "..."). */}}
 {{- define "flawstream.selector" -}}
 app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
@@ -36,7 +36,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
-{{/* Labels of pods: no versions, as a change of them would start a new Ray cluster. */}}
+{{/* Labels of pods. Without versions, since a change of a label would start a new Ray cluster. */}}
 {{- define "flawstream.podLabels" -}}
 {{ include "flawstream.selector" . }}
 {{- with .root.Values.commonLabels }}

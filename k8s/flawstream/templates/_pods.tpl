@@ -1,4 +1,4 @@
-{{/* What pods have in common: who they run as, what they mount, what stands in their environment. */}}
+{{/* Shared by all pods: security context, mounts and environment. */}}
 
 {{/* The Pod Security Standard `restricted`. */}}
 {{- define "flawstream.podSecurity" -}}
@@ -18,10 +18,10 @@ runAsNonRoot: true
 {{- end -}}
 
 {{/* Start of a pod's spec. Takes (dict "root" $ "place" values with nodeSelector, tolerations, affinity), and for pods
-     that do the same work "spread" true and "component": they go to different nodes where they can. */}}
+     that do the same work "spread" true and "component": they are placed on different nodes if possible. */}}
 {{- define "flawstream.podStart" -}}
 securityContext: {{- include "flawstream.podSecurity" .root | nindent 2 }}
-enableServiceLinks: false  # a Service named flawstream-... would put variables of its own beside ours
+enableServiceLinks: false  # a Service named flawstream-... would add FLAWSTREAM_ variables
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:
 {{- range . }}

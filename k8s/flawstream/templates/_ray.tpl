@@ -1,4 +1,4 @@
-{{/* Pods of Ray, for the RayService and for training alike. */}}
+{{/* Ray pods, of the RayService and of training. */}}
 
 {{/* A pod template. Takes (dict "root" $ "component" ... "head" bool "serving" bool "place" ... "resources" ... "gpus" n
      "gpuName" ... "data" bool). */}}
@@ -13,7 +13,7 @@ metadata:
 spec:
   {{- include "flawstream.podStart" . | nindent 2 }}
   serviceAccountName: {{ ternary (printf "%s-head" (include "flawstream.fullname" .root)) (include "flawstream.serviceAccount" .root) $scaled }}
-  automountServiceAccountToken: {{ $scaled }}{{ if $scaled }}  # Ray's autoscaler asks the API server for pods{{ end }}
+  automountServiceAccountToken: {{ $scaled }}{{ if $scaled }}  # Ray's autoscaler requests pods from the API server{{ end }}
   terminationGracePeriodSeconds: 60
   containers:
     - name: {{ ternary "ray-head" "ray-worker" $head }}
@@ -47,11 +47,11 @@ spec:
         {{- if .serving }}
         - {name: serve, containerPort: 8000}
         {{- end }}
-      # Ray takes half a minute to start, and as long again where the image was just pulled to a slow disk.
+      # Ray takes half a minute to start, and twice that if the image was just pulled to a slow disk.
       startupProbe: {httpGet: {path: /api/healthz, port: agent}, periodSeconds: 5, failureThreshold: 60, timeoutSeconds: 5}
       livenessProbe: {httpGet: {path: /api/healthz, port: agent}, periodSeconds: 10, failureThreshold: 12, timeoutSeconds: 5}
       {{- if and .serving (not .head) }}
-      # Serve's proxy, which runs where a replica is: pods without one get no requests.
+      # Serve's proxy, which runs only in pods with a replica: other pods get no requests.
       readinessProbe: {httpGet: {path: /-/healthz, port: serve}, periodSeconds: 5, failureThreshold: 3, timeoutSeconds: 5}
       {{- else }}
       readinessProbe: {httpGet: {path: /api/healthz, port: agent}, periodSeconds: 5, failureThreshold: 10, timeoutSeconds: 5}

@@ -1,4 +1,4 @@
-{{/* flawstream's settings as the chart makes them: once for the ConfigMap, once for Serve's `args`. */}}
+{{/* flawstream's settings, used in the ConfigMap and in Serve's `args`. */}}
 
 {{- define "flawstream.redisSecret" -}}
 {{- if eq .Values.redis.mode "external" -}}
@@ -39,21 +39,21 @@
 {{- $api := dict "host" "0.0.0.0" "port" 8000 -}}
 {{- if .Values.api.auth.enabled }}{{ $_ := set $api "tokens_file" "/run/secrets/flawstream/api/tokens" }}{{ end -}}
 {{- $registry := dict "root" (ternary .Values.registry.s3.url "/models" (eq .Values.registry.type "s3")) -}}
-{{/* No port: the workers' arguments name it, and a command that is run beside one in its pod takes none. */}}
+{{/* No metrics port: it is in the workers' arguments, so that other commands in the same pod do not open it too. */}}
 {{- $metrics := dict "host" "0.0.0.0" -}}
 {{- $made := dict "redis" $redis "api" $api "registry" $registry "metrics" $metrics -}}
 {{- mergeOverwrite (deepCopy .Values.settings) $made | toYaml -}}
 {{- end -}}
 
-{{/* What no schema can say: values that contradict each other. Nothing is rendered then. */}}
+{{/* Checks that a schema cannot express: values that contradict each other. Rendering fails then. */}}
 {{- define "flawstream.check" -}}
 {{- $settings := include "flawstream.settings" . | fromYaml -}}
 {{- $detector := default dict $settings.detector -}}
 {{- if and .Values.serve.enabled (gt (float64 (default 0 $detector.num_gpus)) 0.0) (not .Values.serve.gpuWorkers.enabled) -}}
-{{- fail "settings.detector.num_gpus asks for a GPU, and no pod has one: set serve.gpuWorkers.enabled=true" -}}
+{{- fail "settings.detector.num_gpus requires a GPU, and no pod has one: set serve.gpuWorkers.enabled=true" -}}
 {{- end -}}
 {{- if and .Values.serve.enabled .Values.serve.gpuWorkers.enabled (le (float64 (default 0 $detector.num_gpus)) 0.0) -}}
-{{- fail "serve.gpuWorkers.enabled starts pods with GPUs, and no detector asks for one: set settings.detector.num_gpus" -}}
+{{- fail "serve.gpuWorkers.enabled starts pods with GPUs, and no detector requires one: set settings.detector.num_gpus" -}}
 {{- end -}}
 {{- $shards := int (default 0 (default dict $settings.redis).shards) -}}
 {{- if and (eq .Values.redis.mode "external") .Values.redis.external.cluster (lt $shards 1) -}}
@@ -67,13 +67,13 @@
 {{- $section := default dict (get $settings $part) -}}
 {{- $gpus := float64 (default 0 $section.num_gpus) -}}
 {{- if and (gt $limit 0.0) (le $gpus 0.0) (gt (float64 (default 0 $section.num_cpus)) $limit) -}}
-{{- fail (printf "settings.%s.num_cpus=%v is more than a pod has, so that no replica ever starts: raise serve.cpuWorkers.resources.limits.cpu=%v" $part $section.num_cpus $cpus.cpu) -}}
+{{- fail (printf "settings.%s.num_cpus=%v is more than a pod has, so no replica can start: raise serve.cpuWorkers.resources.limits.cpu=%v" $part $section.num_cpus $cpus.cpu) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $workers := default dict $settings.worker -}}
 {{- if and (hasKey $workers "replicas") (eq (int $workers.replicas) 0) $workers.max_replicas -}}
-{{- fail "settings.worker.max_replicas scales up from 1 at least, and settings.worker.replicas=0 wants no stream worker: leave one of them out" -}}
+{{- fail "settings.worker.max_replicas needs settings.worker.replicas of at least 1, and it is 0: leave one of them out" -}}
 {{- end -}}
 {{- range $group := list "cpuWorkers" "gpuWorkers" -}}
 {{- $bounds := get $.Values.serve $group -}}

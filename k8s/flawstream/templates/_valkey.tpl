@@ -1,4 +1,4 @@
-{{/* One Valkey server with a file on a volume. Takes (dict "root" $ "component" ... "name" ... "secret" ... "key" ...
+{{/* One Valkey server with an append-only file on a volume. Takes (dict "root" $ "component" ... "name" ... "secret" ... "key" ...
      "image" ... "memoryMi" ... "cpu" ... "persistent" bool "size" ... "storageClass" ... "fsync" ... "bulkMb" ...
      "extra" ... "place" ...). */}}
 {{- define "flawstream.valkey" -}}
@@ -14,7 +14,7 @@ data:
     port 6379
     protected-mode yes
     dir /data
-    # what docs/guarantees.md rests on: every write is in the file, and nothing is ever thrown away for want of memory
+    # required by docs/guarantees.md: every write is in the file, and nothing is evicted when memory is full
     appendonly yes
     appendfsync {{ .fsync }}
     save ""
@@ -25,14 +25,14 @@ data:
     {{- with .extra }}
     {{- . | nindent 4 }}
     {{- end }}
-  # The password reaches the server in a file in memory: not in arguments, which `ps` shows.
+  # The server reads the password from a file in memory, not from its arguments, which `ps` shows.
   start.sh: |
     set -eu
     umask 077
     cat /etc/valkey/valkey.conf > /run/valkey/valkey.conf
     printf 'requirepass "%s"\n' "$(sed 's/["\\]/\\&/g' /run/secrets/valkey/password)" >> /run/valkey/valkey.conf
     exec valkey-server /run/valkey/valkey.conf
-  # Asks as a client would; no more is needed than bash. A server that still loads its file says LOADING, and is not ready.
+  # PING like a client, with bash only. A server that is still loading its file answers LOADING, and is not ready.
   ready.sh: |
     exec 3<>/dev/tcp/127.0.0.1/6379
     password=$(</run/secrets/valkey/password)
@@ -94,7 +94,7 @@ spec:
           securityContext: {{- include "flawstream.containerSecurity" .root | nindent 12 }}
           ports:
             - {name: redis, containerPort: 6379}
-          # Alive is whoever listens: a server that loads a large file must not be killed for it.
+          # A server that accepts connections is alive: one that is loading a large file must not be killed.
           livenessProbe: {tcpSocket: {port: redis}, periodSeconds: 10, failureThreshold: 6, timeoutSeconds: 5}
           readinessProbe:
             exec: {command: [bash, -e, /etc/valkey/ready.sh]}

@@ -229,7 +229,7 @@ def test_train_refuses_before_training_what_could_not_be_promoted(
     command = ("train", tmp_path / "data", "--registry", tmp_path / "models", "--input-size", 64)
     ran = run(*command)
     assert (ran.code, started) == (3, [])
-    assert "error (mixed_backbones): the training is refused" in ran.err
+    assert "error (mixed_backbones): training is refused" in ran.err
     assert "tiny at 64 px (resize area) with strides 16, 32 and weights 000000000000 (bottle)" in ran.err
     assert "tf_efficientnet_lite0 at 64 px" in ran.err
     run(*command, "--no-promote")

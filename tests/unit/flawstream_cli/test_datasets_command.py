@@ -123,7 +123,7 @@ def test_train_refuses_orphan_masks_and_too_few_images_before_a_start(
     assert ran.code == 3
     assert "9 normal images to train on, and at least 10 are needed" in ran.err
     assert "100_mask.png: is a mask without an image" in ran.err
-    assert "the data set is not trained on, as its check found errors: 2" in ran.err
+    assert "nothing is trained: the check of the data set found errors: 2" in ran.err
     assert not unstarted
 
 

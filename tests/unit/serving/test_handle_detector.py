@@ -101,7 +101,7 @@ async def test_call_that_no_replica_took_may_be_made_again(error: Exception) -> 
 
 
 async def test_replica_that_ends_with_a_batch_is_told_from_one_that_is_busy() -> None:
-    with pytest.raises(DetectorDiedError, match="ended while it had 1 images"):
+    with pytest.raises(DetectorDiedError, match="died during a call with 1 images"):
         await HandleDetector(Handle(ActorDiedError()), NEVER_S).detect(IMAGES, ["bottle"])
 
 

@@ -199,7 +199,7 @@ def test_version_whose_head_the_engine_cannot_run_is_refused(bench: Bench, monke
 
     monkeypatch.setattr(bench.engine, "load", load)
     write_version(bench.registry, "bottle")
-    with pytest.raises(RegistryError, match=r"bottle@v1 cannot be made ready: channels do not fit"):
+    with pytest.raises(RegistryError, match=r"bottle@v1 cannot be loaded: channels do not fit"):
         bench.store.load("bottle")
 
 
