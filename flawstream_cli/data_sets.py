@@ -16,11 +16,11 @@ from schemas.errors import DatasetError
 from schemas.settings import Settings
 from training.datasets.check import Finding, Severity, check_content, check_listing
 from training.datasets.decoding import count_files, decode_files
-from training.datasets.open import Layout
+from training.datasets.open import DatasetLayout
 from training.datasets.samples import CategoryData
 
 LayoutOption = Annotated[
-    Layout, typer.Option("--layout", help="How the data set lies on disk; auto looks for each layout's marks.")
+    DatasetLayout, typer.Option("--layout", help="How the data set lies on disk; auto looks for each layout's marks.")
 ]
 CategoryOption = Annotated[
     list[str] | None, typer.Option("--category", "-c", help="Only this category; may be given again.")

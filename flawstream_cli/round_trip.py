@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flawstream_cli.terminal import err
 from schemas.keys import StreamKeys
-from schemas.manifest import Metrics
+from schemas.manifest import EvaluationMetrics
 from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import Settings
 from training.datasets.samples import Sample
@@ -84,7 +84,7 @@ class RoundTrip:
         )
         return count / (last - first)
 
-    def metrics(self) -> dict[str, Metrics]:
+    def metrics(self) -> dict[str, EvaluationMetrics]:
         """Compare scores and labels, per category, at the threshold that results carry."""
         found = {}
         for name in sorted({result.category for result in self.results.values()}):

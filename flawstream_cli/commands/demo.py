@@ -12,7 +12,7 @@ from flawstream_cli.commands.train import train_all, training_table
 from flawstream_cli.on_cluster import on_cluster
 from flawstream_cli.round_trip import RoundTrip, stream_samples
 from flawstream_cli.terminal import ExitCode, err, print_json, read_settings, say, table
-from schemas.manifest import Metrics
+from schemas.manifest import EvaluationMetrics
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
 from training.report.report import JudgedImage, write_report
@@ -89,7 +89,7 @@ def demo(
 _RESULT_COLUMNS = ("category", "images", "AUROC", "false alarms", "recall", "p50 ms", "p99 ms", "img/s")
 
 
-def _result_rows(trip: RoundTrip, metrics: dict[str, Metrics]) -> list[tuple[object, ...]]:
+def _result_rows(trip: RoundTrip, metrics: dict[str, EvaluationMetrics]) -> list[tuple[object, ...]]:
     return [
         (
             name,
@@ -105,7 +105,7 @@ def _result_rows(trip: RoundTrip, metrics: dict[str, Metrics]) -> list[tuple[obj
     ]
 
 
-def _summary(trip: RoundTrip, metrics: dict[str, Metrics]) -> dict[str, object]:
+def _summary(trip: RoundTrip, metrics: dict[str, EvaluationMetrics]) -> dict[str, object]:
     return {
         "images": len(trip.sent),
         "results": len(trip.results),
