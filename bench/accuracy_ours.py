@@ -15,7 +15,7 @@ from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
-from training.pipeline import Job, Stage, run_job
+from training.pipeline import Stage, TrainingJob, run_job
 from training.steps.evaluate import ImageScorer
 from training.steps.features import FeatureExtractor
 
@@ -36,7 +36,7 @@ def main(job_file: str, result_file: str) -> None:
     engine = make_local_engine(DetectorSettings(), lambda: backbone, job["threads"])
     epoch = ""
     with tempfile.TemporaryDirectory() as root:
-        for progress in run_job(Job(data, ModelSettings(), recipe, root), extractor, engine):
+        for progress in run_job(TrainingJob(data, ModelSettings(), recipe, root), extractor, engine):
             if progress.stage is Stage.TRAINING and progress.note.split("  ")[0] != epoch:
                 epoch = progress.note.split("  ")[0]
                 print(progress.note, file=sys.stderr, flush=True)

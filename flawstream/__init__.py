@@ -1,1 +1,1 @@
-"""What two rooms share: the model, images, maps, calibration and the registry of model versions."""
+"""Code that several packages share: model, engines, images, maps, calibration, registry and telemetry."""

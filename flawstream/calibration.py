@@ -1,15 +1,15 @@
-"""From the scores of held-out normal images to thresholds and p-values: split conformal prediction.
+"""Thresholds and p-values from the scores of held-out normal images: split conformal prediction.
 
-**Guarantee.** If the calibration images and a new normal image are exchangeable (the same line, camera and light; none
-of the calibration images trained the flow), then over the draw of both, ``P(p_value <= rate) <= rate`` for every rate,
-so a normal image is called anomalous with at most that probability. Nothing is assumed about how scores are
-distributed. It is an average over calibration sets: that of one set of n images varies around it as Beta(k, n + 1 - k)
-with k = floor(rate (n + 1)), about ``sqrt(rate (1 - rate) / n)``. A drift of the line voids it: calibrate anew.
+**Guarantee.** If the calibration images and a new normal image are exchangeable (the same line, camera and light; no
+calibration image was used in training), then ``P(p_value <= rate) <= rate`` for every rate, over the draw of both: the
+probability that a normal image is called anomalous is at most `rate`. No distribution of scores is assumed. This is an
+average over calibration sets: for one set of n images the false alarm rate follows Beta(k, n + 1 - k) with
+k = floor(rate (n + 1)), a deviation of about ``sqrt(rate (1 - rate) / n)``. After drift it does not hold: recalibrate.
 
 Source: Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World (2005), chapter 2; Bates, Candès, Lei, Romano,
 Sesia, Testing for outliers with conformal p-values, Annals of Statistics 51 (2023), section 2.
 
-Knows no model: scores are numbers here, higher is more anomalous.
+Knows no model. Higher scores are more anomalous.
 """
 
 import logging
@@ -34,34 +34,34 @@ def calibrate(
     top_fraction: float,
     arithmetic: Arithmetic = "float32",
 ) -> Calibration:
-    """Choose both thresholds so that at most the asked share of normal images goes above each.
+    """Set the image and the pixel threshold for a false alarm rate.
 
     A threshold is the ``ceil((n + 1)(1 - rate))``-th smallest value, so that ``score > threshold`` if and only if
-    ``p_value <= false_alarm_rate``. With fewer than `fewest_images` that rank does not exist: the thresholds are then
-    the highest values, `shortage` tells why, the same is logged, and false alarms come to at most 1 / (n + 1).
+    ``p_value <= false_alarm_rate``. With fewer than `fewest_images` images that rank does not exist: the thresholds are
+    then the highest values, with a false alarm rate of at most 1 / (n + 1), and the warning of `shortage` is logged.
 
     Args:
         scores: (n,) image scores of held-out normal images, nats per channel.
-        map_peaks: (n,) highest value of each of their anomaly maps, nats per channel.
+        map_peaks: (n,) highest value of each anomaly map, nats per channel.
         false_alarm_rate: Share of normal images that may be called anomalous, in (0, 1).
-        top_fraction: How `scores` were taken from the maps; kept for the record, as is the next.
-        arithmetic: In what the engine computed that scored the images.
+        top_fraction: The fraction that `scores` were computed with; only recorded.
+        arithmetic: The arithmetic that the images were scored in; only recorded.
 
     Raises:
-        ShapeError: Not two vectors of one length, or empty ones.
-        ConfigError: A rate outside (0, 1), or a score that is not finite: training diverged.
+        ShapeError: The arrays are not vectors of one length, or are empty.
+        ConfigError: The rate is outside (0, 1), or a score is not finite because training diverged.
     """
     if scores.ndim != 1 or scores.shape != map_peaks.shape or not scores.size:
         raise ShapeError(f"scores {scores.shape} and map_peaks {map_peaks.shape} must be two vectors of one length")
-    rank = _rank(scores.size, _checked(false_alarm_rate))
-    bad = np.count_nonzero(~(is_finite(scores) & is_finite(map_peaks)))
-    if bad:
+    rank = _rank(scores.size, _check_rate(false_alarm_rate))
+    not_finite = np.count_nonzero(~(is_finite(scores) & is_finite(map_peaks)))
+    if not_finite:
         raise ConfigError(
-            f"{bad} of {scores.size} calibration images have a score that is not finite: training diverged; "
+            f"{not_finite} of {scores.size} calibration images have a score that is not finite: training diverged; "
             "lower training.learning_rate or training.clip_norm"
         )
-    if missing := shortage(scores.size, false_alarm_rate):
-        _log.warning("%s", missing)
+    if warning := shortage(scores.size, false_alarm_rate):
+        _log.warning("%s", warning)
     ascending = np.sort(scores.astype(np.float64))
     return Calibration(
         arithmetic=arithmetic,
@@ -74,17 +74,17 @@ def calibrate(
 
 
 def is_anomalous(scores: NDArray[np.floating], threshold: float) -> NDArray[np.bool_]:
-    """Give the verdict of each score: anomalous above the threshold, and where the score is NaN."""
+    """Return the verdict of each score: anomalous if above the threshold or NaN."""
     return ~(scores <= threshold)
 
 
 def is_finite(values: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Find the finite values; float32's largest number stands for one that was not (`fastflow.score.score_images`)."""
+    """Find the finite values. float32's maximum counts as not finite: `fastflow.score.score_images` puts it there."""
     return np.asarray(np.abs(values) < np.finfo(np.float32).max)
 
 
 def p_values(calibration_scores_ascending: NDArray[np.floating], scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Tell for each score the share of normal images at least as anomalous, the new one among them.
+    """Compute the p-value of each score: the share of normal images, itself included, that score at least as high.
 
     Args:
         calibration_scores_ascending: (n,) image scores of held-out normal images, sorted.
@@ -99,12 +99,12 @@ def p_values(calibration_scores_ascending: NDArray[np.floating], scores: NDArray
 
 
 def fewest_images(false_alarm_rate: float) -> int:
-    """Tell how many calibration images a rate needs: ``ceil(1 / rate) - 1``.
+    """Compute the number of calibration images that a rate needs: ``ceil(1 / rate) - 1``.
 
     Raises:
-        ConfigError: A rate outside (0, 1).
+        ConfigError: The rate is outside (0, 1).
     """
-    total = max(2, math.ceil(1 / _checked(false_alarm_rate)))
+    total = max(2, math.ceil(1 / _check_rate(false_alarm_rate)))
     while 1 / (total - 1) <= false_alarm_rate:  # 1 / rate was rounded up
         total -= 1
     while 1 / total > false_alarm_rate:  # ... or down
@@ -113,10 +113,10 @@ def fewest_images(false_alarm_rate: float) -> int:
 
 
 def shortage(images: int, false_alarm_rate: float) -> str | None:
-    """Say what is missing where there are too few calibration images for a rate; None where there are enough.
+    """Describe the problem if there are too few calibration images for a rate; None if there are enough.
 
     Raises:
-        ConfigError: A rate outside (0, 1).
+        ConfigError: The rate is outside (0, 1).
     """
     needed = fewest_images(false_alarm_rate)
     if images >= needed:
@@ -130,16 +130,15 @@ def shortage(images: int, false_alarm_rate: float) -> str | None:
 
 
 def shortage_of(calibration: Calibration) -> str | None:
-    """Say the same of a calibration that was made."""
+    """Describe the problem if a calibration had too few images: `shortage`."""
     return shortage(len(calibration.scores), calibration.false_alarm_rate)
 
 
 def expected_false_alarms(calibration: Calibration) -> tuple[float, float]:
     """Bound the share of normal images that the threshold calls anomalous, with 95 % confidence.
 
-    The scores are a sample: the share above the threshold of rank n + 1 - k varies over calibration sets as
-    Beta(k, n + 1 - k), whatever the distribution of scores. With 4 images it lies between 0.6 % and 60 %, with 100
-    between 1.7 % and 9.8 %.
+    The scores are a sample: the share above the threshold of rank n + 1 - k follows Beta(k, n + 1 - k) over calibration
+    sets, for any distribution of scores. With 4 images it is between 0.6 % and 60 %, with 100 between 1.7 % and 9.8 %.
 
     Source: Vovk, Conditional validity of inductive conformal predictors, Machine Learning 92 (2013), section 3.
 
@@ -156,10 +155,10 @@ def _false_alarms(above: int, count: int) -> tuple[float, float]:
 
 
 def _rank(count: int, rate: float) -> int:
-    """Give the threshold's rank from 1, ``ceil((n + 1)(1 - rate))``, or n where that is n + 1.
+    """Compute the threshold's rank, counted from 1: ``ceil((n + 1)(1 - rate))``, at most n.
 
-    Counted from the top, as the most images k with ``k / (n + 1) <= rate`` in the very division that `p_values` does:
-    so the two agree to the last bit.
+    Found as the largest k with ``k / (n + 1) <= rate``, the same division as in `p_values`, so that both agree to the
+    last bit.
     """
     above = math.floor(rate * (count + 1))
     while (above + 1) / (count + 1) <= rate:
@@ -169,7 +168,7 @@ def _rank(count: int, rate: float) -> int:
     return count + 1 - max(above, 1)
 
 
-def _checked(rate: float) -> float:
+def _check_rate(rate: float) -> float:
     if not 0.0 < rate < 1.0:
-        raise ConfigError(f"false_alarm_rate={rate} must lie between 0 and 1, both excluded")
+        raise ConfigError(f"false_alarm_rate={rate} must be above 0 and below 1")
     return rate

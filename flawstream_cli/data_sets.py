@@ -16,10 +16,12 @@ from schemas.errors import DatasetError
 from schemas.settings import Settings
 from training.datasets.check import Finding, Severity, check_content, check_listing
 from training.datasets.decoding import count_files, decode_files
-from training.datasets.open import Layout
+from training.datasets.open import DatasetLayout
 from training.datasets.samples import CategoryData
 
-LayoutOption = Annotated[Layout, typer.Option("--layout", help="Folder layout of the data set; auto detects it.")]
+LayoutOption = Annotated[
+    DatasetLayout, typer.Option("--layout", help="Layout of the data set; auto detects it.")
+]
 CategoryOption = Annotated[
     list[str] | None, typer.Option("--category", "-c", help="Only this category; may be repeated.")
 ]

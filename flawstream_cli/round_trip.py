@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flawstream_cli.terminal import err
 from schemas.keys import StreamKeys
-from schemas.manifest import Metrics
+from schemas.manifest import EvaluationMetrics
 from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import Settings
 from training.datasets.samples import Sample
@@ -85,7 +85,7 @@ class RoundTrip:
         )
         return count / (last - first)
 
-    def metrics(self) -> dict[str, Metrics]:
+    def metrics(self) -> dict[str, EvaluationMetrics]:
         """Compute each category's metrics from its results and labels, at the threshold that the results report."""
         metrics = {}
         for category in sorted({result.category for result in self.results.values()}):

@@ -125,7 +125,7 @@ class DefectMetrics(_Part):
         images: Test images that show it.
         image_auroc: Of these images against all normal ones; absent without normal ones.
         recall: Share of these images above the threshold.
-        intervals: As in `Metrics`.
+        intervals: As in `EvaluationMetrics`.
     """
 
     defect: str
@@ -135,7 +135,7 @@ class DefectMetrics(_Part):
     intervals: dict[str, tuple[float, float]] = {}
 
 
-class Metrics(_Part):
+class EvaluationMetrics(_Part):
     """How the version did on the test folder, if there was one. All are shares in [0, 1].
 
     Attributes:
@@ -196,7 +196,7 @@ class Int8Trial(_Part):
     image_auroc: float | None = None
     image_auroc_float32: float | None = None
     calibration: Calibration | None = None
-    metrics: Metrics | None = None
+    metrics: EvaluationMetrics | None = None
 
 
 class TrainingRecord(_Part):
@@ -247,7 +247,7 @@ class ModelManifest(_Part):
     backbone: BackboneSpec
     flow: FlowSpec
     calibration: Calibration
-    metrics: Metrics = Metrics()
+    metrics: EvaluationMetrics = EvaluationMetrics()
     training: TrainingRecord | ImportRecord
     int8: tuple[Int8Trial, ...] = ()
     libraries: dict[str, str]
@@ -286,7 +286,7 @@ class ModelManifest(_Part):
         return self.calibration
 
     @property
-    def serving_metrics(self) -> Metrics:
+    def serving_metrics(self) -> EvaluationMetrics:
         """What the version did on test images in the arithmetic that serves it where it was trained."""
         trial = self.int8_trial
         return trial.metrics if trial is not None and trial.metrics is not None else self.metrics

@@ -17,7 +17,7 @@ CATEGORY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 Category = Annotated[str, Field(pattern=CATEGORY_PATTERN)]
 MessageId = Annotated[str, Field(min_length=1, max_length=256)]
 Milliseconds = Annotated[float, Field(ge=0.0)]
-Pixels = Annotated[int, Field(ge=0)]
+PixelCount = Annotated[int, Field(ge=0)]
 
 
 class Verdict(StrEnum):
@@ -92,8 +92,8 @@ class AnomalyMap(_Message):
     """
 
     codec: MapCodec
-    shape: tuple[Pixels, Pixels] = (0, 0)
-    grids: tuple[tuple[Pixels, Pixels], ...] = ()
+    shape: tuple[PixelCount, PixelCount] = (0, 0)
+    grids: tuple[tuple[PixelCount, PixelCount], ...] = ()
     data: bytes = b""
 
 
@@ -129,7 +129,7 @@ class DetectionResult(_Message):
     model: str
     map: AnomalyMap = AnomalyMap(codec=MapCodec.NONE)
     boxes: tuple[Box, ...] = ()
-    image_shape: tuple[Pixels, Pixels]
+    image_shape: tuple[PixelCount, PixelCount]
     captured_at: AwareDatetime | None = None
     queued_ms: Milliseconds = 0.0
     decode_ms: Milliseconds = 0.0

@@ -1,4 +1,4 @@
-"""Every category over the cluster: a pool of Ray actors, each with the backbone loaded once, working off the jobs."""
+"""Training of many categories on a Ray cluster: a pool of actors that load the backbone once and run jobs."""
 
 import contextlib
 import logging
@@ -18,24 +18,24 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import FlawstreamError
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings
-from training.pipeline import Job, Progress, Stage, run_job
-from training.progress_metrics import recorded
+from training.pipeline import Progress, Stage, TrainingJob, run_job
+from training.progress_metrics import record_progress
 from training.steps.features import FeatureExtractor
 
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _REPORT_S = 0.2
-"""A stage reports no more often than this, its end excepted: a report costs some milliseconds of Ray's time."""
+"""Minimum time between reports of a stage, except its last: a report takes Ray some milliseconds."""
 
 
 class Trainer:
-    """What an actor runs: jobs one after the other on one backbone.
+    """A Ray actor that runs training jobs one after another on one backbone.
 
     Args:
-        model: Which backbone.
-        limits: What is too large to be decoded.
-        detector: Which engine will serve: it sets the thresholds.
+        model: The backbone.
+        limits: Maximum size and aspect ratio of images.
+        detector: The engine that will serve, used for calibration.
         threads: CPU threads of this actor.
     """
 
@@ -44,27 +44,28 @@ class Trainer:
         self._model, self._limits, self._detector, self._threads = model, limits, detector, threads
         self._opened: tuple[FeatureExtractor, Engine] | None = None
 
-    def run(self, job: Job) -> Iterator[Progress]:
-        """Work off one job, yielding its progress.
+    def run(self, job: TrainingJob) -> Iterator[Progress]:
+        """Run one job and yield its progress.
+
+        Loads the backbone at the first call: the caller would see an exception of the constructor as a dead actor.
 
         Raises:
-            FlawstreamError: What `run_job` raises, and what is wrong with the backbone: a constructor's error would
-                reach the caller as the text of a dead actor.
+            FlawstreamError: The backbone cannot be loaded; or as `run_job`.
         """
         if self._opened is None:
             backbone = Backbone(self._model)
             engine = make_local_engine(self._detector, lambda: backbone, self._threads)
             self._opened = FeatureExtractor(backbone, self._limits, self._threads), engine
-        stage, said_at_s = None, 0.0
+        stage, reported_at_s = None, 0.0
         for progress in run_job(job, *self._opened):
             now_s = time.monotonic()
-            if progress.stage is not stage or progress.done == progress.total or now_s - said_at_s >= _REPORT_S:
-                stage, said_at_s = progress.stage, now_s
+            if progress.stage is not stage or progress.done == progress.total or now_s - reported_at_s >= _REPORT_S:
+                stage, reported_at_s = progress.stage, now_s
                 yield progress
 
 
 def train_fleet(
-    jobs: Sequence[Job],
+    jobs: Sequence[TrainingJob],
     model: ModelSettings,
     limits: LimitSettings,
     detector: DetectorSettings,
@@ -72,28 +73,28 @@ def train_fleet(
     num_gpus: float = 0.0,
     metrics: Metrics = NO_METRICS,
 ) -> Iterator[Progress]:
-    """Train all jobs in parallel on the Ray cluster joined, as many at a time as fit on it.
+    """Train all jobs, as many in parallel as the joined Ray cluster has resources for.
 
-    A job that fails ends in `Stage.FAILED` with what was wrong as its note; the others go on. Whoever stops consuming
-    stops the training.
+    A failed job ends in `Stage.FAILED` with the error as its note; the others continue. Closing the generator stops
+    training.
 
     Args:
-        jobs: Of different names, all of one backbone.
-        model: Which backbone.
-        limits: What is too large to be decoded.
-        detector: Which engine will serve: it sets the thresholds.
-        num_gpus: GPUs, or a share of one, for each job; 0 takes a whole one where the cluster has any.
-        metrics: Where numbers go.
+        jobs: With different names and the same backbone.
+        model: The backbone.
+        limits: Maximum size and aspect ratio of images.
+        detector: The engine that will serve, used for calibration.
+        num_gpus: GPUs, or a fraction of one, per actor; 0: one GPU if the cluster has any.
+        metrics: Receives the metrics of training.
 
     Yields:
-        The progress of all jobs as it comes, each job ending in `DONE` or `FAILED`.
+        The progress of all jobs; each ends in `DONE` or `FAILED`.
     """
     with contextlib.closing(_train(jobs, model, limits, detector, num_gpus=num_gpus)) as training:
-        yield from recorded(training, metrics)
+        yield from record_progress(training, metrics)
 
 
 def _train(
-    jobs: Sequence[Job],
+    jobs: Sequence[TrainingJob],
     model: ModelSettings,
     limits: LimitSettings,
     detector: DetectorSettings,
@@ -105,7 +106,7 @@ def _train(
     actors, threads = share_cluster(nodes, len(jobs), gpus)
     remote = ray.remote(Trainer).options(num_cpus=threads, num_gpus=gpus)
     waiting = deque(jobs)
-    running: dict[Any, tuple[Any, Job]] = {}
+    running: dict[Any, tuple[Any, TrainingJob]] = {}
 
     def start(actor: Any = None) -> None:
         if waiting:
@@ -117,7 +118,7 @@ def _train(
         for _ in range(actors):
             start()
         while running:
-            ray.wait(list(running), num_returns=1, timeout=_POLL_S)  # until one of them has something to say
+            ray.wait(list(running), num_returns=1, timeout=_POLL_S)  # until one has a report
             for stream in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
                 actor, job = running[stream]
                 try:
@@ -132,34 +133,39 @@ def _train(
     finally:
         if ray.is_initialized():
             for actor, _ in running.values():
-                ray.kill(actor)  # else it would train on, and write versions that nobody waits for
+                ray.kill(actor)  # else it would continue training and write versions
 
 
 def share_cluster(nodes: Sequence[Mapping[str, float]], jobs: int, gpus: float) -> tuple[int, int]:
-    """Choose how many actors to run and how many CPUs each has, so that every one of them fits on some node.
+    """Choose the number of actors and the CPUs of each, so that every actor fits on a node.
 
     Args:
-        nodes: The resources of each, `CPU` and `GPU`.
-        jobs: Jobs to run.
-        gpus: GPUs, or a share of one, of an actor.
+        nodes: Resources of each node, `CPU` and `GPU`.
+        jobs: Number of jobs.
+        gpus: GPUs, or a fraction of one, of an actor.
+
+    Returns:
+        The number of actors, and the CPUs of each.
     """
 
-    def places(threads: int) -> int:
+    def max_actors(threads: int) -> int:
         return sum(
             min(int(node.get("CPU", 0)) // threads, math.floor(node.get("GPU", 0) / gpus + 1e-6) if gpus else jobs)
             for node in nodes
         )
 
-    actors = min(jobs, places(1))
+    actors = min(jobs, max_actors(1))
     if actors == 0 < jobs:
-        _log.warning("no node has a CPU and %g GPUs for training; it starts as soon as one joins the cluster", gpus)
+        _log.warning(
+            "no node has a CPU and %g GPUs for training; training starts when such a node joins the cluster", gpus
+        )
         return 1, 1
-    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
-    return actors, max((threads for threads in range(1, most + 1) if places(threads) >= actors), default=1)
+    max_threads = int(max((node.get("CPU", 0) for node in nodes), default=1))
+    return actors, max((threads for threads in range(1, max_threads + 1) if max_actors(threads) >= actors), default=1)
 
 
-def _explain(job: Job, error: RayError) -> str:
-    """Say in one line what the terminal shows; what is a bug of ours is logged with its traceback."""
+def _explain(job: TrainingJob, error: RayError) -> str:
+    """Describe an error in one line for the terminal; log bugs with their traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, FlawstreamError):
         return str(cause)
@@ -167,7 +173,7 @@ def _explain(job: Job, error: RayError) -> str:
     if isinstance(error, RayTaskError):
         return f"{type(cause).__name__}: {_one_line(str(cause))}"
     details = [line for line in str(error).splitlines() if not line.startswith("\t")]
-    return f"its training process is gone. {_one_line(' '.join(details))}"
+    return f"its training process died: {_one_line(' '.join(details))}"
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A model of another program becomes a version: its weights as they are, calibrated on images it never saw."""
+"""Import of a model of another program as a version, calibrated on images that did not train it."""
 
 import hashlib
 import re
@@ -17,24 +17,24 @@ from schemas.messages import CATEGORY_PATTERN
 from schemas.settings import DetectorSettings, LimitSettings
 from training.datasets.folders import list_images
 from training.datasets.samples import CategoryData
-from training.pipeline import Progress, Proof, Stage, judge_version, publish
+from training.pipeline import EvaluationData, Progress, Stage, evaluate_version, publish
 from training.steps.features import FeatureExtractor
 
 
 @dataclass(frozen=True, slots=True)
 class ImportJob:
-    """What is imported, and where it goes.
+    """An import of one model.
 
     Attributes:
-        model: The checkpoint as it was understood.
-        checkpoint: The file.
-        category: Whose version it becomes.
+        model: The converted checkpoint.
+        checkpoint: The file of the checkpoint.
+        category: The category of the new version.
         normal: A folder of normal images that did not train the model.
-        top_fraction: How image scores are taken from maps.
+        top_fraction: Fraction of the grid that the image score is computed from.
         false_alarm_rate: Share of normal images that may be called anomalous.
-        limits: What is too large to be decoded.
-        detector: Which engine will serve: it sets the thresholds.
-        registry_root: Where the version is written.
+        limits: Maximum size and aspect ratio of images.
+        detector: The engine that will serve, used for calibration.
+        registry_root: The registry to write to.
     """
 
     model: AnomalibModel
@@ -49,42 +49,41 @@ class ImportJob:
 
 
 def run_import(job: ImportJob) -> Iterator[Progress]:
-    """Calibrate and publish an imported model. The backbone's weights are written beside the flow's.
+    """Calibrate and publish an imported model, including the backbone's weights.
 
     Args:
-        job: What to do.
+        job: The import.
 
     Yields:
-        Progress; the last one carries the manifest.
+        Progress; the last one has the manifest.
 
     Raises:
-        ConfigError: The category's name is impossible, or the model's scores are not finite.
+        ConfigError: The category's name is invalid, or the model's scores are not finite.
         WeightsError: The flows do not fit the backbone.
         DatasetError: There are no images, or one cannot be read.
         RegistryError: The registry cannot be written.
     """
     started = time.monotonic()
     if not re.fullmatch(CATEGORY_PATTERN, job.category):
-        raise ConfigError(f"{job.category!r} cannot name a category: a name must match {CATEGORY_PATTERN}")
+        raise ConfigError(f"{job.category!r} is not a valid category name: it must match {CATEGORY_PATTERN}")
     images = CategoryData(job.category, train=list_images(job.normal), test=())
     if not images.train:
         raise DatasetError(
-            f"{job.normal} holds no images, and without normal images there is no threshold; name a folder of normal "
-            "images that did not train the model"
+            f"{job.normal} has no images, but calibration needs normal images; give a folder of normal images that "
+            "did not train the model"
         )
     backbone = job.model.make_backbone()
     head = job.model.make_head(backbone)
-    beside = {BACKBONE_FILE: backbone_file(backbone)}
     extractor = FeatureExtractor(backbone, job.limits)
     engine = make_local_engine(job.detector, lambda: backbone)
-    proof = Proof(
+    data = EvaluationData(
         held_out=images.train,
         test=(),
-        ranges=images.train[::4],
+        int8_images=images.train[::4],
         top_fraction=job.top_fraction,
         false_alarm_rate=job.false_alarm_rate,
     )
-    found = yield from judge_version(job.category, extractor, engine, head, proof)
+    evaluated = yield from evaluate_version(job.category, extractor, engine, head, data)
     with job.checkpoint.open("rb") as file:
         checkpoint_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     manifest = publish(
@@ -93,7 +92,7 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
         category=job.category,
         backbone=backbone.spec,
         flow=job.model.flow,
-        found=found,
+        evaluated=evaluated,
         training=ImportRecord(
             source="anomalib",
             checkpoint_sha256=checkpoint_sha256,
@@ -101,7 +100,7 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
             calibration_images=len(images.train),
             duration_s=time.monotonic() - started,
         ),
-        beside=beside,
+        extra_files={BACKBONE_FILE: backbone_file(backbone)},
     )
     warning = shortage(len(images.train), job.false_alarm_rate) or ""
     yield Progress(job.category, Stage.DONE, 1, 1, warning, manifest)

@@ -1,4 +1,4 @@
-"""One category from a folder of images to a published model version, told step by step. No Ray in here."""
+"""The training of one category, from image files to a published version, with progress. Knows no Ray."""
 
 import hashlib
 import platform
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flawstream.calibration import calibrate, is_finite, shortage
 from flawstream.engines.protocol import Engine
@@ -22,10 +23,10 @@ from schemas.manifest import (
     Arithmetic,
     BackboneSpec,
     Calibration,
+    EvaluationMetrics,
     FlowSpec,
     ImportRecord,
     Int8Trial,
-    Metrics,
     ModelManifest,
     TrainingRecord,
 )
@@ -33,12 +34,12 @@ from schemas.settings import ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
 from training.steps.evaluate import Evaluation, ImageScorer
 from training.steps.features import FeatureCache, FeatureExtractor
-from training.steps.fit import Step, fit_head, split_rows
+from training.steps.fit import fit_head, split_rows
 from training.steps.quantise import Int8Candidate, Judged, choose_int8, make_candidates
 
 
 class Stage(StrEnum):
-    """What a category's training is busy with."""
+    """Stages of a training job."""
 
     FEATURES = "features"
     TRAINING = "training"
@@ -51,17 +52,17 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is.
+    """Progress of a training job.
 
     Attributes:
-        job: Its name.
-        stage: What is being done.
-        done: Images done in this stage.
-        total: Images to do in this stage.
-        note: Something worth showing beside the bar.
+        job: Name of the job.
+        stage: The current stage.
+        done: Images processed in this stage.
+        total: Images to process in this stage.
+        note: Text to display.
         manifest: The published version, at the end.
-        epoch: The epoch under way in `Stage.TRAINING`, from 1.
-        loss: Its mean loss so far, nats per value summed over the scales.
+        epoch: The current epoch in `Stage.TRAINING`, from 1.
+        loss: Mean loss of the current epoch, nats per value summed over the scales.
     """
 
     job: str
@@ -75,15 +76,15 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What is to be trained, how, and where it goes.
+class TrainingJob:
+    """The training of one category.
 
     Attributes:
         data: The category's images.
-        model: The shape of the flows.
+        model: Configuration of the flows.
         training: The recipe.
-        registry_root: Where the version is written.
-        label: Tells it from other jobs of the category; empty where it is the only one.
+        registry_root: The registry to write to.
+        label: Distinguishes several jobs of one category; may be empty.
     """
 
     data: CategoryData
@@ -94,124 +95,131 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name the job as its progress does."""
+        """Name of the job, as in its progress."""
         return f"{self.data.name} {self.label}".rstrip()
 
 
-def run_job(job: Job, extractor: FeatureExtractor, engine: Engine) -> Iterator[Progress]:
+def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> Iterator[Progress]:
     """Train, calibrate, evaluate and publish one category.
 
     Args:
-        job: What to do.
+        job: The training job.
         extractor: The backbone, shared by the jobs of a process.
-        engine: The one that will serve, on the same backbone: thresholds and metrics come from its arithmetic.
+        engine: The engine that will serve, with the same backbone, used for calibration and evaluation.
 
     Yields:
-        Progress; the last one carries the manifest.
+        Progress; the last one has the manifest.
 
     Raises:
-        DatasetError: An image or a mask cannot be read, or there are too few.
+        DatasetError: An image or a mask cannot be read, or there are too few images.
         ConfigError: Training diverged, or the disk for temporary files is full.
         RegistryError: The registry cannot be written.
     """
-    started = time.monotonic()
-    data, recipe = job.data, job.training
-    flow = FlowSpec.of(job.model)
-    rows, held_out = split_rows(len(data.train), recipe)
-    head = FastFlowHead(extractor.spec, flow, seed=recipe.seed)
-    features = FeatureCache(Path(tempfile.gettempdir()), data.train, extractor)
-    for done in features.fill():
-        yield Progress(job.name, Stage.FEATURES, done, len(data.train))
-    last = Step(0, 0, float("nan"))
-    for last in fit_head(head, features, rows, recipe):
-        note = f"epoch {last.epoch}/{recipe.epochs}  loss {last.loss:.3f}"
-        total = recipe.epochs * len(rows)
-        yield Progress(job.name, Stage.TRAINING, last.images, total, note, epoch=last.epoch, loss=last.loss)
-    del features  # and its room on the disk
-    proof = Proof(
-        held_out=[data.train[row] for row in held_out],
-        test=data.test,
-        ranges=[data.train[row] for row in rows] if recipe.int8 else (),
+    started_s = time.monotonic()
+    images, recipe = job.data.train, job.training
+    train_rows, held_out_rows = split_rows(len(images), recipe)
+    head = FastFlowHead(extractor.spec, FlowSpec.of(job.model), seed=recipe.seed)
+    final_loss = yield from _fit(job, extractor, head, train_rows)
+    data = EvaluationData(
+        held_out=[images[row] for row in held_out_rows],
+        test=job.data.test,
+        int8_images=[images[row] for row in train_rows] if recipe.int8 else (),
         top_fraction=job.model.top_fraction,
         false_alarm_rate=recipe.false_alarm_rate,
     )
-    found = yield from judge_version(job.name, extractor, engine, head, proof)
+    evaluated = yield from evaluate_version(job.name, extractor, engine, head, data)
     manifest = publish(
         job.registry_root,
         head,
-        category=data.name,
+        category=job.data.name,
         backbone=extractor.spec,
-        flow=flow,
-        found=found,
+        flow=FlowSpec.of(job.model),
+        evaluated=evaluated,
         training=TrainingRecord(
-            dataset_sha256=data.sha256(),
-            train_images=len(rows),
-            calibration_images=len(held_out),
+            dataset_sha256=job.data.sha256(),
+            train_images=len(train_rows),
+            calibration_images=len(held_out_rows),
             epochs=recipe.epochs,
             batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             clip_norm=recipe.clip_norm,
             seed=recipe.seed,
-            final_loss=last.loss,
-            duration_s=time.monotonic() - started,
+            final_loss=final_loss,
+            duration_s=time.monotonic() - started_s,
         ),
     )
-    warning = shortage(len(held_out), recipe.false_alarm_rate) or ""
+    warning = shortage(len(held_out_rows), recipe.false_alarm_rate) or ""
     yield Progress(job.name, Stage.DONE, 1, 1, warning, manifest)
 
 
+def _fit(
+    job: TrainingJob, extractor: FeatureExtractor, head: FastFlowHead, rows: NDArray[np.int64]
+) -> Generator[Progress, None, float]:
+    """Compute features and train the head in place; return the final loss. Frees the disk space of the features."""
+    images, epochs = job.data.train, job.training.epochs
+    features = FeatureCache(Path(tempfile.gettempdir()), images, extractor)
+    for done in features.fill():
+        yield Progress(job.name, Stage.FEATURES, done, len(images))
+    loss = float("nan")
+    for step in fit_head(head, features, rows, job.training):
+        loss = step.loss
+        note = f"epoch {step.epoch}/{epochs}  loss {loss:.3f}"
+        yield Progress(job.name, Stage.TRAINING, step.images, epochs * len(rows), note, epoch=step.epoch, loss=loss)
+    return loss
+
+
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What a version is calibrated and measured on.
+class EvaluationData:
+    """Images and settings to calibrate and evaluate a version with.
 
     Attributes:
-        held_out: Normal images that did not train it.
-        test: Labelled images; may be none.
-        ranges: Normal images that int8 takes its ranges from; none: int8 is not tried.
-        top_fraction: How image scores are taken from maps.
+        held_out: Normal images that did not train the version.
+        test: Labelled images; may be empty.
+        int8_images: Normal images that set the ranges of int8; empty: no int8 trial.
+        top_fraction: Fraction of the grid that the image score is computed from.
         false_alarm_rate: Share of normal images that may be called anomalous.
     """
 
     held_out: Sequence[Path]
     test: Sequence[Sample]
-    ranges: Sequence[Path]
+    int8_images: Sequence[Path]
     top_fraction: float
     false_alarm_rate: float
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """What was found of a version.
+class EvaluatedVersion:
+    """Calibration and evaluation of a version.
 
     Attributes:
-        calibration: Its thresholds, in the arithmetic of the engine.
-        metrics: What it did on test images.
-        int8: What was found of it in int8.
-        int8_files: The graph that may serve in int8, if one may, by name.
+        calibration: Thresholds in the arithmetic of the engine.
+        metrics: Metrics on test images.
+        int8: Results of int8 trials.
+        int8_files: Files of the int8 graph that passed its trial, by name; empty if none did.
     """
 
     calibration: Calibration
-    metrics: Metrics
+    metrics: EvaluationMetrics
     int8: tuple[Int8Trial, ...]
     int8_files: Mapping[str, bytes]
 
 
-def judge_version(
+def evaluate_version(
     name: str,
     extractor: FeatureExtractor,
     engine: Engine,
     head: FastFlowHead,
-    proof: Proof,
-) -> Generator[Progress, None, Findings]:
-    """Calibrate and measure a head as it will serve, in int8 as well where that may pay. Each image is decoded once.
+    data: EvaluationData,
+) -> Generator[Progress, None, EvaluatedVersion]:
+    """Calibrate and evaluate a head with the engine that will serve, with int8 trials. Decodes each image once.
 
     Args:
-        name: What its progress is called.
+        name: Name of the job, for its progress.
         extractor: The backbone, for the ranges of int8.
-        engine: The one that will serve.
-        head: Trained.
-        proof: The images.
+        engine: The engine that will serve.
+        head: The trained head.
+        data: Images and settings.
 
     Yields:
         Progress.
@@ -221,36 +229,36 @@ def judge_version(
         ConfigError: A score is not finite.
     """
     candidates: list[Int8Candidate] = []
-    if proof.ranges:
+    if data.int8_images:
         yield Progress(name, Stage.INT8, 0, 1)
-        candidates = make_candidates(extractor, head, proof.ranges, len(proof.held_out))
+        candidates = make_candidates(extractor, head, data.int8_images, len(data.held_out))
     heads = [engine.load(head, None), *(candidate.loaded for candidate in candidates)]
-    scorer = ImageScorer(engine, heads, extractor.limits, proof.top_fraction)
-    held_out: list[tuple[tuple[float, float], ...]] = []
-    for images in scorer.score(proof.held_out):
-        held_out.append(tuple((image.score, float(image.anomaly_map().max())) for image in images))
-        yield Progress(name, Stage.CALIBRATING, len(held_out), len(proof.held_out))
-    scored = np.array(held_out, dtype=np.float64)  # (N, forms, score and peak)
+    scorer = ImageScorer(engine, heads, extractor.limits, data.top_fraction)
+    scores_and_peaks: list[tuple[tuple[float, float], ...]] = []
+    for images in scorer.score(data.held_out):
+        scores_and_peaks.append(tuple((image.score, float(image.anomaly_map().max())) for image in images))
+        yield Progress(name, Stage.CALIBRATING, len(scores_and_peaks), len(data.held_out))
+    held_out = np.array(scores_and_peaks, dtype=np.float64)  # (N, heads, 2: score and peak)
     evaluations = [Evaluation() for _ in heads]
     for done, (sample, images) in enumerate(
-        zip(proof.test, scorer.score([sample.path for sample in proof.test]), strict=True), start=1
+        zip(data.test, scorer.score([sample.path for sample in data.test]), strict=True), start=1
     ):
         for evaluation, image in zip(evaluations, images, strict=True):
             evaluation.add(sample, image)
-        yield Progress(name, Stage.EVALUATING, done, len(proof.test))
+        yield Progress(name, Stage.EVALUATING, done, len(data.test))
 
-    def judged(form: int, arithmetic: Arithmetic) -> Judged:
-        scores, peaks = scored[:, form].T
-        calibration = calibrate(scores, peaks, proof.false_alarm_rate, proof.top_fraction, arithmetic)
-        evaluation = evaluations[form]
+    def summarise(index: int, arithmetic: Arithmetic) -> Judged:
+        scores, peaks = held_out[:, index].T
+        calibration = calibrate(scores, peaks, data.false_alarm_rate, data.top_fraction, arithmetic)
+        evaluation = evaluations[index]
         return Judged(scores, evaluation.scores(anomalous=True), calibration, evaluation.metrics(calibration.threshold))
 
-    exact = judged(0, engine.precision)
-    finite = [form for form in range(1, len(heads)) if is_finite(scored[:, form]).all()]
+    exact = summarise(0, engine.precision)
+    finite = [index for index in range(1, len(heads)) if is_finite(held_out[:, index]).all()]
     int8, files = choose_int8(
-        [candidates[form - 1] for form in finite], [judged(form, "int8") for form in finite], exact
+        [candidates[index - 1] for index in finite], [summarise(index, "int8") for index in finite], exact
     )
-    return Findings(exact.calibration, exact.metrics, int8, files)
+    return EvaluatedVersion(exact.calibration, exact.metrics, int8, files)
 
 
 def publish(
@@ -260,26 +268,26 @@ def publish(
     category: str,
     backbone: BackboneSpec,
     flow: FlowSpec,
-    found: Findings,
+    evaluated: EvaluatedVersion,
     training: TrainingRecord | ImportRecord,
-    beside: Mapping[str, bytes] = MappingProxyType({}),
+    extra_files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> ModelManifest:
-    """Write a version. It serves once it is promoted.
+    """Write a version to the registry. It serves only after it is promoted.
 
     Args:
-        registry_root: Where to.
-        head: Its weights.
-        category: Whose.
-        backbone: Goes into the manifest, as do the following.
-        flow: The shape of the head.
-        found: Its thresholds, what it did on test images, and what of it may serve in int8.
-        training: Where it is from.
-        beside: Further files by name.
+        registry_root: The registry.
+        head: The trained head.
+        category: The category.
+        backbone: The backbone, for the manifest.
+        flow: Configuration of the head, for the manifest.
+        evaluated: Calibration, metrics and int8 graph.
+        training: Record of the training or import, for the manifest.
+        extra_files: Further files by name.
 
     Raises:
         RegistryError: The registry cannot be written.
     """
-    files = {WEIGHTS_FILE: head.to_bytes(), **found.int8_files, **beside}
+    files = {WEIGHTS_FILE: head.to_bytes(), **evaluated.int8_files, **extra_files}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     created_at = datetime.now(UTC)
     manifest = ModelManifest(
@@ -288,10 +296,10 @@ def publish(
         created_at=created_at,
         backbone=backbone,
         flow=flow,
-        calibration=found.calibration,
-        metrics=found.metrics,
+        calibration=evaluated.calibration,
+        metrics=evaluated.metrics,
         training=training,
-        int8=found.int8,
+        int8=evaluated.int8,
         libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
         files=digests,
     )

@@ -1,4 +1,4 @@
-"""The progress of training as metrics. Knows no Ray: progress passes through."""
+"""Metrics of training, recorded from its progress. Knows no Ray."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -8,15 +8,15 @@ from flawstream.telemetry.metrics import Metrics
 from training.pipeline import Progress, Stage
 
 
-def recorded(reports: Iterable[Progress], metrics: Metrics) -> Iterator[Progress]:
-    """Record progress as it passes.
+def record_progress(reports: Iterable[Progress], metrics: Metrics) -> Iterator[Progress]:
+    """Record progress and pass it on.
 
     Args:
-        reports: Of any number of jobs, mixed.
-        metrics: Where numbers go; a job's name stands for the category.
+        reports: Progress of any number of jobs.
+        metrics: Receives the metrics; the label `category` is the job's name.
 
     Yields:
-        The same reports.
+        The reports, unchanged.
     """
     counted: dict[tuple[str, Stage], int] = defaultdict(int)
     for progress in reports:
@@ -24,7 +24,7 @@ def recorded(reports: Iterable[Progress], metrics: Metrics) -> Iterator[Progress
         if stage in (Stage.DONE, Stage.FAILED):
             metrics.add(m.TRAINING_JOBS, outcome=stage.value)
             metrics.forget(m.TRAINING_EPOCH, category=name)
-        elif stage is not Stage.INT8:  # tells no images
+        elif stage is not Stage.INT8:  # does not count images
             done = progress.done - counted[name, stage]
             counted[name, stage] = progress.done
             metrics.add(m.TRAINING_IMAGES, done, category=name, stage=stage.value)

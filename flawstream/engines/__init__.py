@@ -1,1 +1,1 @@
-"""Engines: one file each, one protocol, one contract test."""
+"""Inference engines: one module each, one protocol, one contract test."""

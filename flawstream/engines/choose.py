@@ -1,4 +1,4 @@
-"""Which engine a setting names on this machine."""
+"""Choice of the engine by the settings and by what is installed."""
 
 import importlib.util
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from schemas.settings import DetectorSettings
 
 
 def resolve_engine(name: str) -> str:
-    """Turn `auto` into the fastest engine present: torch on a GPU, else ncnn, openvino or torch, the first installed.
+    """Resolve `auto` to the fastest engine: torch on a GPU, else the first installed of ncnn, openvino and torch.
 
     Raises:
-        ConfigError: The engine named is not installed.
+        ConfigError: The engine is not installed.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -33,31 +33,29 @@ def resolve_engine(name: str) -> str:
     if name == "openvino" and not openvino_is_installed():
         raise ConfigError("detector.engine=openvino is not installed; pip install 'flawstream[openvino]', or use auto")
     if name == "triton" and importlib.util.find_spec("tritonclient") is None:
-        raise ConfigError("detector.engine=triton needs a client; pip install 'flawstream[triton]', or use auto")
+        raise ConfigError("detector.engine=triton needs its client; pip install 'flawstream[triton]', or use auto")
     return name
 
 
 def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone], threads: int = 0) -> Engine:
-    """Start the engine that the settings name.
+    """Create the engine of the settings.
 
     Args:
-        settings: Which engine, and where it is if it is elsewhere.
-        open_backbone: Loads the frozen network; not called where the engine is elsewhere and has its own.
-        threads: CPU threads of ncnn and OpenVINO; 0 takes all.
+        settings: Engine, precision, and the URL of a Triton server.
+        open_backbone: Loads the backbone; not called for Triton, whose server has it.
+        threads: CPU threads of ncnn and OpenVINO; 0: all.
 
     Raises:
-        ConfigError: The engine named is not installed, cannot run the backbone or does not compute in the precision
-            named, or its server has no models of ours.
-        WeightsError: The backbone's weights cannot be had.
+        ConfigError: The engine is not installed, does not support the backbone or the precision, or the Triton server
+            has no model repository of flawstream.
+        WeightsError: The backbone's weights cannot be loaded.
         RegistryError: The backbone's weights are damaged.
-        TransientError: The engine is elsewhere and does not answer.
+        TransientError: The Triton server does not answer.
     """
     int8 = settings.precision == "auto" and int8_pays()
     name = resolve_engine(settings.engine)
     if settings.precision == "bf16" and name in ("ncnn", "triton"):
-        raise ConfigError(
-            f"detector.precision=bf16 is for the engines openvino and torch, and detector.engine is {name}"
-        )
+        raise ConfigError(f"detector.precision=bf16 needs the engine openvino or torch, but detector.engine is {name}")
     match name:
         case "triton":
             from flawstream.engines.triton_engine import TritonEngine  # noqa: PLC0415 - an optional extra
@@ -74,9 +72,9 @@ def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone
 
 
 def make_local_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone], threads: int = 0) -> Engine:
-    """Start the engine that is to serve, in this process: what training calibrates and evaluates with.
+    """Create the engine that training calibrates and evaluates with: the one that will serve, but always local.
 
-    A version is calibrated before a Triton server can have it; there it runs in float32, as it does in ncnn or torch.
+    In place of Triton, which cannot have a version before its calibration, a local engine computes in float32 too.
     """
     if settings.engine == "triton":
         settings = settings.model_copy(update={"engine": "auto", "precision": "f32"})
@@ -84,16 +82,16 @@ def make_local_engine(settings: DetectorSettings, open_backbone: Callable[[], Ba
 
 
 def quiet_torch(engine: Engine) -> None:
-    """Give torch one thread where another library computes: only scores are left, and idle threads spin (5 ms a batch).
+    """Limit torch to one thread if another library computes: torch's idle threads spin (5 ms per batch).
 
-    For a process that serves or evaluates; one that trains on the CPU needs torch's threads.
+    For processes that serve or evaluate. Training on the CPU needs torch's threads.
     """
     if not isinstance(engine, TorchEngine):
         torch.set_num_threads(1)
 
 
 def _half_precision(settings: DetectorSettings) -> torch.dtype | None:
-    """Choose in what torch computes convolutions: on a GPU float16 or float32, on a CPU float32 or bfloat16.
+    """Choose the arithmetic of torch's convolutions: float16 or float32 on a GPU, float32 or bfloat16 on a CPU.
 
     Raises:
         ConfigError: bfloat16 on a GPU.
@@ -102,8 +100,7 @@ def _half_precision(settings: DetectorSettings) -> torch.dtype | None:
         return torch.bfloat16 if settings.precision == "bf16" else None
     if settings.precision == "bf16":
         raise ConfigError(
-            "detector.precision=bf16 is refused on a GPU, as nothing proves it harmless for a version: on an NVIDIA "
-            "H200 it changed 9 of 489 verdicts and raised false alarms from 3.4 to 5.1 %; use auto, which computes "
-            "convolutions in float16, or f32"
+            "detector.precision=bf16 is not supported on a GPU: on an NVIDIA H200 it changed 9 of 489 verdicts and "
+            "raised false alarms from 3.4 to 5.1 %; use auto, which computes convolutions in float16, or f32"
         )
     return torch.float16 if settings.precision == "auto" else None

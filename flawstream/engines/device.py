@@ -1,16 +1,16 @@
-"""The device that torch computes on: a GPU where there is one, whose float32 is the CPU's. Tests run on CPUs only."""
+"""The device that torch computes on: a GPU if available, without TF32. Tests run on CPUs only."""
 
 import torch
 
 
 def open_device() -> torch.device:
-    """Choose the GPU where there is one, and turn TF32 off there, for this process.
+    """Choose the GPU if there is one, and disable TF32 for this process.
 
-    TF32 rounds the factors of a convolution or matrix product to ten bits. Statistics, thresholds and verdicts would
-    depend on where they were computed: on an NVIDIA H200, maps differed from a CPU's by .03 with TF32, by 8e-6 without.
+    TF32 rounds the factors of convolutions and matrix products to ten bits. Statistics, thresholds and verdicts would
+    depend on the hardware: maps of an NVIDIA H200 differed from a CPU's by 0.03 with TF32, by 8e-6 without.
 
-    Torch's newer setting, `fp32_precision`, is not used: once it is set, `torch.export` fails in the same process, as
-    it still reads the older one (torch 2.14).
+    Torch's newer setting `fp32_precision` is not used: once it is set, `torch.export` fails in the same process, as it
+    still reads the older one (torch 2.14).
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""No model at all: for load tests of everything around it, and for tests of serving. The same images, the same grids.
+"""An engine without a model, for load tests and tests of serving. Deterministic.
 
 Shape legend: B images, S side of an image in pixels, H W height and width of a scale's grid.
 """
@@ -16,10 +16,10 @@ from schemas.manifest import Arithmetic, BackboneSpec, ModelManifest
 
 
 class FakeEngine:
-    """Calls a cell of the grid anomalous by how bright it is, less what the head has for its mean.
+    """Scores a cell of the grid by its brightness minus the mean in the head.
 
     Args:
-        spec: What the engine says that its backbone is.
+        spec: The backbone that the engine reports.
     """
 
     precision: Arithmetic = "float32"
@@ -31,7 +31,7 @@ class FakeEngine:
         self.spec = spec
 
     def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> list[np.float32]:
-        """Keep one number of a head per scale, so that categories differ."""
+        """Return one number of the head per scale, so that categories differ."""
         del manifest, read
         return [
             np.float32(statistics.mean.mean()) if isinstance(statistics, FeatureStatistics) else np.float32(0)
@@ -41,7 +41,7 @@ class FakeEngine:
     def detect(
         self, images: Pixels, heads: Sequence[tuple[list[np.float32], NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
-        """Average each cell of the images and subtract what the row's head has; see `Engine`."""
+        """Average each cell of the images and subtract the number of the row's head; see `Engine`."""
         grids = []
         for scale, side in enumerate(self.spec.grid_sizes):
             cell = self.spec.input_size // side

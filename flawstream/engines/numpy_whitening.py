@@ -1,6 +1,6 @@
-"""What stands before a flow, on arrays: for engines whose flows are no torch modules.
+"""Normalisation of features in NumPy, for engines that do not run flows in torch.
 
-In NumPy: torch would start threads of its own under each of an engine's, and takes longer for one image.
+Torch would start additional threads in each thread of an engine, and is slower at batch size 1.
 
 Shape legend: B images, C channels, H W height and width of a scale's grid, G groups of g channels.
 """
@@ -8,16 +8,14 @@ Shape legend: B images, C channels, H W height and width of a scale's grid, G gr
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
+from flawstream.engines.protocol import Float32Array
 from flawstream.fastflow.statistics import FeatureStatistics
 
-Grid = NDArray[np.float32]
 
-
-def array_normaliser(statistics: nn.Module) -> Callable[[Grid], Grid]:
-    """Give what a module of `fastflow.normalisation` does to (B, C, H, W) features, without gaps in memory."""
+def array_normaliser(statistics: nn.Module) -> Callable[[Float32Array], Float32Array]:
+    """Return the NumPy function for a module of `fastflow.normalisation`; maps contiguous (B, C, H, W) features."""
     match statistics:
         case FeatureStatistics():
             return _whitener(statistics)
@@ -27,23 +25,23 @@ def array_normaliser(statistics: nn.Module) -> Callable[[Grid], Grid]:
             return np.ascontiguousarray
 
 
-def _layer_norm(norm: nn.LayerNorm) -> Callable[[Grid], Grid]:
+def _layer_norm(norm: nn.LayerNorm) -> Callable[[Float32Array], Float32Array]:
     factor, offset, epsilon = norm.weight.numpy(), norm.bias.numpy(), np.float32(norm.eps)
 
-    def run(features: Grid) -> Grid:
+    def run(features: Float32Array) -> Float32Array:
         centred = features - features.mean(axis=(1, 2, 3), keepdims=True)
         deviation = np.sqrt(np.square(centred).mean(axis=(1, 2, 3), keepdims=True) + epsilon)
-        normal: Grid = centred / deviation * factor + offset
-        return normal
+        normalised: Float32Array = centred / deviation * factor + offset
+        return normalised
 
     return run
 
 
-def _whitener(statistics: FeatureStatistics) -> Callable[[Grid], Grid]:
+def _whitener(statistics: FeatureStatistics) -> Callable[[Float32Array], Float32Array]:
     mean, factor = statistics.mean.numpy(), 1 / statistics.deviation.numpy()
     whitening, groups = statistics.whitening.numpy(), statistics.groups
 
-    def run(features: Grid) -> Grid:
+    def run(features: Float32Array) -> Float32Array:
         count, channels, height, width = features.shape
         scaled = ((features - mean) * factor).reshape(count, groups, channels // groups, height * width)
         positions = np.ascontiguousarray(scaled.transpose(3, 1, 0, 2))  # (H W, G, B, g)

@@ -1,4 +1,4 @@
-"""What an engine is: the backbone and the heads on one kind of hardware. `tests/contracts` holds every engine to it.
+"""The protocol of engines, which compute backbone and heads on one kind of hardware. Tested in `tests/contracts`.
 
 Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
 """
@@ -15,66 +15,68 @@ from schemas.errors import RegistryError
 from schemas.manifest import Arithmetic, BackboneSpec, ModelManifest
 
 Loaded = Any
-"""What `Engine.load` gave: only the engine that gave it knows what is in it."""
+"""A head loaded by `Engine.load`; its type is private to the engine."""
 
 Read = Callable[[str], bytes]
-"""Gives a file that lies beside a version, by its name."""
+"""Reads a file of a version by its name."""
+
+Float32Array = NDArray[np.float32]
 
 
 def no_files(name: str) -> bytes:
-    """Read nothing: for versions of weights alone."""
-    raise RegistryError(f"{name} is not there")
+    """Raise `RegistryError`: for versions without further files."""
+    raise RegistryError(f"there is no file {name}")
 
 
 class Engine(Protocol):
-    """Judges batches of mixed categories. `load` is called while batches are under way, by other threads."""
+    """Computes anomaly grids for batches of mixed categories. `load` must be thread-safe, also beside `detect`."""
 
     spec: BackboneSpec
     precision: Arithmetic
-    """In what versions without an int8 graph are computed."""
+    """Arithmetic of versions without an int8 graph."""
     int8: bool
-    """Whether versions that may be judged in int8 are."""
+    """Whether versions that passed the int8 trial are computed in int8."""
     copies: int
-    """How often a version's float32 weights are in this process while it is ready."""
+    """Memory of a loaded version in this process, as a multiple of its float32 weights."""
     concurrent_batches: int
-    """How many threads may call `detect` at once; more than one where a batch leaves cores idle at its end."""
+    """Number of threads that may call `detect` at once; above 1 if cores are idle at the end of a batch."""
 
     def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> Loaded:
-        """Make a version ready and warm it up. May take seconds.
+        """Load a version and warm it up. May take seconds.
 
-        The version stays ready for as long as somebody holds what is given here.
+        The version is unloaded when the returned object is garbage-collected.
 
         Args:
-            head: The version's weights; left as it is.
-            manifest: What the version is; its backbone is the engine's. None for a head that is not published yet: it
-                runs in `precision`.
-            read: Gives what lies beside the weights, where the manifest names more than those.
+            head: The version's weights; not changed.
+            manifest: The version's manifest, with the engine's backbone. None for a head that is not published yet,
+                which is computed in `precision`.
+            read: Reads further files that the manifest lists.
 
         Raises:
             RegistryError: The engine cannot run the version.
-            TransientError: The engine is not here and does not answer.
+            TransientError: A remote engine does not answer.
         """
         ...
 
     def detect(self, images: Pixels, heads: Sequence[tuple[Loaded, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
-        """Judge a batch: the backbone once, then each head on its own rows.
+        """Compute a batch: the backbone once, then each head on its rows.
 
         Args:
-            images: (B, S, S, 3), of the form that the backbone sees.
-            heads: What `load` gave, with the rows that are its own; together all rows, each once.
+            images: (B, S, S, 3), in the backbone's `PixelForm`.
+            heads: Loaded heads with their rows; every row of the batch has exactly one head.
 
         Returns:
-            One (B, H_s, W_s) float32 grid per scale, nats per channel; the caller's own.
+            One (B, H_s, W_s) float32 grid per scale, nats per channel, in memory that the engine does not reuse.
 
         Raises:
-            MemoryError: There is no memory for so many images; for fewer there may be.
-            TransientError: The engine is not here and does not answer.
+            MemoryError: Out of memory for this batch size; a smaller batch may fit.
+            TransientError: A remote engine does not answer.
         """
         ...
 
 
 def arithmetic_of(engine: Engine, manifest: ModelManifest) -> Arithmetic:
-    """Name the arithmetic in which an engine judges a version: its thresholds must come from the same."""
+    """Return the arithmetic in which an engine computes a version; its thresholds must be from the same."""
     return "int8" if engine.int8 and manifest.int8_scope is not None else engine.precision
 
 
@@ -83,12 +85,12 @@ def run_heads(
     heads: Sequence[tuple[Callable[[Sequence[Any]], list[NDArray[np.float32]]], NDArray[np.int64]]],
     spec: BackboneSpec,
 ) -> list[NDArray[np.float32]]:
-    """Run each head on its own rows of a batch's features: what an engine in this process does.
+    """Run each head on its rows of a batch's features.
 
     Args:
-        features: Of the batch, one array or tensor per scale, wherever the engine keeps them.
-        heads: Each head with the rows that are its own; together all rows, each once.
-        spec: The backbone's.
+        features: The batch's features, one array or tensor per scale, on the engine's device.
+        heads: Heads with their rows; every row of the batch has exactly one head.
+        spec: The backbone.
 
     Returns:
         One (B, H_s, W_s) float32 grid per scale.
@@ -103,13 +105,13 @@ def run_heads(
 
 
 def empty_grids(count: int, spec: BackboneSpec) -> list[NDArray[np.float32]]:
-    """Make room for the grids of so many images: one (B, H_s, W_s) float32 array per scale."""
+    """Allocate the grids of a batch: one (B, H_s, W_s) float32 array per scale."""
     return [np.empty((count, side, side), np.float32) for side in spec.grid_sizes]
 
 
 def fill_rows(
     grids: Sequence[NDArray[np.float32]], rows: NDArray[np.int64] | int, parts: Sequence[NDArray[np.float32]]
 ) -> None:
-    """Put in the grids of a batch's rows, or of one row, scale by scale."""
+    """Write the grids of some rows, or of one row, into those of a batch."""
     for whole, part in zip(grids, parts, strict=True):
         whole[rows] = part

@@ -1,4 +1,4 @@
-"""PyTorch on a GPU or a CPU: the reference that other engines agree with. Tests run it on a CPU only."""
+"""PyTorch on a GPU or a CPU: the reference for other engines. Tests run it on a CPU only."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ from flawstream.imaging.pixels import Pixels
 from schemas.manifest import Arithmetic, ModelManifest
 
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive")
-"""What is said on a CPU where memory runs out, by torch's allocator and by oneDNN."""
+"""Parts of the messages of torch's allocator and oneDNN when they are out of memory on a CPU."""
 
-_NAMES: dict[torch.dtype | None, Arithmetic] = {
+_ARITHMETICS: dict[torch.dtype | None, Arithmetic] = {
     None: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -26,12 +26,12 @@ _NAMES: dict[torch.dtype | None, Arithmetic] = {
 
 
 class TorchEngine:
-    """Runs channels last.
+    """Runs in the channels-last memory format.
 
     Args:
-        backbone: The frozen network; moved to the GPU where there is one.
-        half: In what convolutions compute; None is float32, on a GPU without TF32. Normalisation and scores are float32
-            in any case.
+        backbone: The frozen network; moved to the GPU if there is one.
+        half: Arithmetic of convolutions; None is float32, on a GPU without TF32. Normalisation and scores are always
+            float32.
     """
 
     int8 = False
@@ -42,9 +42,9 @@ class TorchEngine:
         self.spec = backbone.spec
         self._device = open_device()
         self._half = half
-        self.precision: Arithmetic = _NAMES[half]
+        self.precision: Arithmetic = _ARITHMETICS[half]
         if self._device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # sizes of batches are few, and shapes fixed
+            torch.backends.cudnn.benchmark = True  # there are few batch sizes, and shapes are fixed
         self._backbone = backbone.to(self._device)
         self._backbone.to(memory_format=torch.channels_last)
 
@@ -56,9 +56,9 @@ class TorchEngine:
 
         @torch.inference_mode()
         def run(features: Sequence[Tensor]) -> list[NDArray[np.float32]]:
-            white = [normalise(scale) for normalise, scale in zip(folded.statistics, features, strict=True)]
+            normalised = [normalise(scale) for normalise, scale in zip(folded.statistics, features, strict=True)]
             with self._convolutions():
-                grids = folded.score(white)
+                grids = folded.score(normalised)
             return [grid.float().cpu().numpy() for grid in grids]
 
         run([torch.zeros((1, *shape), device=self._device) for shape in self.spec.feature_shapes])
@@ -73,7 +73,7 @@ class TorchEngine:
             return run_heads([scale.float() for scale in features], heads, self.spec)
 
     def _on_device(self, images: Pixels) -> Tensor:
-        """Copy a batch: arrays from shared memory are read-only, which torch warns of. To a GPU from pinned memory."""
+        """Copy a batch to the device, to a GPU from pinned memory. On a CPU too: torch needs writable memory."""
         copied = torch.tensor(images)
         if self._device.type == "cuda":
             return copied.pin_memory().to(self._device, non_blocking=True)
@@ -85,11 +85,11 @@ class TorchEngine:
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Call it `MemoryError` where memory runs out: torch has a class for it on a GPU and only words for it on a CPU."""
+    """Raise `MemoryError` if torch is out of memory; on a CPU only the message says so."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
             raise MemoryError(str(error).splitlines()[0]) from error
         raise
 

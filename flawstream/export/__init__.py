@@ -1,1 +1,1 @@
-"""Model versions written for other programs: ONNX, OpenVINO IR, and a model repository for Triton. A file each."""
+"""Export of model versions to ONNX, OpenVINO IR and Triton model repositories, one module each."""

@@ -1,8 +1,8 @@
-"""What an export computes: torch modules of tensors in and a tuple of tensors out, each with its name and shape.
+"""Torch modules to export, with the name and shape of every input and output tensor.
 
 Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
 
-Knows no file format. The batch size is left open everywhere.
+Knows no file format. The batch size is dynamic everywhere.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ MAP = "map"
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
-    """A named tensor that goes in or comes out.
+class TensorSpec:
+    """Name, shape and dtype of an input or output.
 
     Attributes:
-        name: What consumers address it by.
-        shape: Without the batch dimension, which comes first.
-        dtype: That of the pixels for images, float32 for all else.
+        name: The name in the exported file.
+        shape: Without the leading batch dimension.
+        dtype: The dtype of the pixels for images, else float32.
     """
 
     name: str
@@ -40,79 +40,79 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A module ready to be written.
+    """A module to export.
 
     Attributes:
-        module: Takes a tensor per input and gives a tuple of a tensor per output.
+        module: Takes one tensor per input and returns a tuple of one tensor per output.
         inputs: In the module's order.
         outputs: In the module's order.
     """
 
     module: nn.Module
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     def examples(self) -> tuple[Tensor, ...]:
-        """Make inputs to trace the module with. Two images: tracers take a batch of one for a constant."""
-        return tuple(torch.zeros((2, *port.shape), dtype=port.dtype) for port in self.inputs)
+        """Create inputs to trace the module with: a batch of 2, as tracers treat a batch of 1 as a constant."""
+        return tuple(torch.zeros((2, *tensor.shape), dtype=tensor.dtype) for tensor in self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
-class Extras:
-    """What comes out beside the grids.
+class ExtraOutputs:
+    """Outputs in addition to the grids.
 
     Attributes:
-        top_fraction: How the image score is taken from the grids, as the version was calibrated; None leaves it out.
-        map: Whether the map comes out at the size of the image.
+        top_fraction: Export the image score, computed with the `top_fraction` of the calibration; None: no score.
+        map: Export the anomaly map at the size of the image.
     """
 
     top_fraction: float | None = None
     map: bool = False
 
-    def ports(self, size: int) -> tuple[Port, ...]:
-        """Tell what comes out past the grids, for images of a side in pixels."""
-        score = () if self.top_fraction is None else (Port(SCORE, (1,)),)
-        return (*score, Port(MAP, (size, size))) if self.map else score
+    def tensors(self, size: int) -> tuple[TensorSpec, ...]:
+        """List the outputs after the grids, for images of `size` pixels a side."""
+        score = () if self.top_fraction is None else (TensorSpec(SCORE, (1,)),)
+        return (*score, TensorSpec(MAP, (size, size))) if self.map else score
 
 
-def images_port(spec: BackboneSpec) -> Port:
-    """Name the pixels that go in, as they are decoded and resized."""
+def image_tensor(spec: BackboneSpec) -> TensorSpec:
+    """Describe the input: decoded and resized pixels."""
     form = PixelForm.of(spec)
-    return Port(IMAGES, form.shape, getattr(torch, form.dtype))
+    return TensorSpec(IMAGES, form.shape, getattr(torch, form.dtype))
 
 
-def feature_ports(spec: BackboneSpec) -> tuple[Port, ...]:
-    """Name the features between backbone and head."""
-    return tuple(Port(f"features_{scale}", shape) for scale, shape in enumerate(spec.feature_shapes))
+def feature_tensors(spec: BackboneSpec) -> tuple[TensorSpec, ...]:
+    """Describe the features between backbone and head."""
+    return tuple(TensorSpec(f"features_{scale}", shape) for scale, shape in enumerate(spec.feature_shapes))
 
 
-def grid_ports(spec: BackboneSpec) -> tuple[Port, ...]:
-    """Name the grids."""
-    return tuple(Port(f"grid_{scale}", (side, side)) for scale, side in enumerate(spec.grid_sizes))
+def grid_tensors(spec: BackboneSpec) -> tuple[TensorSpec, ...]:
+    """Describe the anomaly grids."""
+    return tuple(TensorSpec(f"grid_{scale}", (side, side)) for scale, side in enumerate(spec.grid_sizes))
 
 
 def backbone_graph(backbone: Backbone) -> Graph:
-    """Make the part that all categories share: images to features."""
-    return Graph(_Features(backbone), (images_port(backbone.spec),), feature_ports(backbone.spec))
+    """Create the graph that all categories share: images to features."""
+    return Graph(_Features(backbone), (image_tensor(backbone.spec),), feature_tensors(backbone.spec))
 
 
-def head_graph(spec: BackboneSpec, head: FastFlowHead, extras: Extras) -> Graph:
-    """Make the part that is one category's: features to grids and what comes with them."""
+def head_graph(spec: BackboneSpec, head: FastFlowHead, extra_outputs: ExtraOutputs) -> Graph:
+    """Create the graph of one category: features to grids and extra outputs."""
     return Graph(
-        _Head(head, extras, spec.input_size),
-        feature_ports(spec),
-        (*grid_ports(spec), *extras.ports(spec.input_size)),
+        _Head(head, extra_outputs, spec.input_size),
+        feature_tensors(spec),
+        (*grid_tensors(spec), *extra_outputs.tensors(spec.input_size)),
     )
 
 
-def whole_graph(backbone: Backbone, head: FastFlowHead, extras: Extras) -> Graph:
-    """Make a category's whole model: images to grids and what comes with them."""
-    part = head_graph(backbone.spec, head, extras)
-    return Graph(_Whole(backbone, part.module), (images_port(backbone.spec),), part.outputs)
+def whole_graph(backbone: Backbone, head: FastFlowHead, extra_outputs: ExtraOutputs) -> Graph:
+    """Create the complete model of one category: images to grids and extra outputs."""
+    head_part = head_graph(backbone.spec, head, extra_outputs)
+    return Graph(_Whole(backbone, head_part.module), (image_tensor(backbone.spec),), head_part.outputs)
 
 
 class _Features(nn.Module):
-    """The backbone under a forward of any number of tensors, as all graphs here have it."""
+    """The backbone with the `forward` signature of all graphs here: tensors in, a tuple of tensors out."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -123,18 +123,18 @@ class _Features(nn.Module):
 
 
 class _Head(nn.Module):
-    def __init__(self, head: FastFlowHead, extras: Extras, size: int) -> None:
+    def __init__(self, head: FastFlowHead, extra_outputs: ExtraOutputs, size: int) -> None:
         super().__init__()
         self.folded = FoldedHead(head)
-        self.extras = extras
+        self.extra_outputs = extra_outputs
         self.size = size
 
     def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
         grids: list[Tensor] = self.folded(list(features))
         outputs = [*grids]
-        if self.extras.top_fraction is not None:
-            outputs.append(image_scores(grids, self.extras.top_fraction)[:, None])
-        if self.extras.map:
+        if self.extra_outputs.top_fraction is not None:
+            outputs.append(image_scores(grids, self.extra_outputs.top_fraction)[:, None])
+        if self.extra_outputs.map:
             outputs.append(_upsample(grids, self.size))
         return tuple(outputs)
 
@@ -151,7 +151,7 @@ class _Whole(nn.Module):
 
 
 def _upsample(grids: Sequence[Tensor], size: int) -> Tensor:
-    """Average the scales at full size: what `flawstream.imaging.maps.upsample` does to arrays."""
+    """Average the scales at full size, as `flawstream.imaging.maps.upsample` does with arrays."""
     scales = [
         functional.interpolate(grid[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
         for grid in grids

@@ -1,4 +1,4 @@
-"""Graphs as OpenVINO IR. Needs the extra `openvino`."""
+"""Export to OpenVINO IR. Needs the extra `openvino`."""
 
 from pathlib import Path
 
@@ -7,19 +7,21 @@ from flawstream.export.graph import Graph
 
 
 def write_openvino(graph: Graph, folder: Path) -> None:
-    """Write `model.xml` and `model.bin` in float32; any batch size.
+    """Write `model.xml` and `model.bin` in float32, with a dynamic batch size.
 
     Args:
-        graph: What to write.
-        folder: Where to.
+        graph: The graph to export.
+        folder: The folder to write to.
 
     Raises:
         ConfigError: OpenVINO is not installed.
     """
-    (dtype,) = {port.dtype for port in graph.inputs}
-    converted = convert(graph.module, [port.shape for port in graph.inputs], dtype)
-    import openvino  # noqa: PLC0415 - an optional extra, there if `convert` went through
+    (dtype,) = {tensor.dtype for tensor in graph.inputs}
+    converted = convert(graph.module, [tensor.shape for tensor in graph.inputs], dtype)
+    import openvino  # noqa: PLC0415 - an optional extra, installed if `convert` succeeded
 
-    for port, place in zip((*graph.inputs, *graph.outputs), (*converted.inputs, *converted.outputs), strict=True):
-        place.get_tensor().set_names({port.name})
+    for tensor, converted_tensor in zip(
+        (*graph.inputs, *graph.outputs), (*converted.inputs, *converted.outputs), strict=True
+    ):
+        converted_tensor.get_tensor().set_names({tensor.name})
     openvino.save_model(converted, folder / "model.xml", compress_to_fp16=False)

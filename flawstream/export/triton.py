@@ -1,10 +1,10 @@
 """A model repository for Triton: one model that clients call, one backbone, and one head per model version.
 
-    flawstream/      what clients call: images and, per image, which version is to judge it
-    backbone/        run once for every batch, whatever categories are in it
+    flawstream/      the front model, which clients call: images and the version to run on each
+    backbone/        runs once per batch, for all categories in it
     bottle@v1/ ...   one head per version
 
-The backbone and the heads are ONNX, for Triton's onnxruntime backend or, run by a file beside them, its Python backend.
+The backbone and the heads are ONNX, run by Triton's onnxruntime backend or by its Python backend (`onnx_model.py`).
 Needs the extras `export` and `triton`.
 """
 
@@ -19,14 +19,14 @@ from typing import Any, Literal
 import torch
 
 from flawstream.export.graph import (
-    Extras,
+    ExtraOutputs,
     Graph,
-    Port,
+    TensorSpec,
     backbone_graph,
-    feature_ports,
-    grid_ports,
+    feature_tensors,
+    grid_tensors,
     head_graph,
-    images_port,
+    image_tensor,
 )
 from flawstream.export.onnx import to_onnx
 from flawstream.fastflow.backbone import Backbone
@@ -36,14 +36,14 @@ from schemas.errors import ConfigError
 from schemas.manifest import BackboneSpec, ModelManifest
 
 FRONT = "flawstream"
-"""What clients call. No version's model has this name or the next: theirs hold an `@`."""
+"""The front model. Versions cannot have this name or the next, as theirs contain an `@`."""
 BACKBONE = "backbone"
 MODEL = "model"
 """The front model's input that names each image's version, as `category@version`."""
 SPEC_PARAMETER = "backbone_spec"
-"""The front model's parameter that says what the backbone is, as JSON."""
+"""The front model's parameter with the `BackboneSpec` as JSON."""
 WEIGHTS_PARAMETER = "weights_sha256"
-"""A head's parameter that says which weights it was made of."""
+"""A head's parameter with the digest of its weights."""
 
 TritonBackend = Literal["onnxruntime", "python"]
 
@@ -53,13 +53,13 @@ _CONFIG = "config.pbtxt"
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """What the repository is written for.
+class TritonOptions:
+    """Settings of the Triton server.
 
     Attributes:
-        backend: What runs the backbone and the heads.
-        max_batch_images: Most images in one batch of the server.
-        instances: Copies of the backbone and of each head that run at once, on each GPU or on the CPU.
+        backend: The backend that runs the backbone and the heads.
+        max_batch_images: Maximum batch size.
+        instances: Instances of the backbone and of each head, per GPU or on the CPU.
     """
 
     backend: TritonBackend = "onnxruntime"
@@ -68,26 +68,32 @@ class Server:
 
 
 def write_triton(
-    folder: Path, manifest: ModelManifest, backbone: Backbone, head: FastFlowHead, *, extras: Extras, server: Server
+    folder: Path,
+    manifest: ModelManifest,
+    backbone: Backbone,
+    head: FastFlowHead,
+    *,
+    extra_outputs: ExtraOutputs,
+    options: TritonOptions,
 ) -> Path:
-    """Put a version into a model repository, with the front model and the backbone where they are not there yet.
+    """Add a version to a model repository, with the front model and the backbone if they are missing.
 
-    Every model is written elsewhere and moved in, so that a server that polls the folder never sees half of one.
+    Every model is written elsewhere and moved in, so that a server that polls the folder never sees an incomplete one.
 
     Args:
-        folder: The repository; made where it does not exist.
-        manifest: The version's.
-        backbone: What it runs on.
-        head: Its weights.
-        extras: What comes out beside the grids; the same for all versions in the repository.
-        server: What the repository is written for.
+        folder: The repository; created if missing.
+        manifest: The version's manifest.
+        backbone: The version's backbone.
+        head: The version's head.
+        extra_outputs: Must be the same for all versions in the repository.
+        options: Settings of the Triton server.
 
     Returns:
         The version's folder.
 
     Raises:
-        ConfigError: An extra is not installed, the version is there already, or the repository is of another backbone
-            or other outputs.
+        ConfigError: An extra is not installed, the version exists already, or the repository has another backbone or
+            other outputs.
     """
     if importlib.util.find_spec("tritonclient") is None:
         raise ConfigError(
@@ -96,19 +102,19 @@ def write_triton(
     spec = backbone.spec
     target = folder / manifest.model
     if target.exists():
-        raise ConfigError(f"{target} is there already, and a version never changes; remove it to write it anew")
-    front = _front_config(spec, extras, server)
+        raise ConfigError(f"{target} exists already and a version is immutable; remove it to export it again")
+    front = _front_config(spec, extra_outputs, options)
     _refuse_other_front(folder, front)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".flawstream-export-") as temporary:
         staged = Path(temporary)
         if not (folder / BACKBONE).exists():
             graph = backbone_graph(backbone)
-            _write_network(staged / BACKBONE, graph, {}, server)
+            _write_network(staged / BACKBONE, graph, {}, options)
             shutil.move(staged / BACKBONE, folder / BACKBONE)
-        graph = head_graph(spec, head, extras)
-        told = {MODEL: manifest.model, WEIGHTS_PARAMETER: manifest.files.get(WEIGHTS_FILE, "")}
-        _write_network(staged / manifest.model, graph, told, server)
+        graph = head_graph(spec, head, extra_outputs)
+        parameters = {MODEL: manifest.model, WEIGHTS_PARAMETER: manifest.files.get(WEIGHTS_FILE, "")}
+        _write_network(staged / manifest.model, graph, parameters, options)
         document = manifest.model_dump_json(indent=2)
         (staged / manifest.model / "manifest.json").write_text(document, encoding="utf-8")
         shutil.move(staged / manifest.model, target)
@@ -128,68 +134,70 @@ def read_config(text: str) -> Any:
 
 
 def _refuse_other_front(folder: Path, wanted: Any) -> None:
-    """One repository has one backbone and one set of outputs; batching and instances are the operator's to change."""
+    """Refuse a repository with another backbone or other outputs. Operators may change batching and instances."""
     file = folder / FRONT / _CONFIG
     if not file.exists():
         return
     present = read_config(file.read_text(encoding="utf-8"))
     if present.parameters != wanted.parameters:
-        raise ConfigError(f"{folder} is a repository of another backbone; write this version to a folder of its own")
+        raise ConfigError(f"{folder} is a repository for another backbone; write this version to another folder")
     if [output.name for output in present.output] != [output.name for output in wanted.output]:
         raise ConfigError(
-            f"the versions in {folder} give {', '.join(output.name for output in present.output)}; ask for the same "
-            "here, or write to a folder of its own"
+            f"the versions in {folder} have the outputs {', '.join(output.name for output in present.output)}; choose "
+            "the same, or write to another folder"
         )
 
 
-def _write_network(folder: Path, graph: Graph, told: dict[str, str], server: Server) -> None:
-    config = _config(folder.name, graph.inputs, graph.outputs, server)
-    config.backend = server.backend
-    group = config.instance_group.add(count=server.instances)
+def _write_network(folder: Path, graph: Graph, parameters: dict[str, str], options: TritonOptions) -> None:
+    config = _config(folder.name, graph.inputs, graph.outputs, options)
+    config.backend = options.backend
+    group = config.instance_group.add(count=options.instances)
     group.kind = type(group).KIND_AUTO
-    for name, text in told.items():
+    for name, text in parameters.items():
         config.parameters[name].string_value = text
-    for size in (1, server.max_batch_images):
+    for size in (1, options.max_batch_images):
         warmup = config.model_warmup.add(name=f"batch of {size}", batch_size=size)
-        for port, declared in zip(graph.inputs, config.input, strict=True):
-            blank = warmup.inputs[port.name]
+        for tensor, declared in zip(graph.inputs, config.input, strict=True):
+            blank = warmup.inputs[tensor.name]
             blank.data_type, blank.zero_data = declared.data_type, True
-            blank.dims.extend(port.shape)
+            blank.dims.extend(tensor.shape)
     _write_model(folder, config)
-    (folder / "1" / "model.onnx").write_bytes(to_onnx(graph, told))
-    if server.backend == "python":
+    (folder / "1" / "model.onnx").write_bytes(to_onnx(graph, parameters))
+    if options.backend == "python":
         _copy_source("onnx_model.py", folder)
 
 
-def _front_config(spec: BackboneSpec, extras: Extras, server: Server) -> Any:
-    """Configure the front model. Without a warm-up: zeros name no version, and it holds nothing that could be cold."""
-    outputs = (*grid_ports(spec), *extras.ports(spec.input_size))
-    config = _config(FRONT, (images_port(spec),), outputs, server)
+def _front_config(spec: BackboneSpec, extra_outputs: ExtraOutputs, options: TritonOptions) -> Any:
+    """Configure the front model. No warm-up: it has no weights, and blank input names no version."""
+    outputs = (*grid_tensors(spec), *extra_outputs.tensors(spec.input_size))
+    config = _config(FRONT, (image_tensor(spec),), outputs, options)
     config.input.add(name=MODEL, data_type="TYPE_STRING", dims=[1])
     config.backend = "python"
-    # two: while one waits for the models it called, the other puts the next batch together
-    group = config.instance_group.add(count=2 * server.instances)
+    # two: while one waits for the models it called, the other assembles the next batch
+    group = config.instance_group.add(count=2 * options.instances)
     group.kind = type(group).KIND_CPU
     config.parameters["backbone"].string_value = BACKBONE
-    config.parameters["features"].string_value = " ".join(port.name for port in feature_ports(spec))
+    config.parameters["features"].string_value = " ".join(tensor.name for tensor in feature_tensors(spec))
     config.parameters[SPEC_PARAMETER].string_value = spec.model_dump_json()
     return config
 
 
-def _config(name: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...], server: Server) -> Any:
+def _config(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: TritonOptions) -> Any:
     from tritonclient.grpc import model_config_pb2  # noqa: PLC0415 - an optional extra
 
-    config = model_config_pb2.ModelConfig(name=name, max_batch_size=server.max_batch_images)
-    for ports, declared in ((inputs, config.input), (outputs, config.output)):
-        for port in ports:
-            kind = "TYPE_UINT8" if port.dtype is torch.uint8 else "TYPE_FP32"
-            declared.add(name=port.name, data_type=kind, dims=port.shape)
+    config = model_config_pb2.ModelConfig(name=name, max_batch_size=options.max_batch_images)
+    for tensors, declared in ((inputs, config.input), (outputs, config.output)):
+        for tensor in tensors:
+            kind = "TYPE_UINT8" if tensor.dtype is torch.uint8 else "TYPE_FP32"
+            declared.add(name=tensor.name, data_type=kind, dims=tensor.shape)
     size = _SMALLEST_PREFERRED
-    while size < server.max_batch_images:
+    while size < options.max_batch_images:
         config.dynamic_batching.preferred_batch_size.append(size)
         size *= 2
-    config.dynamic_batching.preferred_batch_size.append(server.max_batch_images)
-    config.dynamic_batching.max_queue_delay_microseconds = 0  # what waits while the model is busy is a batch
+    config.dynamic_batching.preferred_batch_size.append(options.max_batch_images)
+    config.dynamic_batching.max_queue_delay_microseconds = (
+        0  # requests that arrive while the model is busy form the next batch
+    )
     return config
 
 

@@ -1,4 +1,4 @@
-"""A model version written for another program, with what its consumer needs to know beside it."""
+"""Export of one model version, with a description of its inputs, outputs and thresholds."""
 
 import json
 import tempfile
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from flawstream.export.graph import Extras, Graph, Port, whole_graph
+from flawstream.export.graph import ExtraOutputs, Graph, TensorSpec, whole_graph
 from flawstream.export.onnx import to_onnx
 from flawstream.export.openvino import write_openvino
-from flawstream.export.triton import Server, write_triton
+from flawstream.export.triton import TritonOptions, write_triton
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.registry.versions import open_backbone
@@ -21,7 +21,7 @@ from schemas.settings import ModelSettings
 
 
 class ExportFormat(StrEnum):
-    """For whom."""
+    """The format to export to."""
 
     ONNX = "onnx"
     OPENVINO = "openvino"
@@ -30,17 +30,17 @@ class ExportFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """How.
+    """What to export.
 
     Attributes:
-        score: Whether the image score comes out.
-        map: Whether the map comes out at the size of the image.
-        server: For Triton alone.
+        score: Export the image score.
+        map: Export the anomaly map at the size of the image.
+        triton: Settings of the Triton server; for that format only.
     """
 
     score: bool = True
     map: bool = False
-    server: Server = field(default_factory=Server)
+    triton: TritonOptions = field(default_factory=TritonOptions)
 
 
 def export_version(
@@ -52,34 +52,34 @@ def export_version(
     folder: Path,
     options: ExportOptions,
 ) -> Path:
-    """Write a version.
+    """Export a version.
 
     Args:
-        registry: Where the version is.
-        manifest: The version's.
-        settings: For the backbone's weights where they came from a file.
-        kind: For whom.
-        folder: For Triton the model repository; else the version gets a folder of its own in there.
-        options: How.
+        registry: The registry that has the version.
+        manifest: The version's manifest.
+        settings: `weights` names the file of the backbone's weights, if they came from one.
+        kind: The format.
+        folder: For Triton the model repository; otherwise the version gets a subfolder in it.
+        options: What to export.
 
     Returns:
-        The folder that holds the version.
+        The version's folder.
 
     Raises:
-        ConfigError: An extra is not installed, the version was written there before, or the installed timm has no such
+        ConfigError: An extra is not installed, the version was exported there before, or the installed timm has no such
             network.
-        WeightsError: The backbone's weights cannot be had.
+        WeightsError: The backbone's weights cannot be loaded.
         RegistryError: The version is damaged.
     """
     head = FastFlowHead.from_bytes(registry.read_file(manifest, WEIGHTS_FILE), manifest.backbone, manifest.flow)
     backbone = open_backbone(registry, manifest, settings)
-    extras = Extras(manifest.calibration.top_fraction if options.score else None, options.map)
+    extra_outputs = ExtraOutputs(manifest.calibration.top_fraction if options.score else None, options.map)
     if kind is ExportFormat.TRITON:
-        return write_triton(folder, manifest, backbone, head, extras=extras, server=options.server)
+        return write_triton(folder, manifest, backbone, head, extra_outputs=extra_outputs, options=options.triton)
     target = folder / manifest.model
     if target.exists():
-        raise ConfigError(f"{target} is there already, and a version never changes; remove it to write it anew")
-    graph = whole_graph(backbone, head, extras)
+        raise ConfigError(f"{target} exists already and a version is immutable; remove it to export it again")
+    graph = whole_graph(backbone, head, extra_outputs)
     interface = _interface(graph, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".flawstream-export-") as temporary:
@@ -96,13 +96,13 @@ def export_version(
 
 
 def _interface(graph: Graph, manifest: ModelManifest) -> dict[str, object]:
-    """Say what a program that knows nothing of flawstream must: what goes in, what comes out, how to judge."""
+    """Describe inputs, outputs and thresholds for a program that does not know flawstream."""
     calibration = manifest.calibration
     return {
         "model": manifest.model,
-        "inputs": [_told(port) for port in graph.inputs],
+        "inputs": [_tensor_json(tensor) for tensor in graph.inputs],
         "resize": manifest.backbone.resize,
-        "outputs": [_told(port) for port in graph.outputs],
+        "outputs": [_tensor_json(tensor) for tensor in graph.outputs],
         "threshold": calibration.threshold,
         "pixel_threshold": calibration.pixel_threshold,
         "top_fraction": calibration.top_fraction,
@@ -110,6 +110,6 @@ def _interface(graph: Graph, manifest: ModelManifest) -> dict[str, object]:
     }
 
 
-def _told(port: Port) -> dict[str, object]:
-    kind = "uint8" if port.dtype is torch.uint8 else "float32"
-    return {"name": port.name, "shape": ["batch", *port.shape], "dtype": kind}
+def _tensor_json(tensor: TensorSpec) -> dict[str, object]:
+    kind = "uint8" if tensor.dtype is torch.uint8 else "float32"
+    return {"name": tensor.name, "shape": ["batch", *tensor.shape], "dtype": kind}

@@ -1,4 +1,4 @@
-"""The frozen pretrained network: from pixels to features at several scales. Any timm model with stages or blocks.
+"""The frozen pretrained network, pixels to features at several scales: any timm model with stages or blocks.
 
 Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
 """
@@ -31,39 +31,41 @@ _CURE = "model.weights must be auto, package, timm, or the path of a .safetensor
 
 
 class Backbone(nn.Module):
-    """Features of the chosen stages or blocks; what lies past the last of them is cut off.
+    """Computes features of the chosen stages or blocks; the layers after the last of them are cut off.
 
-    Normalising is part of the graph, so that every engine is handed plain pixels.
+    Normalisation of pixels is part of the graph, so engines receive plain pixels.
 
     Args:
-        settings: Which network, weights, layers and input size.
-        tensors: Weights at hand; `settings.weights` is then their name. Absent: they are from where it says.
+        settings: Network, weights, layers and input size.
+        tensors: The weights, which `settings.weights` then only names; None: load them from `settings.weights`.
 
     Attributes:
-        spec: What a manifest keeps of it.
+        spec: The description for the manifest.
 
     Raises:
-        ConfigError: No such network, no layer that was asked for, or one that does not fit the input size.
-        WeightsError: The weights cannot be had.
+        ConfigError: The network or a layer does not exist, or does not fit the input size.
+        WeightsError: The weights cannot be loaded.
     """
 
     def __init__(self, settings: ModelSettings, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         source = settings.weights if tensors is not None else resolve_source(settings.backbone, settings.weights)
-        made = make_network(settings, pretrained=tensors is None and source == "timm")
+        network = make_network(settings, pretrained=tensors is None and source == "timm")
         if tensors is not None:
-            load_weights(made.module, tensors, source)
+            load_weights(network.module, tensors, source)
         elif source == "package":
-            load_weights(made.module, read_package(settings.backbone), f"the package of {settings.backbone}")
+            load_weights(network.module, read_package(settings.backbone), f"the package of {settings.backbone}")
         elif source != "timm":
-            load_weights(made.module, read_state_dict(Path(source), f"backbone weights from {source}", _CURE), source)
+            load_weights(
+                network.module, read_state_dict(Path(source), f"backbone weights from {source}", _CURE), source
+            )
         weights = source if source in ("timm", "package") else Path(source).name
-        self.spec = made.spec(settings, weights, digest(made.module))
-        if isinstance(made.module, BlockFeatures):
-            made.module.set_input_size(settings.input_size)  # past the digest: it is of the weights as they were had
-        self.network = made.module.eval().requires_grad_(requires_grad=False)
-        self.shift = nn.Buffer(torch.tensor(made.mean).view(1, 3, 1, 1) * 255)
-        self.factor = nn.Buffer(1 / (torch.tensor(made.std).view(1, 3, 1, 1) * 255))
+        self.spec = network.spec(settings, weights, digest(network.module))
+        if isinstance(network.module, BlockFeatures):
+            network.module.set_input_size(settings.input_size)  # after the digest, which is of the original weights
+        self.network = network.module.eval().requires_grad_(requires_grad=False)
+        self.shift = nn.Buffer(torch.tensor(network.mean).view(1, 3, 1, 1) * 255)
+        self.factor = nn.Buffer(1 / (torch.tensor(network.std).view(1, 3, 1, 1) * 255))
         _check_shapes(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -81,13 +83,13 @@ class Backbone(nn.Module):
 
 
 class BlockFeatures(nn.Module):
-    """A transformer up to its last chosen block: the patch tokens after each, under the network's own last norm.
+    """Computes the patch tokens of a transformer after the chosen blocks, with the network's last norm applied.
 
-    Source: FastFlow, table 6: block 7 of DeiT, block 40 of CaiT. Class and distillation tokens do not come out.
+    Source: FastFlow, table 6: block 7 of DeiT, block 40 of CaiT. Class and distillation tokens are dropped.
 
     Args:
-        model: A whole timm transformer; its later blocks are cut off.
-        blocks: By index from 0, ascending.
+        model: A complete timm transformer; blocks after the last chosen one are cut off.
+        blocks: Indices from 0, ascending.
     """
 
     def __init__(self, model: nn.Module, blocks: tuple[int, ...]) -> None:
@@ -97,7 +99,7 @@ class BlockFeatures(nn.Module):
         self.blocks = list(blocks)
 
     def set_input_size(self, side: int) -> None:
-        """Resample the embedding of positions where it is of another size and timm knows how."""
+        """Resample the position embedding to another input size, if timm supports it."""
         size = (side, side)
         if hasattr(self.model, "set_input_size") and tuple(self.model.patch_embed.img_size) != size:  # type: ignore[arg-type,union-attr]
             self.model.set_input_size(img_size=size)  # type: ignore[operator]
@@ -112,14 +114,14 @@ class BlockFeatures(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class FeatureNetwork:
-    """A timm network that gives features, and what timm says of it.
+    """A timm network that returns features, and its properties.
 
     Attributes:
         module: (B, 3, S, S) normalised pixels to one (B, C_s, H_s, W_s) tensor per scale.
         channels: C_s.
         strides: S / H_s, pixels.
-        mean: Per colour channel, of pixels in [0, 1].
-        std: Per colour channel, of pixels in [0, 1].
+        mean: Mean per colour channel, of pixels in [0, 1].
+        std: Standard deviation per colour channel, of pixels in [0, 1].
     """
 
     module: nn.Module
@@ -129,7 +131,7 @@ class FeatureNetwork:
     std: tuple[float, float, float]
 
     def spec(self, settings: ModelSettings, weights: str, weights_sha256: str) -> BackboneSpec:
-        """Write down what a manifest keeps."""
+        """Describe the network for a manifest."""
         return BackboneSpec(
             name=settings.backbone,
             weights=weights,
@@ -145,20 +147,20 @@ class FeatureNetwork:
 
 
 def make_network(settings: ModelSettings, *, pretrained: bool) -> FeatureNetwork:
-    """Make a network that gives the features of the layers asked for, on torch's default device.
+    """Create a network that returns the features of the chosen layers, on torch's default device.
 
     Args:
-        settings: Which network, and which of its layers.
-        pretrained: Whether timm loads its weights; else they are random.
+        settings: Network and layers.
+        pretrained: Whether timm loads the weights; else they are random.
 
     Raises:
-        ConfigError: No such network, or no layer that was asked for.
+        ConfigError: The network or a layer does not exist.
         WeightsError: timm cannot load its weights.
     """
     known = timm.list_models()
     if settings.backbone not in known:
         near = get_close_matches(settings.backbone, known, n=8)
-        hint = f"; near it: {', '.join(near)}" if near else ""
+        hint = f"; similar names: {', '.join(near)}" if near else ""
         raise ConfigError(f"timm has no model {settings.backbone!r}{hint}. timm.list_models() lists all")
     return (_make_blocks if settings.blocks else _make_stages)(settings, pretrained=pretrained)
 
@@ -184,9 +186,7 @@ def _make_stages(settings: ModelSettings, *, pretrained: bool) -> FeatureNetwork
     indices = tuple(last[stride] for stride in settings.strides)
     network = _create(settings.backbone, pretrained=pretrained, features_only=True, out_indices=indices)
     info = network.feature_info
-    if isinstance(
-        network, EfficientNetFeatures | MobileNetV3Features
-    ):  # the others end at the last stage by themselves
+    if isinstance(network, EfficientNetFeatures | MobileNetV3Features):  # timm cuts the other networks itself
         network.blocks = network.blocks[: max(stage["stage"] for stage in info.get_dicts())]  # type: ignore[operator,union-attr]
     config = network.pretrained_cfg
     return FeatureNetwork(network, tuple(info.channels()), settings.strides, config["mean"], config["std"])  # type: ignore[operator,union-attr,index,arg-type]
@@ -200,9 +200,9 @@ def _make_blocks(settings: ModelSettings, *, pretrained: bool) -> FeatureNetwork
         whole = timm.create_model(name, pretrained=False)
     count = len(getattr(whole, "blocks", ()))
     if not count or len(whole.feature_info) != count or not hasattr(whole, "prune_intermediate_layers"):
-        raise ConfigError(f"{name} is no transformer of equal blocks; choose its stages with model.strides")
+        raise ConfigError(f"{name} is not a transformer of equal blocks; choose stages with model.strides")
     if blocks[-1] >= count:
-        raise ConfigError(f"{name} has blocks 0 to {count - 1}, and model.blocks={blocks} asks for others")
+        raise ConfigError(f"{name} has blocks 0 to {count - 1}, but model.blocks={blocks}")
     chosen = [whole.feature_info[block] for block in blocks]
     network = _create(name, pretrained=pretrained)
     config = network.pretrained_cfg
@@ -221,9 +221,9 @@ def _create(name: str, *, pretrained: bool, **arguments: object) -> nn.Module:
     except Exception as error:
         raise WeightsError(
             f"timm could not load pretrained weights of {name} ({type(error).__name__}: {first_lines(error)}). "
-            "There are three ways: (1) let timm fetch them, with internet or a filled Hugging Face cache; "
-            "(2) name a local state dict, model.weights=/path/to/weights.safetensors; "
-            f"(3) take the default backbone {PACKAGED_BACKBONES[0]}, whose weights are installed with flawstream"
+            "Choose one: (1) let timm download them, with internet access or a filled Hugging Face cache; "
+            "(2) set a local state dict, model.weights=/path/to/weights.safetensors; "
+            f"(3) use the default backbone {PACKAGED_BACKBONES[0]}, whose weights are installed with flawstream"
         ) from error
     return network
 
@@ -234,47 +234,47 @@ def load_trained_backbone(
     """Load the backbone that a model version was trained on.
 
     Args:
-        spec: The version's.
-        settings: Its `weights` may name a file with the version's weights; it must where they came from one.
-        tensors: The version's weights, where they lie beside it: `flawstream.registry.versions`.
+        spec: The version's backbone.
+        settings: `weights` must name the file of the weights if the version's came from a file.
+        tensors: The weights, if they are stored with the version: `flawstream.registry.versions`.
 
     Raises:
         ConfigError: The installed timm has no such network.
-        WeightsError: The weights cannot be had, or are not those of training.
+        WeightsError: The weights cannot be loaded, or are not those of training.
     """
-    named = settings.weights
-    if tensors is not None or spec.weights == "package" or (spec.weights == "timm" and named in ("auto", "package")):
-        named = spec.weights
-    changes = {
+    source = settings.weights
+    if tensors is not None or spec.weights == "package" or (spec.weights == "timm" and source in ("auto", "package")):
+        source = spec.weights
+    update = {
         "backbone": spec.name,
         "strides": spec.strides,
         "blocks": spec.blocks,
         "input_size": spec.input_size,
         "resize": spec.resize,
-        "weights": named,
+        "weights": source,
     }
-    backbone = Backbone(settings.model_copy(update=changes), tensors)
+    backbone = Backbone(settings.model_copy(update=update), tensors)
     if backbone.spec.weights_sha256 != spec.weights_sha256:
         raise WeightsError(
-            f"{spec.name} was trained on weights {spec.weights_sha256[:12]} from {spec.weights}, and those found by "
-            f"model.weights={named} are {backbone.spec.weights_sha256[:12]}; name the file that training used"
+            f"{spec.name} was trained on weights {spec.weights_sha256[:12]} from {spec.weights}, but "
+            f"model.weights={source} has {backbone.spec.weights_sha256[:12]}; set the file that training used"
         )
     return backbone
 
 
 def _check_shapes(backbone: Backbone) -> None:
-    """Run the network once: some take one input size alone, some pad otherwise or put the channels last."""
+    """Run the network once: some accept only one input size, pad differently or put the channels last."""
     spec = backbone.spec
     try:
         with torch.no_grad():
             features = backbone(torch.zeros((1, spec.input_size, spec.input_size, 3), dtype=torch.uint8))
     except Exception as error:
         raise ConfigError(
-            f"{spec.name} does not take images of model.input_size={spec.input_size} ({first_lines(error)})"
+            f"{spec.name} does not accept images of model.input_size={spec.input_size} ({first_lines(error)})"
         ) from error
     shapes = [tuple(scale.shape[1:]) for scale in features]
     if shapes != spec.feature_shapes:
         raise ConfigError(
-            f"{spec.name} gives features of (channels, height, width) {shapes} for {spec.layers} at "
-            f"{spec.input_size} px, and {spec.feature_shapes} are needed; choose another model.backbone"
+            f"{spec.name} returns features of (channels, height, width) {shapes} for {spec.layers} at "
+            f"{spec.input_size} px, expected {spec.feature_shapes}; choose another model.backbone"
         )

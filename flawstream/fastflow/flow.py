@@ -3,8 +3,8 @@
 Shape legend: B images, C channels, H W height and width of the scale's grid.
 
 A step is the block that public re-implementations of FastFlow use (FrEIA's all-in-one block): affine coupling with a
-small convolutional subnet, soft clamp, global affine, fixed permutation. Here the permutation is an index where theirs
-is a C x C matrix. Knows no backbone and no loss.
+small convolutional subnet, soft clamp, global affine, fixed permutation. The permutation is an index here and a C x C
+matrix there. Knows no backbone and no loss.
 """
 
 import copy
@@ -27,7 +27,7 @@ class FlowStep(nn.Module):
 
     Args:
         channels: C.
-        kernel_size: Of the subnet's two convolutions, 3 or 1.
+        kernel_size: Kernel size of the subnet's two convolutions, 3 or 1.
         hidden_ratio: Hidden channels of the subnet over its input channels.
         clamp: Bound of the log scale.
         generator: Draws the permutation.
@@ -46,14 +46,14 @@ class FlowStep(nn.Module):
             nn.ReLU(),
             nn.Conv2d(hidden, 2 * self.active, kernel_size, padding="same"),
         )
-        one = math.log(math.expm1(_SOFTPLUS_BETA / _SCALE_FACTOR)) / _SOFTPLUS_BETA
-        self.raw_scale = nn.Parameter(torch.full((1, channels, 1, 1), one))
+        raw_one = math.log(math.expm1(_SOFTPLUS_BETA / _SCALE_FACTOR)) / _SOFTPLUS_BETA
+        self.raw_scale = nn.Parameter(torch.full((1, channels, 1, 1), raw_one))
         self.offset = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.permutation: Tensor
         self.register_buffer("permutation", torch.randperm(channels, generator=generator))
 
     def global_scale(self) -> Tensor:
-        """Give the (1, C, 1, 1) positive factor of the global affine."""
+        """Compute the (1, C, 1, 1) positive factor of the global affine."""
         return _SCALE_FACTOR * functional.softplus(self.raw_scale, beta=_SOFTPLUS_BETA)
 
     def coupling(self, passive: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,9 +63,9 @@ class FlowStep(nn.Module):
 
     @torch.no_grad()
     def shrink(self, share: float) -> None:
-        """Take the step towards the identity, in place: log scales, shifts and the global affine keep this share.
+        """Move the step towards the identity, in place, by multiplying log scales, shifts and the global affine.
 
-        It stays an invertible step with its exact log-determinant; 0 leaves the permutation alone, 1 changes nothing.
+        The step stays invertible, with an exact log-determinant. 0 leaves only the permutation, 1 changes nothing.
         """
         last = self.subnet[-1]
         for parameter in last.parameters():
@@ -99,7 +99,7 @@ class FlowStep(nn.Module):
 
 
 class Flow(nn.Module):
-    """The steps of one scale; 3x3 and 1x1 subnets take turns unless all are 3x3 (FastFlow, section 4.2)."""
+    """The steps of one scale; 3x3 and 1x1 subnets alternate unless all are 3x3 (FastFlow, section 4.2)."""
 
     def __init__(
         self,
@@ -124,9 +124,9 @@ class Flow(nn.Module):
         )
 
     def shrink(self, share: float) -> None:
-        """Take every step towards the identity, in place: `FlowStep.shrink`."""
+        """Move every step towards the identity, in place: `FlowStep.shrink`."""
         for step in self.steps:
-            step.shrink(share)  # type: ignore[operator]  # ModuleList forgets what it holds
+            step.shrink(share)  # type: ignore[operator]  # ModuleList has no element type
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) features to latents of the same shape and the (B,) log-determinant, nats."""
@@ -139,7 +139,7 @@ class Flow(nn.Module):
     def inverse(self, z: Tensor) -> Tensor:
         """Map (B, C, H, W) latents back to features."""
         for step in reversed(self.steps):
-            z = step.inverse(z)  # type: ignore[operator]  # ModuleList forgets what it holds
+            z = step.inverse(z)  # type: ignore[operator]  # ModuleList has no element type
         return z
 
 
@@ -148,14 +148,14 @@ class FoldedStep(nn.Module):
 
     With damping d, global affine (g, o) and the subnet's last layer split into log-scale and shift halves:
     `(x exp(s) + d t) g + o = x exp(s + log g) + (d g t + o)`, so d and g go into the weights and o into the bias.
-    The passive half's affine cannot pass a zero-padded 3x3 convolution exactly, but it does go into what permutes: the
-    permutation is two 1x1 convolutions, one for each half of the next step. On a CPU they cost less than an index,
-    which would take the features out of the layout that convolutions work in. Where convolutions are in int8 the
-    features leave that layout anyway, an index is the faster one, and loses nothing.
+    The passive half's affine cannot be folded exactly into a zero-padded 3x3 convolution. It is folded into the
+    permutation, which is two 1x1 convolutions, one for each half of the next step. On a CPU they are faster than an
+    index, which would convert the features to another memory layout. With int8 convolutions that conversion happens
+    anyway: an index is then faster, and exact.
 
     Args:
-        step: Left as it is.
-        permute: Whether a step follows.
+        step: The trained step; not changed.
+        permute: Whether another step follows.
         by_index: Permute by an index.
     """
 
@@ -203,10 +203,10 @@ class FoldedStep(nn.Module):
 
 
 class FoldedFlow(nn.Module):
-    """A flow for inference. Its latents are the flow's but for their order: the last permutation is left out.
+    """A flow for inference. Its latents are in another channel order, as the last permutation is omitted.
 
     Args:
-        flow: Left as it is.
+        flow: The trained flow; not changed.
         by_index: Permute by an index: `FoldedStep`.
     """
 

@@ -1,4 +1,4 @@
-"""The trained part of a model version: per scale, a normalisation and a flow. Written to and read from safetensors.
+"""The trained part of a model version: a normalisation and a flow per scale. Serialised as safetensors.
 
 Shape legend: B images, C channels, K latent channels, H W height and width of a scale's grid, s a scale.
 """
@@ -19,16 +19,16 @@ from schemas.manifest import BackboneSpec, FlowSpec
 
 
 class FastFlowHead(nn.Module):
-    """Everything of a category's model but the backbone.
+    """A category's model without the backbone.
 
     Args:
-        backbone: Gives channels and grid sizes.
-        flow: The shape of the flows, and what stands before them.
-        seed: Draws the permutations and the first weights.
+        backbone: Channels and grid sizes.
+        flow: Configuration of the flows and of the normalisation.
+        seed: Seed of the permutations and initial weights.
 
     Attributes:
-        statistics: What stands before each flow: `FeatureStatistics` unless `flow.normalisation` says otherwise.
-        flows: One a scale.
+        statistics: The normalisation of each scale: `FeatureStatistics` unless `flow.normalisation` is another.
+        flows: One per scale.
     """
 
     def __init__(self, backbone: BackboneSpec, flow: FlowSpec, *, seed: int = 0) -> None:
@@ -64,17 +64,17 @@ class FastFlowHead(nn.Module):
         return self.transform([statistics(scale) for statistics, scale in zip(self.statistics, features, strict=True)])
 
     def transform(self, normalised: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Do the same from features that `statistics` have been applied to."""
+        """Map normalised features, the output of `statistics`, to latents; returns the same as `forward`."""
         pairs = [flow(scale) for flow, scale in zip(self.flows, normalised, strict=True)]
         return [latents for latents, _ in pairs], [log_det for _, log_det in pairs]
 
     def shrink_flows(self, share: float) -> None:
-        """Take the flows towards the identity, in place; they keep this share of themselves, in [0, 1]."""
+        """Move the flows towards the identity, in place; `share` in [0, 1] is kept: `FlowStep.shrink`."""
         for flow in self.flows:
-            flow.shrink(share)  # type: ignore[operator]  # ModuleList forgets what it holds
+            flow.shrink(share)  # type: ignore[operator]  # ModuleList has no element type
 
     def to_bytes(self) -> bytes:
-        """Write all tensors as safetensors; the whitening as float16, which it was rounded to."""
+        """Serialise all tensors as safetensors; the whitening, already rounded to float16, as float16."""
         return safetensors.torch.save(
             {
                 name: tensor.half() if name.endswith(".whitening") else tensor.contiguous()
@@ -87,7 +87,7 @@ class FastFlowHead(nn.Module):
         """Read a head.
 
         Raises:
-            RegistryError: The bytes are no safetensors, or hold a head of another shape.
+            RegistryError: The bytes are not safetensors, or of a head of another shape.
         """
         head = cls(backbone, flow)
         try:
@@ -101,10 +101,10 @@ class FastFlowHead(nn.Module):
 
 
 class FoldedHead(nn.Module):
-    """A head for inference: features in, anomaly grids out. Exact up to float rounding, and a copy: `head` stays.
+    """A head for inference: features in, anomaly grids out. Exact up to float rounding.
 
     Args:
-        head: Trained.
+        head: The trained head; not changed.
         by_index: Permute by an index: `flow.FoldedStep`.
     """
 
@@ -127,5 +127,5 @@ class FoldedHead(nn.Module):
         return self.score([statistics(scale) for statistics, scale in zip(self.statistics, features, strict=True)])
 
     def score(self, normalised: list[Tensor]) -> list[Tensor]:
-        """Do the same from features that `statistics` have been applied to."""
+        """Score normalised features, the output of `statistics`; returns the same as `forward`."""
         return [anomaly_grid(flow(scale)) for flow, scale in zip(self.flows, normalised, strict=True)]

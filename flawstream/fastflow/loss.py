@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""The training loss."""
 
 from collections.abc import Sequence
 

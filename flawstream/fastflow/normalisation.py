@@ -1,4 +1,4 @@
-"""What stands before a flow and brings features to one scale: one module a `FlowSpec.normalisation`.
+"""Normalisation of features before the flow: one module for each `FlowSpec.normalisation`.
 
 Shape legend: C channels, H W height and width of a scale's grid.
 """
@@ -12,13 +12,13 @@ from schemas.manifest import Normalisation
 
 
 def make_normalisation(kind: Normalisation, channels: int, side: int) -> nn.Module:
-    """Make what maps (B, C, H, W) features to the flow's input of the same shape.
+    """Create the module that normalises (B, C, H, W) features; the shape stays.
 
-    Source: `layer_norm` is what public re-implementations do for CNNs: over all values of an image's scale, with a
-    trained (C, H, W) factor and offset. `none` is theirs for transformers, whose own last norm has been applied.
+    Source: public re-implementations use `layer_norm` for CNNs, over all values of one scale of an image, with trained
+    (C, H, W) factor and offset, and `none` for transformers, which end in a norm of their own.
 
     Args:
-        kind: `statistics`, which training sets, or one of the two that imported versions have.
+        kind: `statistics` for versions trained here; the others for imported versions.
         channels: C.
         side: H = W.
     """

@@ -1,10 +1,10 @@
-"""From latents to anomaly maps and image scores.
+"""Anomaly grids and image scores from latents.
 
 Shape legend: B images, K latent channels, H W height and width of a scale's grid, s a scale.
 
 Source: FastFlow, section 3.3. The paper scores a position by `-exp(log p)`; that saturates for gross defects, so the
 score here is the negative log-likelihood without its constant, `0.5 mean_k z_k^2`: nats per channel, 0.5 on average for
-what is normal, higher for what is not. `likelihood_score` is the paper's.
+normal positions, higher for anomalous ones. `likelihood_score` is the paper's score.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch.nn import functional
 from schemas.errors import ShapeError
 
 HIGHEST_SCORE = float(np.finfo(np.float32).max)
-"""What `score_images` returns where a score is not finite."""
+"""The score that `score_images` returns in place of NaN and infinity."""
 
 
 def anomaly_grid(latents: Tensor) -> Tensor:
@@ -27,12 +27,12 @@ def anomaly_grid(latents: Tensor) -> Tensor:
 
 
 def likelihood_score(grid: Tensor) -> Tensor:
-    """Turn nats per channel into the paper's score, in [-1, 0); the shape stays."""
+    """Convert nats per channel to the paper's score, in [-1, 0); the shape stays."""
     return -torch.exp(-grid)
 
 
 def likelihood_map(grids: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Turn grids into the paper's anomaly map, as public re-implementations compute it: scored, upsampled, averaged.
+    """Convert grids to the paper's anomaly map, as public re-implementations do: score, upsample, average.
 
     Source: FastFlow, section 3.3.
 
@@ -53,18 +53,18 @@ def likelihood_map(grids: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
     """Score whole images: scales averaged at the coarsest grid, then the mean of the highest values.
 
-    A finer scale is pooled first: single positions of it stand out by chance in normal images too
+    Finer scales are pooled first, because single positions of them are high by chance in normal images too
     (docs/decisions/0004).
 
     Args:
         grids: One (B, H_s, W_s) float32 tensor per feature scale.
-        top_fraction: Share of the positions that counts, in [0, 1]; 0 takes the maximum alone.
+        top_fraction: Share of the positions to average, in [0, 1]; 0 takes only the maximum.
 
     Returns:
         (B,) float32, nats per channel.
 
     Raises:
-        ShapeError: No grid, or batch sizes differ.
+        ShapeError: There is no grid, or batch sizes differ.
     """
     if not grids or any(grid.shape[0] != grids[0].shape[0] for grid in grids):
         raise ShapeError(f"grids of one batch are needed, got shapes {[tuple(grid.shape) for grid in grids]}")
@@ -80,19 +80,18 @@ def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
 def score_images(grids: Sequence[NDArray[np.float32]], top_fraction: float) -> NDArray[np.float64]:
     """Score whole images from the grids that an engine returns: calibration, evaluation and serving all call this.
 
-    The grids are taken as they are, without the bounds that a published map has: a threshold above those bounds would
-    never be reached.
+    The grids are not clipped as published maps are: a threshold above the clipping bound would never be exceeded.
 
     Args:
         grids: One (B, H_s, W_s) float32 array per feature scale, nats per channel.
         top_fraction: As in `image_scores`.
 
     Returns:
-        (B,) float64, finite, each exactly a float32. NaN and infinity become float32's largest number: an image whose
-        score cannot be computed is never normal.
+        (B,) float64, finite, each exactly a float32. NaN and infinity become float32's maximum, so that an image
+        whose score cannot be computed is never normal.
 
     Raises:
-        ShapeError: No grid, or batch sizes differ.
+        ShapeError: There is no grid, or batch sizes differ.
     """
     scores: NDArray[np.float32] = image_scores([torch.from_numpy(grid) for grid in grids], top_fraction).numpy()
     finite = np.nan_to_num(scores, nan=HIGHEST_SCORE, posinf=HIGHEST_SCORE, neginf=HIGHEST_SCORE)

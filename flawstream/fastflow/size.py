@@ -1,4 +1,4 @@
-"""How large a configuration is, counted on tensors without values: no weights are needed, and hardly any memory."""
+"""Parameters and multiply-accumulates of a configuration, counted on the meta device: needs no weights."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from schemas.settings import ModelSettings
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Parameters and work of one configuration.
+    """Parameters and multiply-accumulates (MACs) of one configuration.
 
     Attributes:
-        spec: Its backbone; the weights are none.
-        backbone_parameters: Kept of the network: what lies past the last layer is not counted.
-        added_parameters: Trained.
-        backbone_macs: Multiply-accumulates of the backbone's convolutions and matrix products for one image.
-        flow_macs: The same of what stands before the flows, and of the flows.
+        spec: The backbone, without weights.
+        backbone_parameters: Up to the last chosen layer.
+        added_parameters: Trained parameters.
+        backbone_macs: Of the backbone's convolutions and matrix products, for one image.
+        flow_macs: Of normalisation and flows, for one image.
     """
 
     spec: BackboneSpec
@@ -35,16 +35,16 @@ def measure(settings: ModelSettings) -> ModelSize:
     """Count a configuration's parameters and multiply-accumulates.
 
     Raises:
-        ConfigError: No such network, or no layer that was asked for.
+        ConfigError: The network or a layer does not exist.
     """
     side = settings.input_size
     with torch.device("meta"), torch.no_grad():
-        made = make_network(settings, pretrained=False)
-        spec = made.spec(settings, "none", "")
+        network = make_network(settings, pretrained=False)
+        spec = network.spec(settings, "none", "")
         head = FastFlowHead(spec, FlowSpec.of(settings)).eval()
-        backbone_macs = _count_macs(made.module.eval(), torch.empty(1, 3, side, side))
+        backbone_macs = _count_macs(network.module.eval(), torch.empty(1, 3, side, side))
         flow_macs = _count_macs(head, [torch.empty(1, *shape) for shape in spec.feature_shapes])
-    return ModelSize(spec, _count_parameters(made.module), _count_parameters(head), backbone_macs, flow_macs)
+    return ModelSize(spec, _count_parameters(network.module), _count_parameters(head), backbone_macs, flow_macs)
 
 
 def _count_parameters(module: nn.Module) -> int:

@@ -1,12 +1,12 @@
-"""Feature statistics before the flow: what is usual at each position of the normal training images.
+"""Feature statistics before the flow: mean and covariance at each position, over the normal training images.
 
 Shape legend: B images, N training images, C channels, H W height and width of the scale's grid, G groups of g channels.
 
-A flow of a few steps learns slowly what a mean and a covariance tell at once, so features are made white first: at
-every position the mean goes, and the channels are decorrelated and scaled to about unit variance by the symmetric root
-of the inverse covariance, which keeps each channel nearest to what it was. The idea of a Gaussian at each position is
-PaDiM's (Defard et al., arXiv 2011.08785, section 3.2); here the flow starts where PaDiM ends. Where objects lie at any
-place, all positions see the same and their statistics come out alike: nothing has to be chosen.
+A flow of a few steps learns mean and covariance slowly, so features are whitened first: at every position the mean is
+subtracted, and the channels are decorrelated and scaled to about unit variance by the symmetric root of the inverse
+covariance (ZCA), which changes each channel least. A Gaussian per position is PaDiM's idea (Defard et al., arXiv
+2011.08785, section 3.2); the flow models the remainder. If objects are not aligned, all positions see the same and get
+similar statistics, so there is nothing to configure.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 _SCALE_FLOOR = 1e-3
 _POSITION_FLOOR = 0.1
 _MOST_VALUES = 1 << 22
-"""Of the whitening of one scale: 8 MB on disk. Where C x C x H x W is more, groups of channels are made white apart."""
+"""Maximum of C x C x H x W, 8 MB on disk per scale; above it, groups of channels are whitened separately."""
 
 
 class FeatureStatistics(nn.Module):
-    """Make features white by their mean and covariance at each position.
+    """Whiten features by their mean and covariance at each position.
 
-    A covariance estimated from N images is shrunk towards a multiple of the identity by Ledoit and Wolf's rule, the
-    more the fewer the images. Deviations are widened by a tenth of the channel's and a thousandth of the scale's, so
-    that a position that hardly varies in a few hundred images does not turn noise into an anomaly.
+    The covariance is shrunk towards a multiple of the identity by Ledoit and Wolf's rule, more so with fewer images. A
+    tenth of the channel's deviation and a thousandth of the scale's are added to deviations, so that noise at a
+    position that hardly varies in training does not become an anomaly.
 
     Source: Ledoit, Wolf, A well-conditioned estimator for large-dimensional covariance matrices, Journal of
     Multivariate Analysis 88 (2004), section 3.
@@ -51,7 +51,7 @@ class FeatureStatistics(nn.Module):
         self.register_buffer("whitening", torch.eye(size).repeat(side * side * self.groups, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Make (B, C, H, W) features white."""
+        """Whiten (B, C, H, W) features."""
         channels, side = self.mean.shape[:2]
         size = channels // self.groups
         scaled = ((features - self.mean) / self.deviation).reshape(-1, self.groups, size, side, side)
@@ -60,10 +60,10 @@ class FeatureStatistics(nn.Module):
 
     @torch.no_grad()
     def set_from(self, rows: Callable[[], Iterable[Tensor]]) -> None:
-        """Set the statistics from the training images.
+        """Compute the statistics from the training images.
 
         Args:
-            rows: Gives the H rows of the grid from the top, each (N, C, W) float with N at least 2; called twice.
+            rows: Returns the H rows of the grid from the top, each (N, C, W) float with N at least 2; called twice.
         """
         squares = torch.zeros(len(self.mean), dtype=torch.float64)
         for h, row in enumerate(rows()):
@@ -77,8 +77,8 @@ class FeatureStatistics(nn.Module):
             scaled = (row.double() - self.mean[:, h].double()) / self.deviation[:, 0].double()
             count, _, width = scaled.shape
             grouped = scaled.reshape(count, self.groups, -1, width).permute(3, 1, 0, 2)  # (W, G, N, g)
-            of_row = self.whitening[h * width * self.groups : (h + 1) * width * self.groups]
-            of_row.copy_(_whitening(grouped).flatten(0, 1).half())  # half: what is used now is what is kept on disk
+            row_whitening = self.whitening[h * width * self.groups : (h + 1) * width * self.groups]
+            row_whitening.copy_(_whitening(grouped).flatten(0, 1).half())  # half: use the values that are saved
 
 
 def _whitening(samples: Tensor) -> Tensor:

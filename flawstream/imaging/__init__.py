@@ -1,1 +1,1 @@
-"""Images: from compressed bytes to pixels, and from anomaly maps to bytes and back."""
+"""Decoding and resizing of images; encoding and decoding of anomaly maps."""

@@ -1,4 +1,4 @@
-"""Anomaly maps: from a model's native grids to pixels, to bytes and back, to boxes and to pictures.
+"""Anomaly maps: upsampling of grids, encoding and decoding, boxes and heatmaps.
 
 Knows no model and no transport. The values are nats per channel throughout (`flawstream.fastflow.score`).
 """
@@ -16,25 +16,23 @@ from schemas.messages import AnomalyMap, Box, MapCodec
 
 Grid = NDArray[np.float16] | NDArray[np.float32]
 
-_HIGHEST = float(np.finfo(np.float16).max)
+_F16_MAX = float(np.finfo(np.float16).max)
 _PAINTED_DOUBLINGS = 5
 
 _PNG_RANGE = 64.0
-"""png16 spans 0 to this many nats per channel; a flow's values on normal images are about 0.5."""
+"""The range of png16: 0 to 64 nats per channel; normal images have about 0.5."""
 
 _MAX_SIDE_PX = 4096
-"""A larger map is refused before memory is taken for it; models see at most 2048 pixels."""
-
-_F16_MAX = float(np.finfo(np.float16).max)
+"""Larger maps are refused before memory is allocated; models see at most 2048 pixels."""
 
 
 def bounded(grid: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Bound values to what float16 holds; what is no number is as anomalous as can be and never passes as normal."""
-    return np.nan_to_num(grid, nan=_HIGHEST, posinf=_HIGHEST, neginf=-_HIGHEST).clip(-_HIGHEST, _HIGHEST)
+    """Clip values to the range of float16. NaN becomes the maximum, so that it never counts as normal."""
+    return np.nan_to_num(grid, nan=_F16_MAX, posinf=_F16_MAX, neginf=-_F16_MAX).clip(-_F16_MAX, _F16_MAX)
 
 
 def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Average the scales at full size, as FastFlow does (arXiv 2111.07677, section 3.3).
+    """Upsample the grids of all scales and average them, as FastFlow does (arXiv 2111.07677, section 3.3).
 
     Args:
         grids: One (H_s, W_s) map per feature scale.
@@ -53,13 +51,13 @@ def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float3
 def encode_map(
     grids: Sequence[NDArray[np.float16]], shape: tuple[int, int], codec: MapCodec, threshold: float
 ) -> AnomalyMap:
-    """Write a map as bytes.
+    """Encode a map.
 
     Args:
         grids: One (H_s, W_s) map per feature scale.
-        shape: (height, width) in pixels of the map once decoded.
-        codec: How to write it.
-        threshold: What `heatmap-jpeg` sets its colours by, nats per channel.
+        shape: (height, width) in pixels of the decoded map.
+        codec: The encoding.
+        threshold: Sets the colours of `heatmap-jpeg`, nats per channel.
     """
     if codec is MapCodec.NONE:
         return AnomalyMap(codec=codec)
@@ -76,16 +74,16 @@ def encode_map(
 
 
 def decode_grids(encoded: AnomalyMap) -> list[NDArray[np.float16]]:
-    """Read back the grids of a `grid-f16` map.
+    """Decode the grids of a `grid-f16` map.
 
     Returns:
         One (H_s, W_s) map per feature scale, nats per channel.
 
     Raises:
-        MessageError: `malformed`: a map of another codec, or bytes that do not fit the grids.
+        MessageError: `malformed`: another codec, or bytes that do not fit the grids.
     """
     if encoded.codec is not MapCodec.GRID_F16:
-        raise MessageError(Reason.MALFORMED, f"a map of codec {encoded.codec} holds no grids; choose grid-f16")
+        raise MessageError(Reason.MALFORMED, f"a map of codec {encoded.codec} has no grids; choose grid-f16")
     try:
         counts = [rows * columns for rows, columns in encoded.grids]
         parts = np.split(np.frombuffer(encoded.data, "<f2"), np.cumsum(counts)[:-1])
@@ -95,35 +93,37 @@ def decode_grids(encoded: AnomalyMap) -> list[NDArray[np.float16]]:
 
 
 def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
-    """Read a map back.
+    """Decode a map.
 
     Returns:
         (height, width) float32, nats per channel.
 
     Raises:
-        MessageError: `malformed`: no map, a picture that no longer holds values, or bytes that do not fit the shape.
+        MessageError: `malformed`: no map, a heatmap without values, or bytes that do not fit the shape.
     """
     height, width = encoded.shape
     try:
         if encoded.codec is not MapCodec.NONE and not (0 < height <= _MAX_SIDE_PX and 0 < width <= _MAX_SIDE_PX):
-            raise ValueError(f"a side must have 1 to {_MAX_SIDE_PX} pixels")  # noqa: TRY301 - told like the others below
+            raise ValueError(f"a side must have 1 to {_MAX_SIDE_PX} pixels")  # noqa: TRY301 - reported like the errors below
         if encoded.codec is MapCodec.GRID_F16:
             return upsample(decode_grids(encoded), encoded.shape)
         if encoded.codec is MapCodec.F16:
             return np.frombuffer(encoded.data, "<f2").reshape(encoded.shape).astype(np.float32)
         if encoded.codec is MapCodec.PNG16:
-            if encoded.data[16:24] != struct.pack(">II", width, height):  # PNG's header: a bomb is not unpacked
+            if encoded.data[16:24] != struct.pack(
+                ">II", width, height
+            ):  # PNG's header: do not unpack a decompression bomb
                 raise ValueError("the PNG has another size")  # noqa: TRY301 - the same
             check_chunks(encoded.data)
             levels = np.asarray(cv2.imdecode(np.frombuffer(encoded.data, np.uint8), cv2.IMREAD_UNCHANGED))
             if levels.dtype != np.uint16:
-                raise ValueError("no PNG of 16 bits")  # noqa: TRY301 - the same
+                raise ValueError("not a PNG of 16 bits")  # noqa: TRY301 - the same
             return levels.reshape(encoded.shape).astype(np.float32) * np.float32(_PNG_RANGE / 65535)
     except (TypeError, ValueError, cv2.error, ZeroDivisionError) as error:
         raise MessageError(
             Reason.MALFORMED, f"the {encoded.codec} map does not fit its shape {encoded.shape}: {error}"
         ) from error
-    raise MessageError(Reason.MALFORMED, f"a map of codec {encoded.codec} holds no values to read")
+    raise MessageError(Reason.MALFORMED, f"a map of codec {encoded.codec} has no values to decode")
 
 
 def find_boxes(
@@ -134,14 +134,14 @@ def find_boxes(
     Args:
         values: (height, width) anomaly map.
         threshold: Nats per channel.
-        image_shape: (height, width) of the original image; the boxes are in its pixels.
-        most: At most so many boxes, those with the highest values.
+        image_shape: (height, width) of the original image, in whose pixels the boxes are.
+        most: Maximum number of boxes; those with the highest values are kept.
 
     Returns:
         The boxes, the highest score first.
     """
     count, labels, stats, _ = cv2.connectedComponentsWithStats((values > threshold).astype(np.uint8), connectivity=8)
-    if count == 1:  # the background alone
+    if count == 1:  # only the background
         return ()
     peaks = np.full(count, -np.inf, np.float32)
     np.maximum.at(peaks, labels.ravel(), values.ravel())
@@ -153,7 +153,7 @@ def find_boxes(
 
 
 def _box(stats: NDArray[np.int32], score: float, map_shape: tuple[int, int], image_shape: tuple[int, int]) -> Box:
-    """Scale a region to the image's pixels, outwards to whole ones, so that it stays covered."""
+    """Scale a region to the image's pixels, rounding outwards so that the box covers it."""
     left, top = int(stats[cv2.CC_STAT_LEFT]), int(stats[cv2.CC_STAT_TOP])
     right, bottom = left + int(stats[cv2.CC_STAT_WIDTH]), top + int(stats[cv2.CC_STAT_HEIGHT])
     x, y = left * image_shape[1] // map_shape[1], top * image_shape[0] // map_shape[0]
@@ -162,10 +162,10 @@ def _box(stats: NDArray[np.int32], score: float, map_shape: tuple[int, int], ima
 
 
 def paint(values: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
-    """Paint a map in colours on a logarithmic scale, since gross defects score hundreds of times what fine ones do.
+    """Colour a map on a logarithmic scale, since gross defects score hundreds of times as high as fine ones.
 
-    Half the threshold and less is dark blue, the threshold light blue, 16 times the threshold and more dark red; each
-    fifth of the colours is a doubling.
+    Up to half the threshold is dark blue, the threshold light blue, from 16 times the threshold on dark red; each fifth
+    of the colours is a doubling.
 
     Returns:
         (height, width, 3) uint8 RGB.
@@ -177,5 +177,5 @@ def paint(values: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
 
 
 def encode_jpeg(pixels: NDArray[np.uint8], quality: int = 85) -> bytes:
-    """Write an (H, W, 3) uint8 RGB picture as JPEG."""
+    """Encode (H, W, 3) uint8 RGB pixels as JPEG."""
     return bytes(cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())

@@ -1,4 +1,4 @@
-"""The form of the pixels that a model sees. Training, calibration and serving of a version must share it.
+"""Size, filter and dtype of the pixels that a model sees, the same in training, calibration and serving.
 
 Shape legend: B images, S side of an image in pixels.
 """
@@ -13,7 +13,7 @@ from schemas.manifest import BackboneSpec
 from schemas.settings import ModelSettings, Resize
 
 Pixels = NDArray[np.uint8 | np.float32]
-"""(S, S, 3) or (B, S, S, 3) RGB in grey levels, 0 to 255; of the dtype that a `PixelForm` names."""
+"""(S, S, 3) or (B, S, S, 3) RGB, 0 to 255, of the dtype of a `PixelForm`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,15 @@ class PixelForm:
 
     @classmethod
     def of(cls, model: BackboneSpec | ModelSettings) -> Self:
-        """Take the form that a model version, or a model to be trained, sees."""
+        """Return the form of a model version, or of a model to be trained."""
         return cls(model.input_size, model.resize)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Give the shape of one image."""
+        """Shape of one image."""
         return self.side_px, self.side_px, 3
 
     @property
     def dtype(self) -> Literal["uint8", "float32"]:
-        """Give the dtype: what `antialias` computes is not rounded, as whole levels change maps by up to 0.01."""
+        """Dtype of the pixels: `antialias` is not rounded to uint8, which would change maps by up to 0.01."""
         return "float32" if self.resize == "antialias" else "uint8"

@@ -1,4 +1,4 @@
-"""From an image to the square that a model sees, by the filter that `PixelForm.resize` names.
+"""Resizing of images to the square that a model sees, with the filter `PixelForm.resize`.
 
 Shape legend: H W height and width of an image, S side of the square, all in pixels.
 """
@@ -13,18 +13,18 @@ from scipy import sparse
 from flawstream.imaging.pixels import PixelForm, Pixels
 
 _BLOCK_COLUMNS = 4096
-"""So many columns are turned into float32 at a time: the whole of a large image would take four times its memory."""
+"""Columns converted to float32 at a time: all of a large image would take four times its memory."""
 
 
 def resize(pixels: NDArray[np.uint8], form: PixelForm) -> Pixels:
-    """Resize an image, stretching it where it is no square.
+    """Resize an image to a square, stretching it.
 
     Args:
         pixels: (H, W, 3).
-        form: What to make.
+        form: Size and filter.
 
     Returns:
-        (S, S, 3), of the form's dtype.
+        (S, S, 3) of the form's dtype.
     """
     if form.resize == "antialias":
         return _antialias(pixels, form.side_px)
@@ -32,7 +32,7 @@ def resize(pixels: NDArray[np.uint8], form: PixelForm) -> Pixels:
 
 
 def _area(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Average the area under each pixel, or interpolate where the image is enlarged."""
+    """Average the area under each pixel; interpolate if the image is enlarged."""
     if pixels.shape[:2] == (side, side):
         return pixels
     shrinks = pixels.shape[0] >= side and pixels.shape[1] >= side
@@ -43,25 +43,25 @@ def _area(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def _antialias(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
-    """Compute what torchvision's `resize(..., antialias=True)` gives for a float tensor, without torch.
+    """Resize as torchvision's `resize(..., antialias=True)` does a float tensor, without torch.
 
-    Source: the triangle filter of Pillow's `BILINEAR`, which torchvision follows; nothing is rounded in between.
+    Source: the triangle filter of Pillow's `BILINEAR`, as in torchvision, without rounding in between.
     """
     height, width, _ = pixels.shape
     columns = pixels.reshape(height, width * 3)
-    down, across = _triangles(height, side), _triangles(width, side)
+    down, across = _triangle_weights(height, side), _triangle_weights(width, side)
     blocks = [
         down @ columns[:, start : start + _BLOCK_COLUMNS].astype(np.float32)
         for start in range(0, width * 3, _BLOCK_COLUMNS)
     ]
-    turned = cv2.transpose(np.hstack(blocks).reshape(side, width, 3))  # several times faster than NumPy's own
-    resized: NDArray[np.float32] = cv2.transpose((across @ turned.reshape(width, side * 3)).reshape(side, side, 3))
+    transposed = cv2.transpose(np.hstack(blocks).reshape(side, width, 3))  # several times faster than NumPy
+    resized: NDArray[np.float32] = cv2.transpose((across @ transposed.reshape(width, side * 3)).reshape(side, side, 3))
     return resized
 
 
 @lru_cache(maxsize=64)
-def _triangles(count: int, side: int) -> sparse.csr_array:
-    """Weigh `count` pixels for each of `side` new ones, by a triangle about its centre.
+def _triangle_weights(count: int, side: int) -> sparse.csr_array:
+    """Compute the weights of `count` pixels for each of `side` new ones: a triangle around its centre.
 
     Returns:
         (side, count) float32; each row sums to 1.
@@ -69,9 +69,11 @@ def _triangles(count: int, side: int) -> sparse.csr_array:
     scale = count / side
     reach = max(scale, 1.0)
     centres = (np.arange(side)[:, None] + 0.5) * scale
-    places = np.floor(centres - reach).astype(np.int64) + np.arange(int(2 * reach) + 2)
-    weights = np.maximum(0, 1 - np.abs(places + 0.5 - centres) / reach)
-    weights[(places < 0) | (places >= count)] = 0
+    taps = np.floor(centres - reach).astype(np.int64) + np.arange(int(2 * reach) + 2)
+    weights = np.maximum(0, 1 - np.abs(taps + 0.5 - centres) / reach)
+    weights[(taps < 0) | (taps >= count)] = 0
     weights /= weights.sum(axis=1, keepdims=True)
-    rows, taps = weights.nonzero()
-    return sparse.csr_array((weights[rows, taps].astype(np.float32), (rows, places[rows, taps])), shape=(side, count))
+    rows, columns = weights.nonzero()
+    return sparse.csr_array(
+        (weights[rows, columns].astype(np.float32), (rows, taps[rows, columns])), shape=(side, count)
+    )

@@ -1,1 +1,1 @@
-"""Model versions: where they are kept, and how one is opened."""
+"""The registry of model versions."""

@@ -1,12 +1,12 @@
-"""The rule that the current versions of a registry run on one backbone, because one service runs one."""
+"""The rule that all current versions of a registry use one backbone, because a service runs only one."""
 
 from collections.abc import Mapping
 
 from schemas.errors import MixedBackbonesError
 from schemas.manifest import BackboneSpec
 
-_NAMED = 10
-"""Categories of a backbone that an error names."""
+_MAX_LISTED = 10
+"""Maximum number of categories that an error lists per backbone."""
 
 
 def require_one_backbone(backbones: Mapping[str, BackboneSpec], problem: str, cure: str) -> None:
@@ -14,8 +14,8 @@ def require_one_backbone(backbones: Mapping[str, BackboneSpec], problem: str, cu
 
     Args:
         backbones: By category.
-        problem: How the error begins; the backbones and the categories on each follow.
-        cure: How it ends.
+        problem: Start of the error message; the backbones and their categories follow.
+        cure: End of the error message.
 
     Raises:
         MixedBackbonesError: There is more than one backbone.
@@ -26,10 +26,10 @@ def require_one_backbone(backbones: Mapping[str, BackboneSpec], problem: str, cu
     if len(categories) <= 1:
         return
     fewest_last = sorted(categories.values(), key=lambda names: (-len(names), names))
-    listed = "; ".join(f"{backbones[names[0]].summary} ({_named(names)})" for names in fewest_last)
+    listed = "; ".join(f"{backbones[names[0]].summary} ({_list_names(names)})" for names in fewest_last)
     raise MixedBackbonesError(f"{problem}: {listed}. One service runs one backbone: {cure}")
 
 
-def _named(categories: list[str]) -> str:
-    rest = len(categories) - _NAMED
-    return ", ".join(categories[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+def _list_names(categories: list[str]) -> str:
+    rest = len(categories) - _MAX_LISTED
+    return ", ".join(categories[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,11 +1,11 @@
-"""Model versions on a folder or an object store: written whole or not at all, immutable, with one alias a category.
+"""Model versions in a folder or an object store: written atomically, immutable, with one alias per category.
 
     <root>/<category>/<version>/manifest.json    written last: the version exists if and only if this file does
     <root>/<category>/<version>/<file> ...       listed in the manifest with their SHA-256
-    <root>/<category>/current                    the version that serves, as text
+    <root>/<category>/current                    the alias: the name of the version that serves, as text
 
-Names and contents come from outside and are checked before they become a path or are believed. Knows no model: files
-are bytes to it.
+Names and contents are untrusted: names are checked before they become paths, contents by their digests. Knows no
+model, only bytes.
 """
 
 import hashlib
@@ -38,20 +38,20 @@ _NAME = re.compile(CATEGORY_PATTERN)
 
 
 def new_version(created_at: datetime, digest: str) -> str:
-    """Name a version so that names sort by time and say what is in it, such as `20261123-134500-1a2b3c4d`.
+    """Name a version by time and content, for example `20261123-134500-1a2b3c4d`; names sort by time.
 
     Args:
-        created_at: With its zone.
-        digest: Hexadecimal digest of the version's content; two versions of one second differ by it.
+        created_at: With a time zone.
+        digest: Hexadecimal digest of the content; distinguishes versions of the same second.
     """
     return f"{created_at.astimezone(UTC):%Y%m%d-%H%M%S}-{digest[:8]}"
 
 
 class Registry:
-    """The model versions under one root. Holds no state: every call looks at the storage anew.
+    """The model versions under one root. Stateless: every call reads the storage.
 
     Args:
-        root: A folder, or an fsspec URL such as `s3://bucket/models`. It need not exist before the first `write`.
+        root: A folder or an fsspec URL, for example `s3://bucket/models`; created by the first `write`.
 
     Raises:
         ConfigError: The URL's protocol is unknown, or its package is not installed.
@@ -62,22 +62,22 @@ class Registry:
 
     @property
     def root(self) -> str:
-        """Give the root as paths in it begin, without the URL's protocol."""
+        """The root as the start of paths, without the URL's protocol."""
         return self._root
 
     def categories(self) -> list[str]:
         """List the categories that have at least one version, by name.
 
         Raises:
-            RegistryError: The storage does not answer.
+            RegistryError: The storage is unreachable.
         """
         return [category for category in self._folders(self._root) if self.versions(category)]
 
     def versions(self, category: str) -> list[str]:
-        """List a category's versions by name, which for names of `new_version` is the oldest first.
+        """List a category's versions by name, which is the oldest first for names of `new_version`.
 
         Raises:
-            RegistryError: No such name is possible, or the storage does not answer.
+            RegistryError: The name is not valid, or the storage is unreachable.
         """
         folder = self._path(category)
         return [
@@ -87,23 +87,23 @@ class Registry:
         ]
 
     def current(self, category: str) -> str | None:
-        """Tell the version that serves, or None where none was ever promoted.
+        """Return the category's current version, or None if none was promoted.
 
-        A damaged alias is told as it stands; `manifest` refuses it.
+        A damaged alias is returned unchanged; `manifest` refuses it.
 
         Raises:
-            RegistryError: No such name is possible, or the storage does not answer.
+            RegistryError: The name is not valid, or the storage is unreachable.
         """
         return self._aliases([self._check(category)]).get(category)
 
     def currents(self) -> dict[str, str]:
-        """Tell the version that serves for every category that has one.
+        """Return the current version of every category that has one.
 
-        One listing, and one small read a category, all at once on an object store. A damaged alias is told as it
-        stands: `manifest` refuses it, and no other category suffers.
+        One listing, and one small read per category, concurrent on an object store. A damaged alias is returned
+        unchanged, so that other categories are not affected; `manifest` refuses it.
 
         Raises:
-            RegistryError: The storage does not answer.
+            RegistryError: The storage is unreachable.
         """
         return self._aliases(self._folders(self._root))
 
@@ -111,10 +111,10 @@ class Registry:
         """Read the manifest of every category's current version.
 
         Returns:
-            Those that can be read, by category, and for each of the others why it cannot.
+            The manifests that can be read, by category, and the errors of the others.
 
         Raises:
-            RegistryError: The storage does not answer.
+            RegistryError: The storage is unreachable.
         """
 
         def read(alias: tuple[str, str]) -> ModelManifest | RegistryError:
@@ -124,26 +124,26 @@ class Registry:
                 return error
 
         with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
-            found = list(threads.map(read, sorted(self.currents().items())))
+            results = list(threads.map(read, sorted(self.currents().items())))
         return (
-            [one for one in found if isinstance(one, ModelManifest)],
-            [one for one in found if isinstance(one, RegistryError)],
+            [result for result in results if isinstance(result, ModelManifest)],
+            [result for result in results if isinstance(result, RegistryError)],
         )
 
     def manifest(self, category: str, version: str) -> ModelManifest:
         """Read a version's manifest.
 
         Raises:
-            RegistryError: The version is missing, damaged, newer than this program reads, or was put under another
-                name than its own.
+            RegistryError: The version is missing, damaged, in a newer format than this program reads, or was moved to
+                another name.
         """
         path = self._path(category, version, _MANIFEST)
         try:
             data: bytes = self._fs.cat_file(path)
         except (FileNotFoundError, NotADirectoryError):
-            known = ", ".join(self.versions(category)) or "none; train the category first"
+            versions = ", ".join(self.versions(category)) or "none; train the category first"
             raise RegistryError(
-                f"category {category!r} has no version {version!r} under {self._root}; it has: {known}"
+                f"category {category!r} has no version {version!r} under {self._root}; it has: {versions}"
             ) from None
         except OSError as error:
             raise _unreachable(path, error) from error
@@ -159,11 +159,11 @@ class Registry:
         """Read one of a version's files and verify it.
 
         Args:
-            manifest: The version's.
+            manifest: The version's manifest.
             name: One of `manifest.files`.
 
         Raises:
-            RegistryError: The manifest does not list the file, the file is missing, or its content has another digest.
+            RegistryError: The manifest does not list the file, the file is missing, or its digest differs.
         """
         path = self._path(manifest.category, manifest.version, name)
         if name not in manifest.files:
@@ -181,42 +181,43 @@ class Registry:
         digest = hashlib.sha256(data).hexdigest()
         if digest != manifest.files[name]:
             raise RegistryError(
-                f"{path} has SHA-256 {digest} and the manifest says {manifest.files[name]}: the file is damaged or was "
+                f"{path} has SHA-256 {digest}, but the manifest has {manifest.files[name]}: the file is damaged or was "
                 "changed; restore it, promote another version, or train again"
             )
         return data
 
     def write(self, manifest: ModelManifest, files: Mapping[str, bytes]) -> None:
-        """Write a new version, whole or not at all. It does not serve before `promote`.
+        """Write a new version atomically. It serves only after `promote`.
 
-        The manifest comes last, in one step, so a reader never sees half a version, and what a dead writer left is
-        no version. Two writers of one name are not kept apart: names carry their content's digest (`new_version`).
+        The manifest is written last and atomically, so a reader never sees an incomplete version, and files of a
+        crashed writer are not a version. Two writers of the same name are not detected: names contain a digest
+        (`new_version`).
 
         Args:
-            manifest: With the SHA-256 of every file.
+            manifest: Has the SHA-256 of every file.
             files: Content by name.
 
         Raises:
-            RegistryError: The version exists already, a name is not possible, the digests do not match, the manifest
-                would not read back, or the storage refuses.
+            RegistryError: The version exists already, a name is not valid, the digests do not match, the manifest does
+                not survive serialisation, or the storage cannot be written.
         """
         folder = self._path(manifest.category, manifest.version)
         if manifest.version == _CURRENT or _MANIFEST in files:
-            raise RegistryError(f"{manifest.model}: the names {_CURRENT!r} and {_MANIFEST!r} belong to the registry")
+            raise RegistryError(f"{manifest.model}: the names {_CURRENT!r} and {_MANIFEST!r} are reserved")
         digests = {self._check(name): hashlib.sha256(data).hexdigest() for name, data in files.items()}
         if digests != manifest.files:
-            wrong = sorted(
+            different = sorted(
                 name for name in digests.keys() | manifest.files if digests.get(name) != manifest.files.get(name)
             )
             raise RegistryError(
-                f"{manifest.model}: the manifest and the files given differ in {', '.join(wrong)}; "
+                f"{manifest.model}: the manifest and the files given differ in {', '.join(different)}; "
                 "list every file with its SHA-256"
             )
         document = manifest.model_dump_json(indent=2).encode()
         if _parse(document, f"{manifest.model}, not written:") != manifest:
-            raise RegistryError(f"{manifest.model}: the manifest would not read back as it is")
+            raise RegistryError(f"{manifest.model}: the manifest does not survive serialisation")
         if self._exists(f"{folder}/{_MANIFEST}"):
-            raise RegistryError(f"{folder} exists and a version is immutable; write under a new version's name")
+            raise RegistryError(f"{folder} exists already and a version is immutable; write it under a new name")
         try:
             for name, data in files.items():
                 self._put(f"{folder}/{name}", data)
@@ -225,19 +226,20 @@ class Registry:
             raise _unreachable(folder, error) from error
 
     def promote(self, category: str, version: str, *, other_backbone: bool = False) -> None:
-        """Make a version the one that serves; see `promote_all`."""
+        """Make a version current; see `promote_all`."""
         self.promote_all({category: version}, other_backbone=other_backbone)
 
     def promote_all(self, versions: Mapping[str, str], *, other_backbone: bool = False) -> None:
-        """Make versions the ones that serve, each in one step, after all of them were checked.
+        """Make versions current, each atomically, after checking all of them.
 
         Args:
             versions: By category.
-            other_backbone: Whether they may run on another backbone than the current versions of other categories.
+            other_backbone: Allow another backbone than that of other categories' current versions.
 
         Raises:
-            MixedBackbonesError: They do, or these differ among themselves; nothing was promoted.
-            RegistryError: A version cannot be read (see `manifest`) and nothing was promoted, or the storage refuses.
+            MixedBackbonesError: The backbones differ; nothing was promoted.
+            RegistryError: A version cannot be read (see `manifest`) and nothing was promoted, or the storage cannot be
+                written.
         """
         promoted = [self.manifest(category, version) for category, version in versions.items()]
         if not other_backbone:
@@ -250,41 +252,41 @@ class Registry:
                 raise _unreachable(path, error) from error
 
     def _require_one_backbone(self, promoted: list[ModelManifest]) -> None:
-        current, _ = self.current_manifests()  # a damaged version serves nothing, and stops no promotion
+        current, _ = self.current_manifests()  # a damaged version is not served and must not prevent a promotion
         require_one_backbone(
-            {one.category: one.backbone for one in [*current, *promoted]},
+            {manifest.category: manifest.backbone for manifest in [*current, *promoted]},
             f"the promotion is refused, as the current versions in {self._root} would run on several backbones",
-            "train the category on the backbone of the others, or keep it in a registry and a service of its own; to "
+            "train the category on the backbone of the others, or use a separate registry and service for it; to "
             "move all categories to another backbone, train them in one run, or promote each with --other-backbone and "
             "then restart the service",
         )
 
     def _aliases(self, categories: list[str]) -> dict[str, str]:
         paths = [f"{self._root}/{category}/{_CURRENT}" for category in categories]
-        found: dict[str, str] = {}
-        # cat_ranges and not cat: it takes paths as they are (cat expands wildcards) and reads them concurrently.
+        aliases: dict[str, str] = {}
+        # cat_ranges, not cat: it reads concurrently and does not expand wildcards in paths.
         for category, path, data in zip(
             categories, paths, self._fs.cat_ranges(paths, None, None, on_error="return"), strict=True
         ):
             if isinstance(data, bytes):
-                found[category] = data.decode(errors="replace").strip()
+                aliases[category] = data.decode(errors="replace").strip()
             elif isinstance(data, OSError) and not isinstance(
                 data, FileNotFoundError | NotADirectoryError | IsADirectoryError
             ):
                 raise _unreachable(path, data) from data
             elif not isinstance(data, OSError):
                 raise data
-        return found
+        return aliases
 
     def _folders(self, path: str) -> list[str]:
-        """List the names under a path that may be a category's or a version's; a missing path has none."""
+        """List the valid names of categories or versions under a path; empty if the path is missing."""
         try:
             entries = self._fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise _unreachable(path, error) from error
-        # "not a file" and not "a directory": fsspec calls a link to a folder "other".
+        # != "file" rather than == "directory": fsspec's type of a link to a folder is "other".
         names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] != "file")
         return sorted(name for name in names if _NAME.fullmatch(name))
 
@@ -295,18 +297,18 @@ class Registry:
             raise _unreachable(path, error) from error
 
     def _put(self, path: str, data: bytes) -> None:
-        """Write one file so that a reader sees it whole or not at all."""
+        """Write one file atomically."""
         if not isinstance(self._fs, LocalFileSystem):
-            self._fs.pipe_file(path, data)  # one PUT: object stores show an object once it is complete
+            self._fs.pipe_file(path, data)  # one PUT: object stores show only complete objects
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # a leading dot: no name of ours
+        unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # a leading dot: never a valid name
         try:
             with unfinished.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
+                os.fsync(file.fileno())  # else the file may be empty after a power cut
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -315,7 +317,7 @@ class Registry:
         return "/".join([self._root, *map(self._check, names)])
 
     def _check(self, name: str) -> str:
-        """Refuse a name that could leave the root."""
+        """Refuse a name that could point outside the root."""
         if not _NAME.fullmatch(name):
             raise RegistryError(
                 f"{name[:64]!r} cannot be a category, version or file in {self._root}; "
@@ -325,7 +327,7 @@ class Registry:
 
 
 def _open_root(root: str) -> tuple[Any, str]:
-    """Open the root's file system, without its cache of listings: other processes write here too."""
+    """Open the root's file system, without a cache of listings, as other processes write here too."""
     protocol = split_protocol(root)[0] or "file"
     try:
         fs, path = url_to_fs(root, use_listings_cache=False)
@@ -333,7 +335,7 @@ def _open_root(root: str) -> tuple[Any, str]:
         package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
         cure = f"pip install {package}" if package not in ("", "fsspec") else str(error)
         raise ConfigError(
-            f"registry.root={root!r}: reading {protocol}:// needs a package that is not installed; {cure}"
+            f"registry.root={root!r}: {protocol}:// needs a package that is not installed; {cure}"
         ) from error
     except ValueError as error:
         raise ConfigError(
@@ -347,11 +349,11 @@ def _parse(data: bytes, path: str) -> ModelManifest:
     try:
         document = from_json(data)
         if isinstance(document, dict):
-            written = document.get("format")
-            if isinstance(written, int) and written > MANIFEST_FORMAT:
+            manifest_format = document.get("format")
+            if isinstance(manifest_format, int) and manifest_format > MANIFEST_FORMAT:
                 raise RegistryError(
-                    f"{path} has format {written} and this program reads up to {MANIFEST_FORMAT}; upgrade flawstream, "
-                    "or promote an older version"
+                    f"{path} has format {manifest_format}, this program reads up to {MANIFEST_FORMAT}; upgrade "
+                    "flawstream, or promote an older version"
                 )
         return ModelManifest.model_validate_json(data)
     except ValidationError as error:
@@ -360,7 +362,7 @@ def _parse(data: bytes, path: str) -> ModelManifest:
             for problem in error.errors(include_url=False, include_input=False)[:4]
         )
         raise RegistryError(
-            f"{path} is no manifest ({problems}); restore it, promote another version, or train again"
+            f"{path} is not a manifest ({problems}); restore it, promote another version, or train again"
         ) from None
     except ValueError as error:
         raise RegistryError(
@@ -369,4 +371,4 @@ def _parse(data: bytes, path: str) -> ModelManifest:
 
 
 def _unreachable(path: str, error: BaseException) -> RegistryError:
-    return RegistryError(f"the registry's storage fails at {path}: {error}; check registry.root and its permissions")
+    return RegistryError(f"the registry's storage failed at {path}: {error}; check registry.root and its permissions")

@@ -1,4 +1,4 @@
-"""The backbone of a model version, from where the version has it: beside its flow, a package, timm or a file."""
+"""Loading of the backbone of a model version: from the registry, a package, timm or a file."""
 
 import safetensors.torch
 
@@ -8,26 +8,26 @@ from schemas.manifest import ModelManifest
 from schemas.settings import ModelSettings
 
 BACKBONE_FILE = "backbone.safetensors"
-"""What a version has beside its flow where its backbone's weights came with it, as an imported one's do."""
+"""The backbone's weights of an imported version, stored beside its head."""
 
 
 def backbone_file(backbone: Backbone) -> bytes:
-    """Write the tensors of a backbone that are used, as `open_backbone` reads them."""
+    """Serialise the tensors of a backbone for `open_backbone`."""
     return safetensors.torch.save({name: t.contiguous() for name, t in backbone.network.state_dict().items()})
 
 
 def open_backbone(registry: Registry, manifest: ModelManifest, settings: ModelSettings) -> Backbone:
-    """Load the backbone that a version runs on.
+    """Load the backbone of a version.
 
     Args:
-        registry: Where the version is.
-        manifest: The version's.
-        settings: Its `weights` may name a file where the version has none beside it.
+        registry: The registry that has the version.
+        manifest: The version's manifest.
+        settings: `weights` may name a file, if the registry has none for this version.
 
     Raises:
         ConfigError: The installed timm has no such network.
-        WeightsError: The weights cannot be had, or are not those of training.
-        RegistryError: The file beside the version is missing or damaged.
+        WeightsError: The weights cannot be loaded, or are not those of training.
+        RegistryError: The registry's file is missing or damaged.
     """
     if BACKBONE_FILE not in manifest.files:
         return load_trained_backbone(manifest.backbone, settings)

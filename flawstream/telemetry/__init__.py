@@ -1,1 +1,1 @@
-"""What is told to whoever watches: metrics, traces and logs."""
+"""Metrics, traces and logs."""

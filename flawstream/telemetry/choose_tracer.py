@@ -1,4 +1,4 @@
-"""Which tracer the settings ask for. OpenTelemetry is imported only where an endpoint is set."""
+"""Choice of the tracer by the settings. OpenTelemetry is imported only if an endpoint is set."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from schemas.settings import TracingSettings
 
 @contextlib.contextmanager
 def open_tracer(settings: TracingSettings) -> Iterator[Tracer]:
-    """Give a tracer; at the end of the context what it still has is sent.
+    """Create a tracer; its remaining spans are sent at the end of the context.
 
     Raises:
-        ConfigError: An endpoint is set, and the packages of the extra `otel` are not installed.
+        ConfigError: An endpoint is set, but the extra `otel` is not installed.
     """
     if settings.endpoint is None:
         yield NO_TRACER
@@ -23,8 +23,8 @@ def open_tracer(settings: TracingSettings) -> Iterator[Tracer]:
         otel = import_module("flawstream.telemetry.otel")
     except ImportError as error:
         raise ConfigError(
-            f"tracing.endpoint is set, and {error.name} is not installed: pip install 'flawstream[otel]', "
-            "or leave tracing.endpoint out"
+            f"tracing.endpoint is set, but {error.name} is not installed: pip install 'flawstream[otel]', "
+            "or unset tracing.endpoint"
         ) from error
     tracer = otel.OtelTracer(settings)
     try:

@@ -1,7 +1,7 @@
-"""How log lines leave a process: for a person, or as JSON for a program, one object a line.
+"""Set-up of logging: as text, or as JSON with one object per line.
 
-What stands in a line besides its message is handed to the logger as `extra`: `image_id`, `category`, `model` and their
-like. Bytes are never written, and nothing at any length: an image must not reach a log by way of an error's text.
+Fields of a line besides its message come from the logger's `extra`: `image_id`, `category`, `model` and others. Bytes
+are never written and long texts are cut, so that an error message cannot put an image into a log.
 """
 
 import logging
@@ -13,14 +13,14 @@ from pythonjsonlogger.json import JsonFormatter
 from schemas.settings import LoggingSettings
 
 ROOMS = ("schemas", "flawstream", "workers", "training", "serving", "flawstream_cli")
-"""Our packages: the level is for what they say. Libraries are heard from WARNING on."""
+"""Our packages, which `logging.level` is for. Libraries log from WARNING on."""
 
-_LONGEST = 16_384
-_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_MAX_CHARACTERS = 16_384
+_TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonLines(JsonFormatter):
-    """One JSON object a line: `level`, `logger`, `message`, what came as `extra`, `error` (a traceback), `time`."""
+    """One JSON object per line: `level`, `logger`, `message`, the `extra` fields, `error` (a traceback), `time`."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -31,19 +31,19 @@ class JsonLines(JsonFormatter):
         )
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """Cut what is too long."""
+        """Truncate long values."""
         return {
-            name: f"{value[:_LONGEST]} ... ({len(value):,} characters)"
-            if isinstance(value, str) and len(value) > _LONGEST
+            name: f"{value[:_MAX_CHARACTERS]} ... ({len(value):,} characters)"
+            if isinstance(value, str) and len(value) > _MAX_CHARACTERS
             else value
             for name, value in log_data.items()
         }
 
 
 def set_up_logging(settings: LoggingSettings) -> None:
-    """Have log lines of this process written to standard error as the settings ask.
+    """Configure logging of this process to standard error.
 
-    As text they go to the handlers that are there, or to one for a person where there is none.
+    In text format, existing handlers are kept; a handler is added only if there is none.
     """
     root = logging.getLogger()
     for room in ROOMS:
@@ -51,22 +51,22 @@ def set_up_logging(settings: LoggingSettings) -> None:
     if settings.format == "json":
         handler = logging.StreamHandler()
         handler.setFormatter(JsonLines())
-        for former in list(root.handlers):
-            root.removeHandler(former)
+        for existing in list(root.handlers):
+            root.removeHandler(existing)
         root.addHandler(handler)
     elif not root.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(_LINE))
+        handler.setFormatter(logging.Formatter(_TEXT_FORMAT))
         root.addHandler(handler)
 
 
 def are_json() -> bool:
-    """Tell whether log lines of this process are JSON."""
+    """Check whether log lines of this process are JSON."""
     return any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers)
 
 
 def _as_json(value: object) -> object:
-    """Write what JSON does not know: bytes by their length, times as ISO 8601, all else as Python writes it."""
+    """Convert values that JSON does not have: bytes to their length, times to ISO 8601, others to text."""
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value):,} bytes>"
     isoformat = getattr(value, "isoformat", None)

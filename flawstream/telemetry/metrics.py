@@ -1,7 +1,7 @@
-"""Every metric there is, and the protocol by which they are recorded. Knows neither Prometheus nor Ray.
+"""All metrics, and the protocol that records them. Knows neither Prometheus nor Ray.
 
-`docs/reference/metrics.md` has them as a table, which a test compares with this file. Names follow Prometheus: the unit
-ends a name, counters end in `_total`. Ray puts `ray_` before each name.
+A test compares the table in `docs/reference/metrics.md` with this file. Names follow Prometheus: they end in the unit,
+those of counters in `_total`. Ray adds the prefix `ray_`.
 """
 
 import itertools
@@ -13,18 +13,18 @@ from schemas.errors import Reason
 from schemas.messages import Verdict
 
 OTHER = "other"
-"""The category label of all categories past the bound."""
+"""The value of the label `category` for all categories over the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What is measured.
+    """Name, help and labels of a metric.
 
     Attributes:
-        name: As Prometheus has it, without Ray's prefix.
-        help: One line for a person.
-        labels: Names of its labels, in order.
-        values: All values of a label, where they are a closed set.
+        name: The name in Prometheus, without Ray's prefix.
+        help: One line that explains it.
+        labels: Names of the labels, in order.
+        values: All values of each label that has a closed set of values.
     """
 
     name: str
@@ -35,17 +35,17 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Counter(Metric):
-    """Only ever grows.
+    """A count that only increases.
 
     Attributes:
-        from_zero: Told as 0 before it counted, so that a first count is an increase: where it has labels, all of them
-            closed sets.
+        from_zero: Export the counter as 0 before its first count, so that this is an increase. With labels, only if
+            each has a closed set of values.
     """
 
     from_zero: bool = True
 
     def lines(self) -> Iterator[dict[str, str]]:
-        """Give the labels of every line that is told from 0."""
+        """List the label values of every line to export as 0."""
         if self.from_zero and self.values.keys() >= set(self.labels):
             for values in itertools.product(*(self.values[label] for label in self.labels)):
                 yield dict(zip(self.labels, values, strict=True))
@@ -53,42 +53,42 @@ class Counter(Metric):
 
 @dataclass(frozen=True, slots=True)
 class Gauge(Metric):
-    """Goes up and down."""
+    """A value that increases and decreases."""
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram(Metric):
-    """How values spread.
+    """A distribution of values.
 
     Attributes:
-        buckets: Upper bounds, ascending and above 0 (Ray takes no others).
+        buckets: Upper bounds, ascending and above 0 as Ray requires.
     """
 
     buckets: tuple[float, ...] = ()
 
 
 class Metrics(Protocol):
-    """Takes what was measured. Cheap: some microseconds a call, and never a wait."""
+    """Records metrics. A call takes microseconds and never blocks."""
 
     def add(self, counter: Counter, amount: float = 1.0, /, **labels: str) -> None:
-        """Count; an amount of 0 is nothing."""
+        """Increase a counter; an amount of 0 does nothing."""
         ...
 
     def set(self, gauge: Gauge, value: float, /, **labels: str) -> None:
-        """Say how it is now."""
+        """Set the value of a gauge."""
         ...
 
     def observe(self, histogram: Histogram, value: float, /, **labels: str) -> None:
-        """Take one value more."""
+        """Add a value to a histogram."""
         ...
 
     def forget(self, gauge: Gauge, /, **labels: str) -> None:
-        """Say that what these labels name is no more."""
+        """Remove the gauge with these labels, because what they name no longer exists."""
         ...
 
 
 class NoMetrics:
-    """`Metrics` for whoever is not watched."""
+    """`Metrics` that records nothing."""
 
     def add(self, counter: Counter, amount: float = 1.0, /, **labels: str) -> None:
         """Do nothing."""
@@ -107,12 +107,12 @@ NO_METRICS = NoMetrics()
 
 
 class CategoryLabels:
-    """Bounds how many values the label `category` has: whoever comes past the bound is `other`.
+    """Limits the number of values of the label `category`; further categories become `other`.
 
-    Categories come from outside; each costs the Prometheus server memory in every metric that has the label.
+    Categories come from producers, and each takes memory of the Prometheus server in every metric with the label.
 
     Args:
-        most: Categories that are named, in the order they come.
+        most: Maximum number of categories, in order of appearance.
     """
 
     def __init__(self, most: int) -> None:
@@ -120,7 +120,7 @@ class CategoryLabels:
         self._named: set[str] = set()
 
     def bounded(self, labels: dict[str, str]) -> dict[str, str]:
-        """Give labels whose category is one that is named, or `other`."""
+        """Replace a category over the limit by `other`."""
         category = labels.get("category")
         if category is None or category in self._named:
             return labels
@@ -135,22 +135,22 @@ _IMAGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # --- the stream worker
-IMAGES = Counter("flawstream_images_total", "Images that workers were given, those given again included.")
+IMAGES = Counter("flawstream_images_total", "Images delivered to workers, redeliveries included.")
 RESULTS = Counter(
     "flawstream_results_total",
-    "Images that ended as results.",
+    "Images completed with a result.",
     ("category", "verdict"),
     {"verdict": tuple(Verdict)},
 )
 DEAD_LETTERS = Counter(
-    "flawstream_dead_letters_total", "Images that ended as dead letters.", ("reason",), {"reason": tuple(Reason)}
+    "flawstream_dead_letters_total", "Images completed as dead letters.", ("reason",), {"reason": tuple(Reason)}
 )
 NOT_OURS = Counter(
-    "flawstream_not_ours_total", "Outcomes not written because another worker had ended the image or had it in hand."
+    "flawstream_not_ours_total", "Outcomes not written because another worker owned or had completed the image."
 )
 RETRIES = Counter(
     "flawstream_retries_total",
-    "Tries that the detector or the stream server could not serve, made again; images for model_unavailable.",
+    "Retries after a transient error, by cause; for model_unavailable, images deferred.",
     ("cause",),
     {"cause": ("detector_overloaded", "model_unavailable", "stream_unavailable")},
 )
@@ -175,12 +175,12 @@ BATCH_IMAGES = Histogram(
     buckets=_IMAGES,
 )
 
-# --- quality, as workers see it
-P_VALUE = Histogram(
-    "flawstream_p_value", "p-values of results; uniform as long as nothing drifts.", ("category",), buckets=_SHARES
-)
+# --- drift, measured by workers
+P_VALUE = Histogram("flawstream_p_value", "p-values of results; uniform without drift.", ("category",), buckets=_SHARES)
 WINDOW_IMAGES = Gauge(
-    "flawstream_window_images", "Latest results that the following are taken from, of one model version.", ("category",)
+    "flawstream_window_images",
+    "Latest results, of one model version, that the window and drift metrics are computed from.",
+    ("category",),
 )
 WINDOW_SCORE = Gauge(
     "flawstream_window_score",
@@ -188,74 +188,78 @@ WINDOW_SCORE = Gauge(
     ("category", "quantile"),
     {"quantile": ("0.05", "0.5", "0.95")},
 )
-THRESHOLD = Gauge("flawstream_threshold", "A score above it is anomalous, nats per channel.", ("category",))
+THRESHOLD = Gauge("flawstream_threshold", "The threshold of image scores, nats per channel.", ("category",))
 DRIFT_DISTANCE = Gauge(
     "flawstream_drift_distance",
-    "Kolmogorov-Smirnov distance of the latest p-values from uniform: 0 as calibrated, 1 nothing in common.",
+    "Kolmogorov-Smirnov distance of the latest p-values from uniform, 0 to 1.",
     ("category",),
 )
 
-# --- the streams, as every worker and the API read them: take the maximum, not the sum
-STREAM_UP = Gauge("flawstream_stream_up", "1 where the stream server answers, 0 where it does not.")
-BACKLOG_IMAGES = Gauge("flawstream_backlog_images", "Images on the images streams, waiting or in hand.")
-PENDING_IMAGES = Gauge("flawstream_pending_images", "Images that workers have in hand.")
-LAG_IMAGES = Gauge("flawstream_lag_images", "Images that were not yet given to a worker.")
+# --- the streams; every worker and the API report the same values: aggregate with max, not sum
+STREAM_UP = Gauge("flawstream_stream_up", "1 if the stream server answers, else 0.")
+BACKLOG_IMAGES = Gauge("flawstream_backlog_images", "Images on the images streams: lag and pending.")
+PENDING_IMAGES = Gauge("flawstream_pending_images", "Images delivered to workers and not yet completed.")
+LAG_IMAGES = Gauge("flawstream_lag_images", "Images not yet delivered to a worker.")
 OLDEST_IMAGE_SECONDS = Gauge(
-    "flawstream_oldest_image_seconds", "Age of the oldest image on the images streams; 0 where there is none."
+    "flawstream_oldest_image_seconds", "Age of the oldest image on the images streams; 0 if there is none."
 )
-STREAM_RESULTS = Gauge("flawstream_stream_results", "Results on their streams.")
-STREAM_DEAD_LETTERS = Gauge("flawstream_stream_dead_letters", "Dead letters on their streams.")
+STREAM_RESULTS = Gauge("flawstream_stream_results", "Results on the results streams.")
+STREAM_DEAD_LETTERS = Gauge("flawstream_stream_dead_letters", "Dead letters on the dead-letter streams.")
 STREAM_EVENTS = Counter(
     "flawstream_stream_events_total",
-    "What the stream server counted, whoever pushed: refused_images, refused_bytes, refused_memory, duplicates, "
+    "Events counted by the stream server, of all producers: refused_images, refused_bytes, refused_memory, duplicates, "
     "trimmed_results.",
     ("event",),
     {"event": ("refused_images", "refused_bytes", "refused_memory", "duplicates", "trimmed_results")},
-    from_zero=False,  # it begins with what the server has counted so far, which is no increase
+    from_zero=False,  # its first value is the server's count so far, not an increase
 )
 
 # --- producers
 PUSHES = Counter(
     "flawstream_pushes_total",
-    "Pushes of this process by outcome: written, or the code of the error, such as backlog_full.",
+    "Pushes of this process by outcome: written, or the code of the error.",
     ("outcome",),
     {"outcome": ("written", "backlog_full", "stream_unavailable", "message", "config", "error")},
 )
-PUSH_SECONDS = Histogram("flawstream_push_seconds", "Time of one push, waiting for room included.", buckets=_SECONDS)
+PUSH_SECONDS = Histogram(
+    "flawstream_push_seconds", "Time of one push, including waiting for capacity.", buckets=_SECONDS
+)
 
 # --- the detector
-DETECTOR_QUEUE_IMAGES = Gauge("flawstream_detector_queue_images", "Images waiting for a detector's next batch.")
-DETECTOR_REFUSALS = Counter("flawstream_detector_refusals_total", "Calls that a detector refused: its queue was full.")
-HALVINGS = Counter("flawstream_halvings_total", "Batches that did not fit in memory and were halved.")
+DETECTOR_QUEUE_IMAGES = Gauge("flawstream_detector_queue_images", "Images in a detector's queue.")
+DETECTOR_REFUSALS = Counter(
+    "flawstream_detector_refusals_total", "Calls that a detector refused because its queue was full."
+)
+HALVINGS = Counter("flawstream_halvings_total", "Batches halved because they did not fit in memory.")
 MODEL_LOADS = Counter(
     "flawstream_model_loads_total",
-    "Model versions made ready, or not: first, swap, failed.",
+    "Loads of model versions: first, swap, failed.",
     ("outcome",),
     {"outcome": ("first", "swap", "failed")},
 )
 RESIDENT_CATEGORIES = Gauge("flawstream_resident_categories", "Categories that a detector has loaded.")
-RESIDENT_BYTES = Gauge("flawstream_resident_bytes", "Memory that the loaded categories take.")
+RESIDENT_BYTES = Gauge("flawstream_resident_bytes", "Memory of the loaded categories.")
 MODEL_INFO = Gauge(
     "flawstream_model_info",
-    "1 for the version of a category that is loaded, 0 for one that was.",
+    "1 for the loaded version of a category, 0 for earlier ones.",
     ("category", "version"),
 )
 
 # --- training
 TRAINING_JOBS = Counter(
     "flawstream_training_jobs_total",
-    "Training jobs that ended: done, failed.",
+    "Finished training jobs: done, failed.",
     ("outcome",),
     {"outcome": ("done", "failed")},
 )
 TRAINING_IMAGES = Counter(
     "flawstream_training_images_total",
-    "Images gone through in training: features, training, calibrating, evaluating.",
+    "Images processed in training: features, training, calibrating, evaluating.",
     ("category", "stage"),
     {"stage": ("features", "training", "calibrating", "evaluating")},
 )
-TRAINING_EPOCH = Gauge("flawstream_training_epoch", "The epoch under way, from 1.", ("category",))
-TRAINING_LOSS = Gauge("flawstream_training_loss", "Mean loss of the epoch so far, nats per value.", ("category",))
+TRAINING_EPOCH = Gauge("flawstream_training_epoch", "The current epoch, from 1.", ("category",))
+TRAINING_LOSS = Gauge("flawstream_training_loss", "Mean loss of the current epoch, nats per value.", ("category",))
 
 ALL: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 """Every metric, in the order of this file."""

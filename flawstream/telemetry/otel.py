@@ -1,6 +1,6 @@
-"""`Tracer` on OpenTelemetry's SDK, to a collector over OTLP/HTTP. Imported only where tracing is set up.
+"""`Tracer` on OpenTelemetry's SDK, sending to a collector over OTLP/HTTP. Imported only if tracing is configured.
 
-The provider is our own and not OpenTelemetry's global one: a producer is a library in somebody's program.
+Does not use OpenTelemetry's global provider: a producer is a library in another program.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from flawstream.telemetry.traces import Attributes, Stage
+from flawstream.telemetry.traces import Attributes, Span
 from schemas.settings import TracingSettings
 
 _W3C = TraceContextTextMapPropagator()
@@ -26,10 +26,10 @@ _PATH = "/v1/traces"
 
 
 class OtelTracer:
-    """A `Tracer` that sends spans in batches, from a thread of its own.
+    """A `Tracer` that sends spans in batches from a background thread.
 
     Args:
-        settings: Where to; the endpoint is set.
+        settings: With an endpoint.
     """
 
     def __init__(self, settings: TracingSettings) -> None:
@@ -40,35 +40,35 @@ class OtelTracer:
         self._tracer = self._provider.get_tracer("flawstream")
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()
 
     @contextmanager
     def push(self, traceparent: str | None, attributes: Attributes) -> Iterator[str | None]:
-        """Make a span of a push, and give its own traceparent to send along."""
+        """Create a span for a push and yield its traceparent."""
         parent = _context(traceparent) if traceparent else otel_context.get_current()
         with self._tracer.start_as_current_span(
-            "flawstream.push", parent, SpanKind.PRODUCER, attributes=_semantic(attributes)
+            "flawstream.push", parent, SpanKind.PRODUCER, attributes=_prefix(attributes)
         ):
-            carried: dict[str, str] = {}
-            _W3C.inject(carried)
-            yield carried.get("traceparent", traceparent)
+            carrier: dict[str, str] = {}
+            _W3C.inject(carrier)
+            yield carrier.get("traceparent", traceparent)
 
     def image(
-        self, traceparent: str | None, whole: Stage, parts: Sequence[Stage], attributes: Attributes, error: str | None
+        self, traceparent: str | None, whole: Span, parts: Sequence[Span], attributes: Attributes, error: str | None
     ) -> None:
-        """Make the spans of an image that has ended."""
+        """Create the spans of a completed image."""
         span = self._tracer.start_span(
             f"flawstream.{whole.name}",
             _context(traceparent),
             SpanKind.CONSUMER,
-            _semantic(attributes),
+            _prefix(attributes),
             start_time=whole.start_ns,
         )
         if span.is_recording():
-            within = trace.set_span_in_context(span, Context())
+            parent = trace.set_span_in_context(span, Context())
             for part in parts:
-                self._tracer.start_span(f"flawstream.{part.name}", within, start_time=part.start_ns).end(part.end_ns)
+                self._tracer.start_span(f"flawstream.{part.name}", parent, start_time=part.start_ns).end(part.end_ns)
             if error is not None:
                 span.set_status(Status(StatusCode.ERROR, error))
         span.end(whole.end_ns)
@@ -78,6 +78,6 @@ def _context(traceparent: str | None) -> Context:
     return _W3C.extract({"traceparent": traceparent} if traceparent else {}, Context())
 
 
-def _semantic(attributes: Attributes) -> Mapping[str, str | int | float]:
-    """Name attributes as OpenTelemetry asks, by the application they belong to."""
+def _prefix(attributes: Attributes) -> Mapping[str, str | int | float]:
+    """Prefix attributes with the application, as OpenTelemetry recommends."""
     return {"messaging.system": "redis_streams"} | {f"flawstream.{name}": value for name, value in attributes.items()}

@@ -1,4 +1,4 @@
-"""`Metrics` on prometheus-client, and the port they are scraped from: for processes without Ray."""
+"""`Metrics` on prometheus-client, and a port to scrape: for processes without Ray."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from schemas.settings import MetricsSettings
 
 
 class PrometheusMetrics:
-    """A `Metrics` in a registry of prometheus-client.
+    """`Metrics` in a registry of prometheus-client.
 
-    A gauge is told from when it was first set: a producer does not say of the streams that they are down.
+    A gauge is exported only once it was set: a producer, which does not measure the streams, must not export them as 0.
 
     Args:
-        registry: Where they are put.
-        max_categories: Categories that are named in labels.
+        registry: The registry of prometheus-client.
+        max_categories: Maximum number of values of the label `category`.
     """
 
     def __init__(self, registry: CollectorRegistry, max_categories: int) -> None:
@@ -33,20 +33,20 @@ class PrometheusMetrics:
                     self._child(metric, labels)
 
     def add(self, counter: Counter, amount: float = 1.0, /, **labels: str) -> None:
-        """Count; an amount of 0 is nothing."""
+        """Increase a counter; an amount of 0 does nothing."""
         if amount:
             self._child(counter, labels).inc(amount)
 
     def set(self, gauge: Gauge, value: float, /, **labels: str) -> None:
-        """Say how it is now."""
+        """Set the value of a gauge."""
         self._child(gauge, labels).set(value)
 
     def observe(self, histogram: Histogram, value: float, /, **labels: str) -> None:
-        """Take one value more."""
+        """Add a value to a histogram."""
         self._child(histogram, labels).observe(value)
 
     def forget(self, gauge: Gauge, /, **labels: str) -> None:
-        """Take these labels' line away."""
+        """Remove the gauge with these labels."""
         labels = self._categories.bounded(labels)
         values = tuple(labels[name] for name in gauge.labels)
         if self._children.pop((gauge.name, *values), None) is not None:
@@ -81,27 +81,27 @@ def _family(metric: Metric, registry: CollectorRegistry) -> Any:
 
 @contextlib.contextmanager
 def serve_metrics(settings: MetricsSettings) -> Iterator[tuple[Metrics, str | None]]:
-    """Answer Prometheus for as long as the context lasts, where a port is set.
+    """Serve metrics to Prometheus during the context, if a port is set.
 
     Yields:
-        The metrics to record, and the URL they are scraped from; nothing is recorded where there is none.
+        The metrics and the URL to scrape; without a port, metrics that record nothing, and None.
 
     Raises:
-        ConfigError: The port is taken.
+        ConfigError: The port is in use.
     """
     if settings.port is None:
         yield NO_METRICS, None
         return
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for every counter, which tells nobody anything
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # drop the _created line of every counter
     metrics = PrometheusMetrics(registry, settings.max_categories)
     try:
         server, thread = start_http_server(settings.port, settings.host, registry)
     except OSError as error:
         raise ConfigError(
             f"metrics cannot be served on {settings.host} port {settings.port}: {error.strerror}; "
-            "choose another metrics.port, or leave it out"
+            "choose another metrics.port, or unset it"
         ) from error
     try:
         yield metrics, f"http://{settings.host}:{server.server_port}/metrics"

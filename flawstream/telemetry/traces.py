@@ -1,6 +1,6 @@
-"""The way of one image as spans: the protocol by which they are told. Knows no OpenTelemetry.
+"""The protocol that records the spans of an image. Knows no OpenTelemetry.
 
-A producer's `traceparent` (W3C Trace Context) goes through to the result as it came, whether or not anybody traces.
+A producer's `traceparent` (W3C Trace Context) is copied to the result, with or without tracing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ Attributes = Mapping[str, str | int | float]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """What took time. Nanoseconds since 1970."""
+class Span:
+    """A named time interval, in nanoseconds since 1970."""
 
     name: str
     start_ns: int
@@ -21,46 +21,46 @@ class Stage:
 
 
 class Tracer(Protocol):
-    """Tells spans to whoever collects them. It never waits for the collector, and never fails an image."""
+    """Records spans. Never waits for the collector, and never raises for an image."""
 
     def push(self, traceparent: str | None, attributes: Attributes) -> AbstractContextManager[str | None]:
-        """Make a span of a push.
+        """Create a span for a push.
 
         Args:
-            traceparent: Of what the push is a part; None: of the span that the caller is in, or of nothing.
-            attributes: What is known of the image.
+            traceparent: The parent; None: the caller's current span, if any.
+            attributes: Attributes of the image.
 
         Returns:
-            A context that lasts as long as the push and gives the traceparent to send along.
+            A context for the push, which yields the traceparent to send with the image.
         """
         ...
 
     def image(
-        self, traceparent: str | None, whole: Stage, parts: Sequence[Stage], attributes: Attributes, error: str | None
+        self, traceparent: str | None, whole: Span, parts: Sequence[Span], attributes: Attributes, error: str | None
     ) -> None:
-        """Make the spans of an image that has ended: one of the whole, in it one of each part.
+        """Create the spans of a completed image: one for the image, with one child per stage.
 
         Args:
-            traceparent: As it came with the image.
-            whole: From its arrival to its end.
-            parts: What was done meanwhile.
-            attributes: What is known of the image.
-            error: Why it is a dead letter; None where it is none.
+            traceparent: The image's.
+            whole: From arrival to completion.
+            parts: The stages.
+            attributes: Attributes of the image.
+            error: Why it is a dead letter; None for a result.
         """
         ...
 
 
 class NoTracer:
-    """`Tracer` where nobody collects."""
+    """`Tracer` that records nothing."""
 
     @contextmanager
     def push(self, traceparent: str | None, attributes: Attributes) -> Iterator[str | None]:
-        """Send the traceparent along as it came."""
+        """Yield the traceparent unchanged."""
         del attributes
         yield traceparent
 
     def image(
-        self, traceparent: str | None, whole: Stage, parts: Sequence[Stage], attributes: Attributes, error: str | None
+        self, traceparent: str | None, whole: Span, parts: Sequence[Span], attributes: Attributes, error: str | None
     ) -> None:
         """Do nothing."""
 

@@ -30,7 +30,7 @@ from schemas.errors import ConfigError
 from training.datasets.check import Finding
 from training.datasets.cifar10 import export_cifar10
 from training.datasets.elpv import export_elpv
-from training.datasets.open import Layout, open_dataset
+from training.datasets.open import DatasetLayout, open_dataset
 from training.datasets.samples import CategoryData
 
 app = typer.Typer(
@@ -52,7 +52,7 @@ class Exportable(StrEnum):
 @app.command()
 def check(
     root: RootArgument,
-    layout: LayoutOption = Layout.AUTO,
+    layout: LayoutOption = DatasetLayout.AUTO,
     category: CategoryOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -77,14 +77,14 @@ def check(
     if errors:
         raise typer.Exit(ExitCode.FAILED)
     if not as_json:
-        layout_option = "" if layout is Layout.AUTO else f" --layout {layout}"
+        layout_option = "" if layout is DatasetLayout.AUTO else f" --layout {layout}"
         print_message(f"next: flawstream train {root}{layout_option}")
 
 
 @app.command("list")
 def list_(
     root: RootArgument,
-    layout: LayoutOption = Layout.AUTO,
+    layout: LayoutOption = DatasetLayout.AUTO,
     category: CategoryOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -13,7 +13,7 @@ from flawstream_cli.commands.serve import running, wait_for_stop, with_redis
 from flawstream_cli.commands.train import train_all, training_table
 from flawstream_cli.round_trip import RoundTrip, stream_samples
 from flawstream_cli.terminal import ExitCode, err, print_json, print_message, read_settings, table
-from schemas.manifest import Metrics
+from schemas.manifest import EvaluationMetrics
 from schemas.settings import Settings
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
@@ -104,7 +104,7 @@ def _shuffled_tests(data: list[CategoryData]) -> list[tuple[str, Sample]]:
 _RESULT_COLUMNS = ("category", "images", "AUROC", "false alarms", "recall", "p50 ms", "p99 ms", "img/s")
 
 
-def _result_rows(trip: RoundTrip, metrics: dict[str, Metrics]) -> list[tuple[object, ...]]:
+def _result_rows(trip: RoundTrip, metrics: dict[str, EvaluationMetrics]) -> list[tuple[object, ...]]:
     return [
         (
             name,
@@ -120,7 +120,7 @@ def _result_rows(trip: RoundTrip, metrics: dict[str, Metrics]) -> list[tuple[obj
     ]
 
 
-def _summary(trip: RoundTrip, metrics: dict[str, Metrics]) -> dict[str, object]:
+def _summary(trip: RoundTrip, metrics: dict[str, EvaluationMetrics]) -> dict[str, object]:
     return {
         "images": len(trip.pushed_at),
         "results": len(trip.results),

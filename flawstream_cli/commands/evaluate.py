@@ -31,10 +31,10 @@ from flawstream_cli.terminal import (
     table,
 )
 from schemas.errors import ConfigError, DatasetError, RegistryError, UnknownCategoryError
-from schemas.manifest import BackboneSpec, Calibration, DefectMetrics, Metrics, ModelManifest
+from schemas.manifest import BackboneSpec, Calibration, DefectMetrics, EvaluationMetrics, ModelManifest
 from schemas.messages import MapCodec
 from schemas.settings import LimitSettings, Settings
-from training.datasets.open import Layout, open_dataset
+from training.datasets.open import DatasetLayout, open_dataset
 from training.datasets.samples import CategoryData, Sample
 from training.report.report import JudgedImage, write_report
 from training.steps.evaluate import METRIC_NAMES, Evaluation, ImageScorer, ScoredImage, Spread, spread
@@ -49,14 +49,14 @@ class _Evaluated:
 
     manifest: ModelManifest
     calibration: Calibration
-    metrics: Metrics
+    metrics: EvaluationMetrics
     judged: list[JudgedImage]
 
 
 def evaluate(
     root: Annotated[Path, typer.Argument(help="Data set: ROOT/CATEGORY/test/good and test/DEFECT.")],
     category: CategoryOption = None,
-    layout: LayoutOption = Layout.AUTO,
+    layout: LayoutOption = DatasetLayout.AUTO,
     versions: Annotated[
         int,
         typer.Option(min=1, help="Number of versions: the current one and the newest that differ only in the seed."),
@@ -272,7 +272,7 @@ def _defects_table(evaluated: Mapping[str, Sequence[_Evaluated]]) -> Table:
     return table("By kind of defect", columns, rows)
 
 
-def _with_interval(metrics: Metrics | DefectMetrics, name: str) -> str | None:
+def _with_interval(metrics: EvaluationMetrics | DefectMetrics, name: str) -> str | None:
     value = getattr(metrics, name)
     if value is None:
         return None

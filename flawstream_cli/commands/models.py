@@ -176,7 +176,7 @@ def export(
 
     Example: `flawstream models export bottle --format onnx --to exported`
     """
-    from flawstream.export.triton import Server  # noqa: PLC0415 - torch takes seconds; `list` needs none
+    from flawstream.export.triton import TritonOptions  # noqa: PLC0415 - torch takes seconds; `list` needs none
     from flawstream.export.version import ExportFormat, ExportOptions, export_version  # noqa: PLC0415 - the same
 
     settings = read_settings(config, registry={"root": registry})
@@ -193,7 +193,7 @@ def export(
             options=ExportOptions(
                 score=score,
                 map=map_,
-                server=Server(backend=backend, max_batch_images=max_batch, instances=instances),
+                triton=TritonOptions(backend=backend, max_batch_images=max_batch, instances=instances),
             ),
         )
     out.print(str(target), highlight=False, soft_wrap=True)

@@ -29,10 +29,10 @@ from schemas.manifest import ModelManifest
 from schemas.presets import PresetName
 from schemas.settings import Settings
 from serving.ray_metrics import RayMetrics
-from training.datasets.open import Layout, open_dataset
+from training.datasets.open import DatasetLayout, open_dataset
 from training.datasets.samples import CategoryData
 from training.fleet import train_fleet
-from training.pipeline import Job, Stage
+from training.pipeline import Stage, TrainingJob
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
         typer.Argument(help="Data set: ROOT/CATEGORY/train/good, test/DEFECT, ground_truth; or another --layout."),
     ],
     category: CategoryOption = None,
-    layout: LayoutOption = Layout.AUTO,
+    layout: LayoutOption = DatasetLayout.AUTO,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
     preset: Annotated[
         PresetName | None, typer.Option(help="A named configuration; `flawstream models presets` lists them.")
@@ -202,9 +202,9 @@ def _refuse_other_backbone(data: list[CategoryData], settings: Settings) -> None
         )
 
 
-def _job(data: CategoryData, settings: Settings, number: int, seeds: int) -> Job:
+def _job(data: CategoryData, settings: Settings, number: int, seeds: int) -> TrainingJob:
     seed = settings.training.seed + number
-    return Job(
+    return TrainingJob(
         data,
         settings.model,
         settings.training.model_copy(update={"seed": seed}),

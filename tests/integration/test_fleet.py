@@ -26,7 +26,7 @@ from flawstream_cli.commands.train import train_all
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, Settings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
 from training.fleet import share_cluster, train_fleet
-from training.pipeline import Job, Progress, Stage, run_job
+from training.pipeline import Progress, Stage, TrainingJob, run_job
 from training.steps.features import FeatureExtractor
 
 MODEL = ModelSettings(strides=(16, 32), input_size=64, flow_steps=2, hidden_ratio=0.2)
@@ -49,7 +49,7 @@ def write_images(folder: Path, name: str, count: int, seed: int, *, defective: b
     return paths
 
 
-def make_job(folder: Path, name: str, seed: int = 0, *, epochs: int = 1) -> Job:
+def make_job(folder: Path, name: str, seed: int = 0, *, epochs: int = 1) -> TrainingJob:
     images = folder / name
     test = [
         Sample(path, anomalous=False, defect="good", mask=None) for path in write_images(images, "good", 3, seed)
@@ -58,10 +58,10 @@ def make_job(folder: Path, name: str, seed: int = 0, *, epochs: int = 1) -> Job:
         for path in write_images(images, "hole", 3, seed, defective=True)
     ]
     data = CategoryData(name, write_images(images, "train", 12, seed), tuple(test))
-    return Job(data, MODEL, RECIPE.model_copy(update={"epochs": epochs}), str(folder / "models"))
+    return TrainingJob(data, MODEL, RECIPE.model_copy(update={"epochs": epochs}), str(folder / "models"))
 
 
-def fleet(jobs: list[Job], model: ModelSettings = MODEL) -> Generator[Progress, None, None]:
+def fleet(jobs: list[TrainingJob], model: ModelSettings = MODEL) -> Generator[Progress, None, None]:
     generator = train_fleet(jobs, model, LIMITS, DETECTOR)
     assert isinstance(generator, Generator)
     return generator
@@ -71,7 +71,7 @@ def fleet(jobs: list[Job], model: ModelSettings = MODEL) -> Generator[Progress, 
 class Outcome:
     """What came of four jobs: two good ones, one with a corrupt image, one that meets a bug."""
 
-    jobs: dict[str, Job]
+    jobs: dict[str, TrainingJob]
     progress: list[Progress]
     logged: list[str]
 
@@ -142,7 +142,7 @@ def test_corrupt_image_fails_its_category_alone_and_is_named(outcome: Outcome) -
     failed = outcome.of("corrupt")[-1]
     assert failed.stage is Stage.FAILED
     assert "train-05.png" in failed.note
-    assert failed.note.endswith("mend the file or take it out")
+    assert failed.note.endswith("repair or remove the file")
     assert Registry(outcome.jobs["bottle"].registry_root).categories() == ["bottle", "cable"]
 
 
@@ -194,7 +194,7 @@ def test_dead_actors_fail_their_jobs_and_whoever_stops_consuming_stops_the_rest(
     assert len(killed) == len(names)
     for name in names:
         assert last[name].stage is Stage.FAILED
-        assert last[name].note.startswith("its training process is gone.")
+        assert last[name].note.startswith("its training process died:")
         assert "\n" not in last[name].note
     assert trainers(cluster) - killed
     progress.close()

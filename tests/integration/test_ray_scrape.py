@@ -23,7 +23,7 @@ from schemas.settings import Settings
 from serving import app as service
 from serving.ray_metrics import PREFIX, RayMetrics
 from training.pipeline import Progress, Stage
-from training.progress_metrics import recorded
+from training.progress_metrics import record_progress
 from workers.redis.embedded import EmbeddedServer, free_port
 
 CATEGORY = "scraped"
@@ -124,7 +124,7 @@ def test_training_is_told_by_its_driver(cluster: Cluster) -> None:
         Progress(CATEGORY, Stage.FEATURES, 32, 32),
         Progress(CATEGORY, Stage.TRAINING, 24, 32, epoch=2, loss=1.5),
     ]
-    assert list(recorded(reports, RayMetrics(10))) == reports
+    assert list(record_progress(reports, RayMetrics(10))) == reports
     expected = [32, 24, 2, 1.5]
 
     def told_of_training(told: Scraped) -> list[float | None]:

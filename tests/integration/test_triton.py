@@ -32,8 +32,8 @@ from tritonclient.utils import InferenceServerException
 from flawstream.engines.protocol import Loaded
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.engines.triton_engine import TritonEngine
-from flawstream.export.graph import Extras
-from flawstream.export.triton import BACKBONE, FRONT, Server, write_triton
+from flawstream.export.graph import ExtraOutputs
+from flawstream.export.triton import BACKBONE, FRONT, TritonOptions, write_triton
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.score import image_scores
@@ -90,8 +90,8 @@ class TestTritonEngine(EngineContract):
                 make_manifest(category, version, spec=reference.spec, flow=FLOW),
                 reference,
                 heads[head],
-                extras=Extras(TOP_FRACTION),
-                server=Server("python", max_batch_images=SMALL_BATCH),
+                extra_outputs=ExtraOutputs(TOP_FRACTION),
+                options=TritonOptions("python", max_batch_images=SMALL_BATCH),
             )
         with TritonServer(cls.repository, tmp_path_factory.mktemp("server")) as cls.server:
             yield cls.make_engine(settings, reference)

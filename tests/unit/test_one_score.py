@@ -17,7 +17,7 @@ from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, LimitSettings
 from serving.detector import DetectorService
 from training.datasets.samples import Sample
-from training.pipeline import Proof, judge_version
+from training.pipeline import EvaluationData, evaluate_version
 from training.steps.evaluate import Evaluation, ImageScorer
 from workers.ports import Detection
 
@@ -67,9 +67,9 @@ async def test_evaluation_and_serving_score_extremes_alike(tmp_path: Path, paths
 async def test_calibration_scores_are_those_that_are_served(tmp_path: Path, paths: list[Path]) -> None:
     """Each held-out image, pushed once more, has the very p-value that its own score stands for."""
     registry = Registry(str(tmp_path / "models"))
-    proof = Proof(held_out=paths[:6], test=(), ranges=(), top_fraction=0.0, false_alarm_rate=0.3)
+    data = EvaluationData(held_out=paths[:6], test=(), int8_images=(), top_fraction=0.0, false_alarm_rate=0.3)
     extractor = SimpleNamespace(limits=LimitSettings())  # only int8 needs the backbone
-    found = returned(judge_version("bottle", extractor, TinyEngine(), FastFlowHead(SPEC, FLOW).eval(), proof))  # type: ignore[arg-type]
+    found = returned(evaluate_version("bottle", extractor, TinyEngine(), FastFlowHead(SPEC, FLOW).eval(), data))  # type: ignore[arg-type]
     write_version(registry, "bottle")
     served = await serve(registry, TinyEngine())
     assert found.calibration.scores == tuple(sorted(one.score for one in served[:6]))

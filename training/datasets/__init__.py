@@ -1,1 +1,1 @@
-"""Adapters from data set folders to one list of labelled images, a file each."""
+"""Adapters that read data sets into lists of labelled images, one module each."""

@@ -1,7 +1,7 @@
-"""What is wrong with a data set, all of it at once, before any time is spent on training.
+"""Checks of a data set before training, which report all problems at once.
 
-`check_listing` looks at names and counts and takes no time; `check_content` judges what decoding every file told.
-Errors make training or its figures wrong, warnings make them worse. Knows no layout and opens no file.
+`check_listing` checks names and counts, which takes no time; `check_content` checks the decoded files. Errors make
+training or its metrics wrong, warnings make them worse. Knows no layout and opens no file.
 """
 
 from collections import Counter
@@ -12,26 +12,26 @@ from pathlib import Path
 
 from flawstream.calibration import shortage
 from schemas.settings import TrainingSettings
-from training.datasets.decoding import Seen, SeenImage, SeenMask, Unreadable
+from training.datasets.decoding import FileCheck, ImageCheck, MaskCheck, UnreadableFile
 from training.datasets.samples import CategoryData
 
 MIN_TRAIN_IMAGES = 10
-"""A fifth is held out to calibrate by default: with fewer images, the threshold would hang on a single score."""
+"""A fifth is held out by default: with fewer images, the threshold would depend on a single score."""
 
 _GOOD_COUNT = 200
 _SAME_ASPECT = 1.02
-_SHOWN = 3
+_MAX_SIZES_LISTED = 3
 
 
 class Severity(StrEnum):
-    """Whether the category is trained all the same."""
+    """Whether the problem prevents training: errors do, warnings do not."""
 
     ERROR = "error"
     WARNING = "warning"
 
 
-class Problem(StrEnum):
-    """What can be wrong: a closed set, for programs to read."""
+class DatasetProblem(StrEnum):
+    """The kinds of problems: a closed set of codes."""
 
     TOO_FEW = "too_few"
     MISSING_FILE = "missing_file"
@@ -49,47 +49,52 @@ class Problem(StrEnum):
 
 _WARNINGS = frozenset(
     {
-        Problem.FALSE_ALARM_RATE,
-        Problem.NO_MASK,
-        Problem.EMPTY_MASK,
-        Problem.DUPLICATE,
-        Problem.MIXED_SIZES,
-        Problem.MIXED_COLOURS,
+        DatasetProblem.FALSE_ALARM_RATE,
+        DatasetProblem.NO_MASK,
+        DatasetProblem.EMPTY_MASK,
+        DatasetProblem.DUPLICATE,
+        DatasetProblem.MIXED_SIZES,
+        DatasetProblem.MIXED_COLOURS,
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong.
+    """One problem of a data set.
 
     Attributes:
-        category: Where.
-        problem: What kind it is.
-        path: The file; None where it is about the category.
-        text: What is wrong, why that matters, and what to do.
+        category: The category.
+        problem: The kind of problem.
+        path: The file; None if it concerns the whole category.
+        text: What is wrong, why it matters, and what to do.
     """
 
     category: str
-    problem: Problem
+    problem: DatasetProblem
     path: Path | None
     text: str
 
     @property
     def severity(self) -> Severity:
-        """Whether the category is trained all the same."""
+        """Whether the problem prevents training."""
         return Severity.WARNING if self.problem in _WARNINGS else Severity.ERROR
 
 
 def check_listing(data: CategoryData, settings: TrainingSettings) -> list[Finding]:
-    """Find what is wrong by names and counts alone; no file is opened.
+    """Check names and counts; opens no file.
 
     Args:
-        data: A category.
-        settings: How many images calibrate, and which false-alarm rate they are for.
+        data: The category.
+        settings: Calibration fraction and false-alarm rate.
     """
     findings = [
-        Finding(data.name, Problem.MISSING_FILE, path, "is listed and not there; restore the file or unlist it")
+        Finding(
+            data.name,
+            DatasetProblem.MISSING_FILE,
+            path,
+            "is listed but missing; restore the file or remove it from the list",
+        )
         for path in data.files()
         if not path.is_file()
     ]
@@ -97,7 +102,7 @@ def check_listing(data: CategoryData, settings: TrainingSettings) -> list[Findin
     findings += (
         Finding(
             data.name,
-            Problem.ORPHAN_MASK,
+            DatasetProblem.ORPHAN_MASK,
             path,
             "is a mask without an image; a mask has its image's name, with or without _mask at the end: rename it, "
             "restore the image, or remove the mask",
@@ -108,9 +113,9 @@ def check_listing(data: CategoryData, settings: TrainingSettings) -> list[Findin
         findings += (
             Finding(
                 data.name,
-                Problem.NO_MASK,
+                DatasetProblem.NO_MASK,
                 sample.path,
-                "shows a defect and has no mask, unlike others: the pixel figures leave it out; draw a mask",
+                "shows a defect and has no mask, unlike others, so it is left out of pixel metrics; add a mask",
             )
             for sample in data.test
             if sample.anomalous and sample.mask is None
@@ -119,31 +124,31 @@ def check_listing(data: CategoryData, settings: TrainingSettings) -> list[Findin
 
 
 def calibration_count(train_images: int, fraction: float) -> int:
-    """Tell how many of the normal images are held out to calibrate, as `training.steps.fit.split_rows` does."""
+    """Compute the number of held-out images, as `training.steps.fit.split_rows` does."""
     return max(1, round(train_images * fraction))
 
 
-def check_content(data: CategoryData, seen: Iterable[Seen]) -> list[Finding]:
-    """Find what is wrong by what the files hold.
+def check_content(data: CategoryData, files: Iterable[FileCheck]) -> list[Finding]:
+    """Check the content of files.
 
     Args:
-        data: A category.
-        seen: What `decoding.decode_files` told of it.
+        data: The category.
+        files: Output of `decoding.decode_files`.
     """
     findings: list[Finding] = []
-    images: dict[Path, SeenImage] = {}
-    masks: dict[Path, SeenMask] = {}
-    for one in seen:
-        match one:
-            case SeenImage():
-                images[one.path] = one
-            case SeenMask():
-                masks[one.path] = one
-            case Unreadable():
-                findings.append(Finding(data.name, Problem.DAMAGED, one.path, one.reason))
+    images: dict[Path, ImageCheck] = {}
+    masks: dict[Path, MaskCheck] = {}
+    for file in files:
+        match file:
+            case ImageCheck():
+                images[file.path] = file
+            case MaskCheck():
+                masks[file.path] = file
+            case UnreadableFile():
+                findings.append(Finding(data.name, DatasetProblem.DAMAGED, file.path, file.reason))
     findings += _check_masks(data, images, masks)
-    findings += _check_repeats(data, images)
-    findings += _check_mixes(data, list(images.values()))
+    findings += _check_duplicates(data, images)
+    findings += _check_uniformity(data, list(images.values()))
     return findings
 
 
@@ -152,16 +157,16 @@ def _check_counts(data: CategoryData, settings: TrainingSettings) -> Iterator[Fi
     if count < MIN_TRAIN_IMAGES:
         yield Finding(
             data.name,
-            Problem.TOO_FEW,
+            DatasetProblem.TOO_FEW,
             None,
-            f"{count or 'no'} normal images to train on, and at least {MIN_TRAIN_IMAGES} are needed, some "
+            f"{count or 'no'} normal training images; at least {MIN_TRAIN_IMAGES} are needed, about "
             f"{_GOOD_COUNT} for a good model; add normal images",
         )
-    elif missing := shortage(calibration_count(count, settings.calibration_fraction), settings.false_alarm_rate):
-        yield Finding(data.name, Problem.FALSE_ALARM_RATE, None, missing)
+    elif warning := shortage(calibration_count(count, settings.calibration_fraction), settings.false_alarm_rate):
+        yield Finding(data.name, DatasetProblem.FALSE_ALARM_RATE, None, warning)
 
 
-def _check_masks(data: CategoryData, images: dict[Path, SeenImage], masks: dict[Path, SeenMask]) -> Iterator[Finding]:
+def _check_masks(data: CategoryData, images: dict[Path, ImageCheck], masks: dict[Path, MaskCheck]) -> Iterator[Finding]:
     for sample in data.test:
         mask = masks.get(sample.mask) if sample.mask is not None else None
         image = images.get(sample.path)
@@ -170,72 +175,72 @@ def _check_masks(data: CategoryData, images: dict[Path, SeenImage], masks: dict[
         if mask.shape != image.shape:
             yield Finding(
                 data.name,
-                Problem.MASK_SIZE,
+                DatasetProblem.MASK_SIZE,
                 mask.path,
-                f"has {_size(mask.shape)} pixels and its image {sample.path.name} {_size(image.shape)}: it belongs to "
-                "another image, or was resized; draw it on the original",
+                f"has {_size(mask.shape)} pixels, but its image {sample.path.name} has {_size(image.shape)}: it "
+                "belongs to another image or was resized; restore its size",
             )
         if mask.empty:
             yield Finding(
                 data.name,
-                Problem.EMPTY_MASK,
+                DatasetProblem.EMPTY_MASK,
                 mask.path,
-                f"marks no defect, and its image is called {sample.defect!r}: the pixel figures take all of it for "
-                "normal; draw the defect, or move the image to the normal ones",
+                f"marks no defect, but its image is labelled {sample.defect!r}: all its pixels count as normal in "
+                "pixel metrics; mark the defect, or move the image to the normal ones",
             )
 
 
-def _check_repeats(data: CategoryData, images: dict[Path, SeenImage]) -> Iterator[Finding]:
-    trained: dict[bytes, Path] = {}
+def _check_duplicates(data: CategoryData, images: dict[Path, ImageCheck]) -> Iterator[Finding]:
+    training_digests: dict[bytes, Path] = {}
     for path in data.train:
         if path not in images:
             continue
-        first = trained.setdefault(images[path].digest, path)
+        first = training_digests.setdefault(images[path].digest, path)
         if first is not path:
             yield Finding(
                 data.name,
-                Problem.DUPLICATE,
+                DatasetProblem.DUPLICATE,
                 path,
-                f"shows the same as {first.name}: where one trains and the other calibrates, the threshold comes out "
-                "too low; remove one",
+                f"has the same pixels as {first.name}: if one is used to train and the other to calibrate, the "
+                "threshold becomes too low; remove one",
             )
     for sample in data.test:
-        twin = trained.get(images[sample.path].digest) if sample.path in images else None
+        twin = training_digests.get(images[sample.path].digest) if sample.path in images else None
         if twin is not None:
             yield Finding(
                 data.name,
-                Problem.LEAKAGE,
+                DatasetProblem.LEAKAGE,
                 sample.path,
-                f"tests what trains already: it shows the same as {twin}, and flatters the figures; remove one",
+                f"has the same pixels as the training image {twin}, which makes metrics too good; remove one",
             )
 
 
-def _check_mixes(data: CategoryData, images: list[SeenImage]) -> Iterator[Finding]:
+def _check_uniformity(data: CategoryData, images: list[ImageCheck]) -> Iterator[Finding]:
     shapes = Counter(image.shape for image in images)
     if len(shapes) > 1:
         aspects = sorted(width / height for height, width in shapes)
-        stretched = (
+        consequence = (
             f"and aspect ratios from {aspects[0]:.2f} to {aspects[-1]:.2f}, so that the same part is stretched "
             "differently"
             if aspects[-1] > _SAME_ASPECT * aspects[0]
             else "so that the same detail comes out sharper or softer"
         )
-        common = ", ".join(f"{count} of {_size(shape)}" for shape, count in shapes.most_common(_SHOWN))
-        more = f" and {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+        common = ", ".join(f"{count} of {_size(shape)}" for shape, count in shapes.most_common(_MAX_SIZES_LISTED))
+        more = f" and {len(shapes) - _MAX_SIZES_LISTED} more" if len(shapes) > _MAX_SIZES_LISTED else ""
         yield Finding(
             data.name,
-            Problem.MIXED_SIZES,
+            DatasetProblem.MIXED_SIZES,
             None,
-            f"{len(shapes)} image sizes: {common}{more}, {stretched}; take or cut all images alike",
+            f"{len(shapes)} image sizes: {common}{more}, {consequence}; record or crop all images alike",
         )
     grey = sum(image.grey for image in images)
     if 0 < grey < len(images):
         yield Finding(
             data.name,
-            Problem.MIXED_COLOURS,
+            DatasetProblem.MIXED_COLOURS,
             None,
-            f"{grey} grey images and {len(images) - grey} with colour: the model may learn to tell cameras apart and "
-            "not parts; take all images alike",
+            f"{grey} grey images and {len(images) - grey} with colour: the model may learn to distinguish cameras, "
+            "not parts; record all images alike",
         )
 
 

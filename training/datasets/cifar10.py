@@ -2,9 +2,9 @@
 
     <target>/<class>/train/good/*.png           the class's 5,000 training images
     <target>/<class>/test/good/*.png            its 1,000 test images
-    <target>/<class>/test/<other class>/*.png   9 x 1,000 images that are something else
+    <target>/<class>/test/<other class>/*.png   9 x 1,000 images of other classes
 
-Reads the binary version only. The python version is made of pickles, which run programs when they are read: it is never
+Reads only the binary version. The python version consists of pickles, which can run code when loaded: it is never
 opened.
 
 Source: Krizhevsky, Learning multiple layers of features from tiny images (2009); the one-class protocol: Ruff et al.,
@@ -38,7 +38,7 @@ _NEEDED_MB = 700
 
 
 def is_cifar10(source: Path) -> bool:
-    """Tell whether a folder is CIFAR-10 as it is downloaded, in whichever version."""
+    """Check whether a folder is CIFAR-10 as downloaded, in the binary or the python version."""
     return _records_folder(source) is not None or _is_python_version(source)
 
 
@@ -46,21 +46,21 @@ def find_records(source: Path) -> Path:
     """Find the folder of the binary version's files.
 
     Args:
-        source: That folder, or the one it was extracted to.
+        source: That folder, or the one that the archive was extracted to.
 
     Raises:
-        DatasetError: It is not there, or only the python version is.
+        DatasetError: The binary version is missing, with or without the python version.
     """
     folder = _records_folder(source)
     if folder is not None:
         return folder
     if _is_python_version(source):
         raise DatasetError(
-            f"{source} is CIFAR-10's python version: pickles, which run programs when they are read, and are not read "
-            f"here; download and extract the binary version instead: {BINARY_URL}"
+            f"{source} is CIFAR-10's python version: pickles, which can run code when loaded and are not supported; "
+            f"download and extract the binary version instead: {BINARY_URL}"
         )
     raise DatasetError(
-        f"{source} does not hold CIFAR-10's binary version (looked for {_TRAIN[0]} there and in {_BINARY_FOLDER}); "
+        f"{source} does not have CIFAR-10's binary version (looked for {_TRAIN[0]} there and in {_BINARY_FOLDER}); "
         f"download and extract it: {BINARY_URL}"
     )
 
@@ -68,18 +68,18 @@ def find_records(source: Path) -> Path:
 def export_cifar10(source: Path, target: Path, report: Callable[[int, int], None] | None = None) -> Path:
     """Write the ten one-class problems as MVTec AD folders, once; a second call does nothing.
 
-    A test image stands in all ten categories and takes room once, where the disk knows hard links.
+    A test image is in all ten categories, on disk once if the file system has hard links.
 
     Args:
-        source: The folder of the binary version's files, or the one it was extracted to.
-        target: The folder to make, with a category per class.
-        report: Called now and then with how many files are written, and of how many.
+        source: The folder of the binary version's files, or the one that the archive was extracted to.
+        target: The folder to create, with a category per class.
+        report: Called during the export with the number of files written and the total.
 
     Returns:
         The target.
 
     Raises:
-        DatasetError: The binary version is missing or damaged, the target holds something else or cannot be written.
+        DatasetError: The binary version is missing or damaged, the target has other content or cannot be written.
     """
 
     def build(folder: Path) -> None:
@@ -91,11 +91,11 @@ def export_cifar10(source: Path, target: Path, report: Callable[[int, int], None
 
 
 def _records_folder(source: Path) -> Path | None:
-    return next((one for one in (source, source / _BINARY_FOLDER) if (one / _TRAIN[0]).is_file()), None)
+    return next((folder for folder in (source, source / _BINARY_FOLDER) if (folder / _TRAIN[0]).is_file()), None)
 
 
 def _is_python_version(source: Path) -> bool:
-    return any((one / "data_batch_1").is_file() for one in (source, source / _PYTHON_FOLDER))
+    return any((folder / "data_batch_1").is_file() for folder in (source, source / _PYTHON_FOLDER))
 
 
 def _is_complete(target: Path) -> bool:
@@ -109,7 +109,7 @@ def _check_names(file: Path) -> None:
         raise DatasetError(f"{file} cannot be read: {error}; extract the archive again: {BINARY_URL}") from error
     if names != CLASSES:
         raise DatasetError(
-            f"{file} names the classes {', '.join(names)} and not CIFAR-10's; extract the archive again: {BINARY_URL}"
+            f"{file} has the classes {', '.join(names)}, not CIFAR-10's; extract the archive again: {BINARY_URL}"
         )
 
 
@@ -124,7 +124,7 @@ def _read(folder: Path, names: tuple[str, ...]) -> NDArray[np.uint8]:
             raise DatasetError(f"{file} cannot be read: {error.strerror}; extract the archive again") from error
         if not raw.size or raw.size % _RECORD_BYTES:
             raise DatasetError(
-                f"{file} is damaged: {raw.size:,} bytes are no whole number of records of {_RECORD_BYTES:,}; "
+                f"{file} is damaged: {raw.size:,} bytes are not a multiple of the record size {_RECORD_BYTES:,}; "
                 f"download it again: {BINARY_URL}"
             )
         batches.append(raw.reshape(-1, _RECORD_BYTES))
@@ -146,12 +146,12 @@ def _build(train: NDArray[np.uint8], test: NDArray[np.uint8], folder: Path, repo
         if row % _REPORT_EVERY == 0:
             report(row, total)
     for row, record in enumerate(test):
-        shown = CLASSES[record[0]]
-        written = folder / shown / "test" / NORMAL / f"{row:05}.png"
+        actual = CLASSES[record[0]]
+        written = folder / actual / "test" / NORMAL / f"{row:05}.png"
         _write(record, written)
         for normal in CLASSES:
-            if normal != shown:
-                _link(written, folder / normal / "test" / shown / written.name)
+            if normal != actual:
+                _link(written, folder / normal / "test" / actual / written.name)
         if row % _REPORT_EVERY == 0:
             report(len(train) + row, total)
     report(total, total)
@@ -166,5 +166,5 @@ def _write(record: NDArray[np.uint8], path: Path) -> None:
 def _link(written: Path, path: Path) -> None:
     try:
         os.link(written, path)
-    except OSError:  # a disk without hard links, or with too many
+    except OSError:  # the file system has no hard links, or too many
         shutil.copyfile(written, path)

@@ -1,4 +1,4 @@
-"""What a data set's files hold: every one decoded, on all processors. Judges nothing."""
+"""Decoding of all files of a data set, with all CPUs. Does not judge them."""
 
 import hashlib
 import os
@@ -18,14 +18,14 @@ from training.datasets.samples import CategoryData
 
 
 @dataclass(frozen=True, slots=True)
-class SeenImage:
-    """What decoding an image told.
+class ImageCheck:
+    """Properties of a decoded image.
 
     Attributes:
         path: The file.
         shape: (height, width) in pixels, upright.
         grey: Whether all three channels are equal.
-        digest: Equal where the model would see the same.
+        digest: Equal for images that are equal for the model.
     """
 
     path: Path
@@ -35,13 +35,13 @@ class SeenImage:
 
 
 @dataclass(frozen=True, slots=True)
-class SeenMask:
-    """What decoding a mask told.
+class MaskCheck:
+    """Properties of a decoded mask.
 
     Attributes:
         path: The file.
         shape: (height, width) in pixels.
-        empty: Whether it marks nothing.
+        empty: Whether it marks no defect.
     """
 
     path: Path
@@ -50,65 +50,65 @@ class SeenMask:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableFile:
     """A file that could not be decoded.
 
     Attributes:
         path: The file.
-        reason: Why.
+        reason: Why, and what to do.
     """
 
     path: Path
     reason: str
 
 
-Seen = SeenImage | SeenMask | Unreadable
+FileCheck = ImageCheck | MaskCheck | UnreadableFile
 
 
 def count_files(data: CategoryData) -> int:
-    """Count what `decode_files` decodes."""
+    """Count the files that `decode_files` decodes."""
     return sum(path.is_file() for path in data.files())
 
 
-def decode_files(data: CategoryData, form: PixelForm, limits: LimitSettings) -> Iterator[Seen]:
-    """Decode every image and mask of a category, on all processors. Those that are not there are passed over.
+def decode_files(data: CategoryData, form: PixelForm, limits: LimitSettings) -> Iterator[FileCheck]:
+    """Decode every image and mask of a category, with all CPUs. Missing files are skipped.
 
     Args:
         data: The category.
-        form: What the model sees; images that are equal there are equal.
-        limits: What is too large to be decoded.
+        form: Size and filter of the model; images are compared after resizing.
+        limits: Maximum size and aspect ratio.
 
     Yields:
-        What was seen of each file, images before masks.
+        One item per file, images before masks.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = [path for path in data.images() if path.is_file()]
-        yield from pool.map(lambda path: _see_image(path, form, limits), images)
-        yield from pool.map(_see_mask, [path for path in data.masks() if path.is_file()])
+        yield from pool.map(lambda path: _check_image(path, form, limits), images)
+        yield from pool.map(_check_mask, [path for path in data.masks() if path.is_file()])
 
 
-def _see_image(path: Path, form: PixelForm, limits: LimitSettings) -> Seen:
+def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileCheck:
     try:
         image = decode_image(path.read_bytes(), form, limits)
     except OSError as error:
-        return Unreadable(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
+        return UnreadableFile(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
     except MessageError as error:
-        return Unreadable(path, f"{error}; or take the file out")
+        return UnreadableFile(path, f"{error}; or remove the file")
     red, green, blue = cv2.split(image.pixels)
     grey = np.array_equal(red, green) and np.array_equal(green, blue)
     height, width = image.original_shape
     digest = hashlib.sha256(f"{height} {width} ".encode())
     digest.update(image.pixels.tobytes())
-    return SeenImage(path, (height, width), grey, digest.digest())
+    return ImageCheck(path, (height, width), grey, digest.digest())
 
 
-def _see_mask(path: Path) -> Seen:
+def _check_mask(path: Path) -> FileCheck:
     try:
         mask = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_GRAYSCALE)
     except OSError as error:
-        return Unreadable(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
+        return UnreadableFile(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
     except cv2.error:  # an empty file
         mask = None
     if mask is None:
-        return Unreadable(path, "is a mask that cannot be decoded; write it anew as PNG, or take it out")
-    return SeenMask(path, (mask.shape[0], mask.shape[1]), not mask.any())
+        return UnreadableFile(path, "is a mask that cannot be decoded; save it again as PNG, or remove it")
+    return MaskCheck(path, (mask.shape[0], mask.shape[1]), not mask.any())

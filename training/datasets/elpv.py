@@ -1,10 +1,10 @@
-"""The ELPV data set of solar cells as folders: real inspection images to try flawstream on, with no download.
+"""Export of the ELPV data set of solar cells as folders: real inspection images that need no download.
 
-The package `elpv-dataset` carries 2,624 photographs (electroluminescence, 300 x 300 pixels) of cells with the
-probability of a defect, as experts saw it. Data: CC BY-NC-SA 4.0.
+The package `elpv-dataset` has 2,624 electroluminescence images (300 x 300 pixels) of cells, labelled by experts with
+the probability of a defect. Data: CC BY-NC-SA 4.0.
 
 Source: Deitsch et al., Automatic classification of defective photovoltaic module cells in electroluminescence images,
-Solar Energy 185 (2019). The split is ours: the data set has none for anomaly detection.
+Solar Energy 185 (2019). The data set has no split for anomaly detection; ours is by a fixed seed.
 """
 
 import shutil
@@ -21,19 +21,19 @@ _NEEDED_MB = 100
 
 
 def export_elpv(target: Path) -> Path:
-    """Write the cells as MVTec AD folders, once: whole or not at all, and a second call does nothing.
+    """Write the cells as MVTec AD folders, atomically; a second call does nothing.
 
-    Functional cells train (70 %) and test, certainly defective ones test; the doubtful between are left out.
+    Functional cells train (70 %) and test, defective cells test; cells with an uncertain label are left out.
 
     Args:
-        target: The folder to make, with the categories `mono` and `poly`.
+        target: The folder to create, with the categories `mono` and `poly`.
 
     Returns:
         The target.
 
     Raises:
         ConfigError: The package is not installed.
-        DatasetError: The target holds something else, or cannot be written.
+        DatasetError: The target has other content, or cannot be written.
     """
     return export_whole(target, lambda folder: _build(_package_data(), folder), _is_complete, _NEEDED_MB)
 
@@ -55,9 +55,9 @@ def _build(source: Path, folder: Path) -> None:
         name, probability, kind = line.split()
         cells.setdefault((kind, probability), []).append(name)
     for category in CATEGORIES:
-        trained, tested = split_normal(cells[category, "0.0"], _TRAIN_SHARE)
-        _copy(source, trained, folder / category / "train" / NORMAL)
-        _copy(source, tested, folder / category / "test" / NORMAL)
+        train, test = split_normal(cells[category, "0.0"], _TRAIN_SHARE)
+        _copy(source, train, folder / category / "train" / NORMAL)
+        _copy(source, test, folder / category / "test" / NORMAL)
         _copy(source, cells[category, "1.0"], folder / category / "test" / "defective")
 
 

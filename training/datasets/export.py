@@ -1,4 +1,4 @@
-"""Data sets that come in another form than image files, written as folders once: whole or not at all."""
+"""Atomic export of data sets that are not image files to folders."""
 
 import tempfile
 from collections.abc import Callable
@@ -10,24 +10,24 @@ from schemas.errors import DatasetError
 def export_whole(
     target: Path, build: Callable[[Path], None], is_complete: Callable[[Path], bool], needed_mb: int
 ) -> Path:
-    """Build a folder beside its place and move it there; where it stands already, do nothing.
+    """Build a temporary folder and move it to the target; do nothing if the target is complete.
 
     Args:
-        target: The folder to make.
-        build: Fills a folder that does not exist yet.
-        is_complete: Tells whether a folder is what `build` makes.
-        needed_mb: Room on the disk, for the error's text.
+        target: The folder to create.
+        build: Creates and fills the folder it is given.
+        is_complete: Checks whether a folder is a complete export.
+        needed_mb: Disk space, for the error message.
 
     Returns:
         The target.
 
     Raises:
-        DatasetError: The target holds something else, or cannot be written; or what `build` raises.
+        DatasetError: The target has other content, or cannot be written; or raised by `build`.
     """
     if is_complete(target):
         return target
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise DatasetError(f"{target} exists and holds something else than this data set; name a new folder")
+        raise DatasetError(f"{target} exists and has other content than this data set; choose a new folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
@@ -35,9 +35,9 @@ def export_whole(
             build(built)
             built.replace(target)
     except OSError as error:
-        if is_complete(target):  # another process was quicker
+        if is_complete(target):  # another process was faster
             return target
         raise DatasetError(
-            f"{target} cannot be written: {error}; name a folder on a disk with {needed_mb} MB to spare"
+            f"{target} cannot be written: {error}; choose a folder on a disk with {needed_mb} MB free"
         ) from error
     return target

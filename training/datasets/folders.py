@@ -1,4 +1,4 @@
-"""Folders of images: which files count, which mask belongs to which image, which categories are wanted.
+"""Reading of image folders: listing of files, matching of masks to images, selection of categories.
 
 Knows no data set's layout and decodes nothing.
 """
@@ -18,11 +18,11 @@ _Found = TypeVar("_Found")
 
 
 def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> tuple[Path, ...]:
-    """List a folder's images by name; a missing folder holds none.
+    """List a folder's images by name; a missing folder is empty.
 
     Args:
-        folder: Where to look; not below it.
-        suffixes: In lower case, with the dot; files have them in any case.
+        folder: The folder; subfolders are not searched.
+        suffixes: In lower case, with the dot; compared without case.
 
     Raises:
         DatasetError: The folder cannot be read.
@@ -32,7 +32,7 @@ def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> tuple
 
 
 def image_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Give files as they are named, and of folders all images in them, in order of their names."""
+    """Yield files unchanged, and the images in folders and their subfolders, by name."""
     for path in paths:
         if path.is_dir():
             yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
@@ -41,7 +41,7 @@ def image_files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def list_folders(folder: Path) -> list[Path]:
-    """List a folder's folders by name; a missing folder holds none.
+    """List a folder's subfolders by name; a missing folder is empty.
 
     Raises:
         DatasetError: The folder cannot be read.
@@ -50,38 +50,38 @@ def list_folders(folder: Path) -> list[Path]:
 
 
 def match_masks(images: Sequence[Path], masks: Sequence[Path], defect: str) -> tuple[list[Sample], list[Path]]:
-    """Give each defective image its mask: the one called `<stem>_mask`, or else `<stem>`.
+    """Match defective images to their masks, named `<stem>_mask` or `<stem>`.
 
     Args:
-        images: Images that show the defect.
-        masks: All masks that may belong to them.
-        defect: Its name.
+        images: Images of one kind of defect.
+        masks: Candidates for their masks.
+        defect: Name of the defect.
 
     Returns:
-        The images in their order, and the masks that belong to none.
+        The samples in the order of the images, and the masks without an image.
     """
     by_stem = {mask.stem: mask for mask in masks}
     samples = [
         Sample(path, anomalous=True, defect=defect, mask=by_stem.get(f"{path.stem}_mask", by_stem.get(path.stem)))
         for path in images
     ]
-    taken = {sample.mask for sample in samples}
-    return samples, [mask for mask in masks if mask not in taken]
+    matched = {sample.mask for sample in samples}
+    return samples, [mask for mask in masks if mask not in matched]
 
 
 def choose_categories(root: Path, found: Mapping[str, _Found], wanted: Sequence[str] | None) -> dict[str, _Found]:
-    """Take the wanted categories of those found; the others are not judged.
+    """Select categories and check their names; names of other categories are not checked.
 
     Args:
-        root: Where they were found.
-        found: What there is, by category.
-        wanted: Those asked for, in the order to keep; absent: all, by name.
+        root: The data set, for error messages.
+        found: All categories by name.
+        wanted: Names to select, in this order; None: all, by name.
 
     Raises:
-        DatasetError: There are none, one asked for is not there, or a name cannot be a category's.
+        DatasetError: There is no category, one is unknown, or a name is invalid.
     """
     if not found:
-        raise DatasetError(f"{root} holds no category; check that this is the data set, and whole")
+        raise DatasetError(f"{root} has no category; check that this is the data set, and complete")
     chosen = list(dict.fromkeys(wanted)) if wanted is not None else sorted(found)
     unknown = [name for name in chosen if name not in found]
     if unknown:
@@ -91,13 +91,13 @@ def choose_categories(root: Path, found: Mapping[str, _Found], wanted: Sequence[
     for name in chosen:
         if not re.fullmatch(CATEGORY_PATTERN, name):
             raise DatasetError(
-                f"{name!r} in {root} cannot name a category: a name must match {CATEGORY_PATTERN}; rename it there"
+                f"{name!r} in {root} is not a valid category name: it must match {CATEGORY_PATTERN}; rename it there"
             )
     return {name: found[name] for name in chosen}
 
 
 def _visible(folder: Path) -> list[Path]:
-    """List a folder by name, without what systems leave behind (.DS_Store, ._0001.png); a missing one is empty."""
+    """List a folder by name, without hidden files (.DS_Store, ._0001.png); a missing folder is empty."""
     if not folder.is_dir():
         return []
     try:

@@ -1,4 +1,4 @@
-"""What a data set is once read: paths and labels by category. Knows no layout on disk and decodes nothing."""
+"""A data set in memory: paths and labels by category. Knows no layout on disk and decodes nothing."""
 
 import hashlib
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 NORMAL = "good"
-"""What MVTec AD's layout calls the defect of a normal image."""
+"""The label of normal images, as in MVTec AD."""
 
 _SEED = 0
 _Name = TypeVar("_Name", str, Path)
@@ -21,8 +21,8 @@ class Sample:
     Attributes:
         path: The image.
         anomalous: Whether it shows a defect.
-        defect: The kind of defect, `good` for none.
-        mask: An image of the original's size, not 0 where the defect is; None where nobody drew one.
+        defect: The kind of defect; `good` if normal.
+        mask: An image of the same size, non-zero where the defect is; None if there is none.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class CategoryData:
     orphan_masks: tuple[Path, ...] = ()
 
     def images(self) -> list[Path]:
-        """List all images, those that train first."""
+        """List all images, training images first."""
         return [*self.train, *(sample.path for sample in self.test)]
 
     def masks(self) -> list[Path]:
@@ -56,24 +56,24 @@ class CategoryData:
         return [sample.mask for sample in self.test if sample.mask is not None]
 
     def files(self) -> list[Path]:
-        """List all images, and then their masks."""
+        """List all images, then all masks."""
         return self.images() + self.masks()
 
     def sha256(self) -> str:
-        """Tell data sets apart by content: one digest over what every file is for, its name and its bytes.
+        """Compute a digest over the role, name and content of every file.
 
-        Where the folder lies and what the category is called do not matter.
+        Does not depend on the path of the folder and on the name of the category.
 
         Raises:
             OSError: A file cannot be read.
         """
-        whole = hashlib.sha256()
+        sha256 = hashlib.sha256()
         for name, path in self._named_files():
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256")
-            whole.update(hashlib.sha256(name.encode(errors="surrogateescape")).digest())  # fixed length: no ambiguity
-            whole.update(content.digest())
-        return whole.hexdigest()
+            sha256.update(hashlib.sha256(name.encode(errors="surrogateescape")).digest())  # fixed length: no ambiguity
+            sha256.update(content.digest())
+        return sha256.hexdigest()
 
     def _named_files(self) -> Iterator[tuple[str, Path]]:
         for path in self.train:
@@ -85,16 +85,16 @@ class CategoryData:
 
 
 def split_normal(names: Iterable[_Name], train_share: float) -> tuple[list[_Name], list[_Name]]:
-    """Split the normal images of a data set that comes without a split: the same for all who run this.
+    """Split the normal images of a data set without a split, reproducibly.
 
     Args:
-        names: All of them, in any order.
-        train_share: How many train, in [0, 1].
+        names: All images, in any order.
+        train_share: Share of training images, in [0, 1].
 
     Returns:
-        Those that train and those to test on, both sorted.
+        Training and test images, both sorted.
     """
     shuffled = sorted(names)
-    random.Random(_SEED).shuffle(shuffled)  # noqa: S311 - a split that all repeat, not a secret
+    random.Random(_SEED).shuffle(shuffled)  # noqa: S311 - reproducible, not a secret
     count = round(train_share * len(shuffled))
     return sorted(shuffled[:count]), sorted(shuffled[count:])

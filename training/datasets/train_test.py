@@ -1,6 +1,6 @@
-"""The tree that several data sets share: `train/<normal>`, `test/<normal or defect>`, `ground_truth/<defect>`.
+"""The tree of several data sets: `train/<normal>`, `test/<normal or defect>`, `ground_truth/<defect>`.
 
-They differ in what they call normal: this reads any. Decodes nothing.
+The name of the normal folders is an argument. Decodes nothing.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from training.datasets.samples import NORMAL, CategoryData, Sample
 
 
 def is_train_test(root: Path, normal: str) -> bool:
-    """Tell whether a folder is such a data set, or one category of it."""
+    """Check whether a folder is such a data set, or one category of it."""
     return bool(_category_folders(root, normal))
 
 
@@ -19,15 +19,15 @@ def load_train_test(root: Path, categories: Sequence[str] | None, normal: str) -
     """Find the images of every category under a folder.
 
     Args:
-        root: The folder of categories, or one category's own folder. Hidden files and other suffixes are passed over.
-        categories: Those wanted; absent: all.
-        normal: What the folders of normal images are called.
+        root: The folder of categories, or the folder of one category. Hidden files and other suffixes are ignored.
+        categories: Names of categories; None: all.
+        normal: Name of the folders of normal images.
 
     Returns:
-        One item a category, by name, or in the order asked for.
+        One item per category, in the order of `categories`, else by name.
 
     Raises:
-        DatasetError: No category, an unknown one, a name that cannot be a category's, or a folder that cannot be read.
+        DatasetError: There is no category, one is unknown or has an invalid name, or a folder cannot be read.
     """
     chosen = choose_categories(root, _category_folders(root, normal), categories)
     return [_load_category(name, folder, normal) for name, folder in chosen.items()]
@@ -42,13 +42,13 @@ def _category_folders(root: Path, normal: str) -> dict[str, Path]:
 def _load_category(name: str, folder: Path, normal: str) -> CategoryData:
     samples: list[Sample] = []
     orphans: list[Path] = []
-    named = {path.name for part in ("test", "ground_truth") for path in list_folders(folder / part)}
-    for defect in sorted(named):
+    defects = {path.name for part in ("test", "ground_truth") for path in list_folders(folder / part)}
+    for defect in sorted(defects):
         images = list_images(folder / "test" / defect)
         if defect == normal:
             samples += [Sample(path, anomalous=False, defect=NORMAL, mask=None) for path in images]
             continue
-        matched, left = match_masks(images, list_images(folder / "ground_truth" / defect), defect)
+        matched, unmatched = match_masks(images, list_images(folder / "ground_truth" / defect), defect)
         samples += matched
-        orphans += left
+        orphans += unmatched
     return CategoryData(name, list_images(folder / "train" / normal), tuple(samples), tuple(orphans))

@@ -1,8 +1,8 @@
-"""VisA, the visual anomaly data set, in the form of its original release; the split is that of its file `1cls.csv`.
+"""The layout of VisA, as released, with the split of its file `1cls.csv`.
 
-    <root>/<category>/Data/Images/Normal/*.JPG      normal images, for training and testing
+    <root>/<category>/Data/Images/Normal/*.JPG      normal images, to train and test
     <root>/<category>/Data/Images/Anomaly/*.JPG     defective images
-    <root>/<category>/Data/Masks/Anomaly/*.png      where the defect is
+    <root>/<category>/Data/Masks/Anomaly/*.png      masks
     <root>/split_csv/1cls.csv                       object,split,label,image,mask
 
 Source: Zou, Jeong, Pemula, Zhang, Dabeer, SPot-the-Difference (ECCV 2022). Decodes nothing.
@@ -16,32 +16,32 @@ from training.datasets.csv_list import read_list
 from training.datasets.folders import list_folders
 from training.datasets.samples import CategoryData
 
-MARK = "split_csv/1cls.csv beside <category>/Data/Images/Normal/"
+MARKER = "split_csv/1cls.csv beside <category>/Data/Images/Normal/"
 _SPLIT = Path("split_csv", "1cls.csv")
 _NORMAL = Path("Data", "Images", "Normal")
 
 
 def is_visa(root: Path) -> bool:
-    """Tell whether a folder is laid out so, be it without its split."""
+    """Check whether a folder has this layout, with or without the split."""
     return (root / _SPLIT).is_file() or any((folder / _NORMAL).is_dir() for folder in list_folders(root))
 
 
 def load_visa(root: Path, categories: Sequence[str] | None = None) -> list[CategoryData]:
-    """Find the images of every category; the one kind of defect is called `anomaly`.
+    """Find the images of every category. The only kind of defect is `anomaly`.
 
     Args:
-        root: The folder that holds `split_csv` and the categories.
-        categories: Those wanted; absent: all.
+        root: The folder of `split_csv` and the categories.
+        categories: Names of categories; None: all.
 
     Returns:
-        One item a category, by name, or in the order asked for.
+        One item per category, in the order of `categories`, else by name.
 
     Raises:
-        DatasetError: The split is missing or wrong, no category or not the one asked for.
+        DatasetError: The split is missing or invalid, there is no category, or one is unknown.
     """
     split = root / _SPLIT
     if not split.is_file():
         raise DatasetError(
-            f"{split} is missing, and it says which images of VisA train; it comes in the same archive: extract it all"
+            f"{split} is missing, which splits VisA into training and test images; extract it from the same archive"
         )
     return read_list(split, root, categories, category_column="object")

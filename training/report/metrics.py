@@ -1,15 +1,14 @@
-"""How well scores tell two classes apart, in numbers, and how sure one can be of them. Knows no image, model or file.
+"""Classification metrics of scores, with confidence intervals. Knows no image, model or file.
 
-Everything is a function of *levels*: the distinct scores, the highest first, and how much of each class lies at each.
-So one function serves the images as they are, a thousand resamples of them at once, and the pixels of a data set.
+Metrics are functions of *levels*: the distinct scores, highest first, with the weight of each class at each level. So
+the same function computes metrics of images, of a thousand resamples at once, and of pixels.
 
-**Intervals** hold 95 %. A rate is a count of independent hits and misses, so its interval is the binomial's own
-(Clopper-Pearson): exact for any count, and of sensible width where the bootstrap has none, at 0 % and at 100 %. Areas
-under curves and F1-max have no such law: theirs are percentiles of a bootstrap that draws images anew within each
-class, so that the share of defective images, which the maker of the test set chose, is not taken for chance. Pixels of
-one image are not independent: the metrics of pixels are resampled by image too.
+**Intervals** have 95 % confidence. Those of rates are binomial (Clopper-Pearson): exact for any count, also at 0 % and
+100 %, where a bootstrap has no width. Those of areas under curves and F1-max are percentiles of a bootstrap over
+images, stratified by class, as the share of defective images is a choice of the test set, not random. Pixels of one
+image are not independent, so pixel metrics are also resampled by image.
 
-Not covered: another training run (several seeds tell), and a line that differs from the test set (nothing here tells).
+Not covered: variation over training runs (use several seeds), and a line that differs from the test set.
 
 Source: Clopper, Pearson, Biometrika 26 (1934); Efron, Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 """
@@ -36,25 +35,25 @@ AUPRO_LIMIT = 0.3
 
 _SEED = 0
 _TAIL_PERCENT = 100 * (1 - CONFIDENCE) / 2
-_CELLS_AT_ONCE = 1 << 21
-"""Resamples are drawn in groups of so many counts, some 50 MB, however many images there are."""
+_COUNTS_PER_GROUP = 1 << 21
+"""Counts per group of resamples, about 50 MB for any number of images."""
 
-_PIXEL_RESAMPLES_AT_ONCE = 100
+_PIXEL_RESAMPLES_PER_GROUP = 100
 
 _F16_LEVELS = 1 << 16
 _COARSE_LEVELS = 1 << 12
-"""For the resampling of pixels alone: values within 1.6 % to 3.1 % of each other count as tied."""
+"""Only for resampling of pixels: values within 1.6 % to 3.1 % of each other count as tied."""
 
 
 def auroc(positives: Weights, negatives: Weights) -> Floats:
-    """Compute the area under the ROC curve: the share of pairs in the right order, a tie counting half.
+    """Compute the area under the ROC curve: the share of pairs in the right order; a tie counts half.
 
     Args:
-        positives: (..., K) weight of the anomalous at each level, the highest level first.
-        negatives: (..., K) the same of the normal.
+        positives: (..., K) weight of the anomalous class at each level, highest level first.
+        negatives: (..., K) weight of the normal class. Both classes must have weight.
 
     Returns:
-        (...) in [0, 1]. Both classes must have weight.
+        (...) in [0, 1].
     """
     above = np.cumsum(positives, axis=-1, dtype=np.float64) - 0.5 * positives
     pairs = positives.sum(-1, dtype=np.float64) * negatives.sum(-1, dtype=np.float64)
@@ -62,9 +61,9 @@ def auroc(positives: Weights, negatives: Weights) -> Floats:
 
 
 def average_precision(positives: Weights, negatives: Weights) -> Floats:
-    """Compute the mean of the precision over the anomalous, each at its own level; arguments as of `auroc`.
+    """Compute the mean precision at the levels of the anomalous class; arguments as for `auroc`.
 
-    No interpolation, as scikit-learn does it. Depends on the share of anomalous images.
+    Without interpolation, as in scikit-learn. Depends on the share of anomalous images.
     """
     found = np.cumsum(positives, axis=-1, dtype=np.float64)
     alarms = found + np.cumsum(negatives, axis=-1, dtype=np.float64)
@@ -73,9 +72,9 @@ def average_precision(positives: Weights, negatives: Weights) -> Floats:
 
 
 def f1_max(positives: Weights, negatives: Weights) -> Floats:
-    """Compute the highest F1 that any threshold reaches; arguments as of `auroc`.
+    """Compute the highest F1 of any threshold; arguments as for `auroc`.
 
-    Chosen on the very images it is computed of, so it flatters. Depends on the share of anomalous images.
+    Optimistic, as the threshold is chosen on the same images. Depends on the share of anomalous images.
     """
     found = np.cumsum(positives, axis=-1, dtype=np.float64)
     alarms = found + np.cumsum(negatives, axis=-1, dtype=np.float64)
@@ -85,7 +84,7 @@ def f1_max(positives: Weights, negatives: Weights) -> Floats:
 def aupro(overlap: Weights, negatives: Weights, limit: float = AUPRO_LIMIT) -> Floats:
     """Compute the normalised area under the curve of per-region overlap over the false positive rate of pixels.
 
-    Each defective region counts the same, however large. The curve is linear between levels and ends at the limit.
+    Each defective region has the same weight. The curve is linear between levels and ends at the limit.
 
     Source: Bergmann, Fauser, Sattlegger, Steger, Uninformed Students (CVPR 2020), section 4; The MVTec Anomaly
     Detection Dataset (IJCV 129, 2021), section 5.
@@ -96,21 +95,21 @@ def aupro(overlap: Weights, negatives: Weights, limit: float = AUPRO_LIMIT) -> F
         limit: The false positive rate to integrate to, in (0, 1].
 
     Returns:
-        (...) in [0, 1]: the area over `limit`. A map by chance has half of `limit`. Both arguments must have weight.
+        (...) in [0, 1]: the area divided by `limit`. A random map has half of `limit`. Both arguments must have weight.
     """
     covered = _from_zero(np.cumsum(overlap, axis=-1, dtype=np.float64))
     alarms = _from_zero(np.cumsum(negatives, axis=-1, dtype=np.float64))
     covered, alarms = covered / covered[..., -1:], alarms / alarms[..., -1:]
     run, rise = np.diff(alarms), np.diff(covered)
     width = np.diff(np.minimum(alarms, limit))
-    share = np.divide(width, run, out=np.zeros_like(run), where=run > 0)  # 1, but where the limit cuts
+    share = np.divide(width, run, out=np.zeros_like(run), where=run > 0)  # below 1 only at the limit
     return np.asarray((width * (covered[..., :-1] + 0.5 * rise * share)).sum(-1) / limit)
 
 
 def rate_interval(hits: int, count: int) -> Interval:
-    """Give the exact (Clopper-Pearson) interval of a rate of which `hits` of `count` were seen, `count` at least 1."""
-    found = binomtest(hits, count).proportion_ci(CONFIDENCE, method="exact")
-    return float(found.low), float(found.high)
+    """Compute the exact (Clopper-Pearson) interval of the rate `hits` / `count`; `count` is at least 1."""
+    interval = binomtest(hits, count).proportion_ci(CONFIDENCE, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 IMAGE_METRICS: Mapping[str, Callable[[Weights, Weights], Floats]] = {
@@ -123,17 +122,16 @@ IMAGE_METRICS: Mapping[str, Callable[[Weights, Weights], Floats]] = {
 def image_metrics(
     scores: Floats, anomalous: NDArray[np.bool_], names: Sequence[str] = tuple(IMAGE_METRICS)
 ) -> tuple[dict[str, float], dict[str, Interval]]:
-    """Compute what needs no threshold.
+    """Compute image metrics that need no threshold.
 
     Args:
-        scores: (N,) image scores. One that is not finite counts as the highest: a gross defect can exceed what floats
-            hold.
+        scores: (N,) image scores. NaN and infinity count as the highest, as scores of gross defects can overflow.
         anomalous: (N,) labels.
-        names: Of `IMAGE_METRICS`, those wanted.
+        names: Names from `IMAGE_METRICS`.
 
     Returns:
-        Values and intervals by name, empty where a class is absent. Where every resample gives the same, as for
-        classes that are perfectly separated, there is no interval: one without width would claim certainty.
+        Values and intervals by name; empty if a class is absent. If all resamples give the same value, as for perfectly
+        separated classes, there is no interval: one of zero width would claim certainty.
     """
     if anomalous.all() or not anomalous.any():
         return {}, {}
@@ -141,19 +139,18 @@ def image_metrics(
     positive, negative = inverse[anomalous], inverse[~anomalous]
     counts = (np.bincount(positive, minlength=levels.size), np.bincount(negative, minlength=levels.size))
     values = {name: float(IMAGE_METRICS[name](*counts)) for name in names}
-    drawn: dict[str, list[Floats]] = {name: [] for name in names}
+    resampled: dict[str, list[Floats]] = {name: [] for name in names}
     for resample in _resamples(positive, negative, levels.size):
         for name in names:
-            drawn[name].append(IMAGE_METRICS[name](*resample))
-    return values, _intervals(drawn)
+            resampled[name].append(IMAGE_METRICS[name](*resample))
+    return values, _intervals(resampled)
 
 
 class PixelTally:
-    """Reduces maps and masks to metrics of pixels, in memory that does not grow with the number of pixels.
+    """Computes pixel metrics of maps and masks, in memory that does not depend on the number of pixels.
 
-    Scores are counted at the 65,536 values that float16 holds, so the metrics are exact for maps rounded to float16,
-    the precision in which results carry them: scores within 0.1 % of each other may count as tied. For the intervals
-    16 kB a normal image and 49 kB a marked one are kept.
+    Scores are counted at the 65,536 values of float16, the precision of published maps: scores within 0.1 % of each
+    other may count as tied. Intervals need 16 kB per normal image and 49 kB per image with a mask.
     """
 
     def __init__(self) -> None:
@@ -161,14 +158,14 @@ class PixelTally:
         self._positives = np.zeros(_F16_LEVELS, np.int64)
         self._overlap = np.zeros(_F16_LEVELS, np.float64)
         self._normal_images: list[NDArray[np.float32]] = []
-        self._marked_images: list[NDArray[np.float32]] = []
+        self._masked_images: list[NDArray[np.float32]] = []
 
     def add(self, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> None:
-        """Take one image.
+        """Add one image.
 
         Args:
-            anomaly_map: (H, W), higher is more anomalous; what is no number counts as the highest.
-            mask: (H, W), true where the defect is; None for a normal image. Regions touch across corners.
+            anomaly_map: (H, W), higher is more anomalous; NaN counts as the highest.
+            mask: (H, W), true where the defect is; None for a normal image. Regions are 8-connected.
         """
         levels = _f16_levels(bounded(anomaly_map)).ravel()
         if mask is None:
@@ -186,12 +183,12 @@ class PixelTally:
         self._negatives += negatives
         self._positives += positives
         self._overlap += overlap
-        self._marked_images.append(np.stack([_coarse(one) for one in (negatives, positives, overlap)]))
+        self._masked_images.append(np.stack([_coarse(counts) for counts in (negatives, positives, overlap)]))
 
     def metrics(self) -> tuple[dict[str, float], dict[str, Interval]]:
-        """Compute `pixel_auroc` and `aupro` with their intervals; empty without a defective or without a normal pixel.
+        """Compute `pixel_auroc` and `aupro` with their intervals; empty if there are no defective or no normal pixels.
 
-        As in `image_metrics`, there is no interval where every resample gives the same.
+        As in `image_metrics`, there is no interval if all resamples give the same value.
         """
         if not (self._positives.any() and self._negatives.any()):
             return {}, {}
@@ -199,29 +196,29 @@ class PixelTally:
             "pixel_auroc": float(auroc(self._positives, self._negatives)),
             "aupro": float(aupro(self._overlap, self._negatives)),
         }
-        drawn: dict[str, list[Floats]] = {name: [] for name in values}
+        resampled: dict[str, list[Floats]] = {name: [] for name in values}
         for negatives, positives, overlap in self._resamples():
-            usable = positives.any(-1) & negatives.any(-1)  # else a resample of empty masks
-            drawn["pixel_auroc"].append(auroc(positives[usable], negatives[usable]))
-            drawn["aupro"].append(aupro(overlap[usable], negatives[usable]))
-        return values, _intervals(drawn)
+            usable = positives.any(-1) & negatives.any(-1)  # false for resamples with only empty masks
+            resampled["pixel_auroc"].append(auroc(positives[usable], negatives[usable]))
+            resampled["aupro"].append(aupro(overlap[usable], negatives[usable]))
+        return values, _intervals(resampled)
 
     def _resamples(self) -> Iterator[NDArray[np.float32]]:
-        """Draw as many normal images and as many with a mask as there are, with replacement; (3, r, K) at a time."""
+        """Resample normal images and images with a mask, with replacement; yields (3, r, K) arrays."""
         generator = np.random.default_rng(_SEED)
-        marked = np.stack(self._marked_images)
+        masked = np.stack(self._masked_images)
         normal = np.stack(self._normal_images) if self._normal_images else None
-        for _ in range(0, RESAMPLES, _PIXEL_RESAMPLES_AT_ONCE):
-            drawn = _redrawn(generator, marked)
+        for _ in range(0, RESAMPLES, _PIXEL_RESAMPLES_PER_GROUP):
+            counts = _sum_resampled(generator, masked)
             if normal is not None:
-                drawn[0] += _redrawn(generator, normal)
-            yield drawn
+                counts[0] += _sum_resampled(generator, normal)
+            yield counts
 
 
 def _resamples(
     positive: NDArray[np.int64], negative: NDArray[np.int64], levels: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Draw as many of each class as there are, with replacement, `RESAMPLES` times.
+    """Resample the images of each class with replacement, `RESAMPLES` times.
 
     Args:
         positive: The level of each anomalous image.
@@ -229,30 +226,30 @@ def _resamples(
         levels: K.
 
     Yields:
-        (r, K) counts of the anomalous and of the normal at each level, r resamples at a time.
+        (r, K) counts of anomalous and normal images at each level, for r resamples.
     """
     generator = np.random.default_rng(_SEED)
-    most = max(1, _CELLS_AT_ONCE // (positive.size + negative.size))
+    group = max(1, _COUNTS_PER_GROUP // (positive.size + negative.size))
 
     def draw(images: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
         drawn = generator.choice(images, (rows, images.size)) + levels * np.arange(rows)[:, None]
         return np.bincount(drawn.ravel(), minlength=rows * levels).reshape(rows, levels)
 
-    for start in range(0, RESAMPLES, most):
-        rows = min(most, RESAMPLES - start)
+    for start in range(0, RESAMPLES, group):
+        rows = min(group, RESAMPLES - start)
         yield draw(positive, rows), draw(negative, rows)
 
 
-def _redrawn(generator: np.random.Generator, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sum (I, ..., K) histograms over draws of I of them, some of the `RESAMPLES` at a time; (..., r, K)."""
+def _sum_resampled(generator: np.random.Generator, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum (I, ..., K) histograms over resamples of the I images, for one group of resamples; (..., r, K)."""
     count = len(images)
-    times = generator.multinomial(count, np.full(count, 1 / count), size=_PIXEL_RESAMPLES_AT_ONCE)
+    times = generator.multinomial(count, np.full(count, 1 / count), size=_PIXEL_RESAMPLES_PER_GROUP)
     return np.moveaxis(np.tensordot(times.astype(np.float32), images, axes=1), 0, -2)
 
 
 def _f16_levels(values: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Number the values of float16 from the highest; any shape."""
-    bits = (values.astype(np.float16) + np.float16(0)).view(np.uint16).astype(np.int64)  # the sum makes -0 a 0
+    """Map values to their level among all float16 values, 0 the highest; any shape."""
+    bits = (values.astype(np.float16) + np.float16(0)).view(np.uint16).astype(np.int64)  # adding 0 turns -0 into 0
     return np.where(bits < _F16_LEVELS // 2, _F16_LEVELS // 2 - 1 - bits, bits)
 
 
@@ -265,9 +262,9 @@ def _from_zero(values: Floats) -> Floats:
 
 
 def _intervals(drawn: Mapping[str, list[Floats]]) -> dict[str, Interval]:
-    found = {}
+    intervals = {}
     for name, values in drawn.items():
         low, high = np.percentile(np.concatenate(values), [_TAIL_PERCENT, 100 - _TAIL_PERCENT])
         if low < high:
-            found[name] = (float(low), float(high))
-    return found
+            intervals[name] = (float(low), float(high))
+    return intervals

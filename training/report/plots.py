@@ -1,6 +1,6 @@
-"""Curves and histograms as coordinates for an SVG. Knows scores and labels; `report.html.j2` draws.
+"""Curves and histograms as SVG coordinates, drawn by `report.html.j2`. Knows only scores and labels.
 
-Coordinates are those of the SVG's viewBox: x to the right, y downwards.
+Coordinates are in the SVG's viewBox: x to the right, y downwards.
 """
 
 import math
@@ -13,25 +13,25 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 WIDTH, HEIGHT = 340.0, 300.0
 LEFT, TOP, RIGHT, BOTTOM = 50.0, 14.0, 326.0, 252.0
-"""The plot's edges within the picture; outside are the labels."""
+"""Edges of the plot area; labels are outside."""
 
 _SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _BINS = 36
-_LOWEST, _HIGHEST = 1e-3, 1e30  # the histogram's axis is logarithmic and ends somewhere
-_MOST_POINTS = 400
-_MOST_TICKS = 6
-_FEWEST_TICKS = 3
+_LOWEST, _HIGHEST = 1e-3, 1e30  # range of the histogram's logarithmic axis
+_MAX_POINTS = 400
+_MAX_TICKS = 6
+_MIN_TICKS = 3
 _DIGITS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), tuple(np.arange(1.0, 10.0, 0.2)))
-"""What marks of a logarithmic axis start with, from coarse to fine."""
+"""Leading digits of ticks on a logarithmic axis, from coarse to fine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A mark on an axis.
+    """A tick on an axis.
 
     Attributes:
         at: x or y.
-        text: What it says.
+        text: The label.
     """
 
     at: float
@@ -40,13 +40,13 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """A point with a name.
+    """A labelled point.
 
     Attributes:
-        x: Where.
-        y: Where.
-        text: The name.
-        is_left: Whether the name stands left of the point, and not right of it.
+        x: Position.
+        y: Position.
+        text: The label.
+        is_left: Whether the label is left of the point, instead of right.
     """
 
     x: float
@@ -57,14 +57,14 @@ class Marker:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A column of a histogram.
+    """A bar of a histogram.
 
     Attributes:
         kind: `normal` or `anomalous`.
         x: Left edge.
         y: Upper edge.
-        width: Of the column.
-        height: Of the column.
+        width: Width.
+        height: Height.
     """
 
     kind: str
@@ -76,18 +76,18 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One picture.
+    """One plot.
 
     Attributes:
-        title: What it shows.
-        x_label: Of the axis.
-        y_label: Of the axis.
-        x_ticks: Marks.
-        y_ticks: Marks.
+        title: Title.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        x_ticks: Ticks of the x axis.
+        y_ticks: Ticks of the y axis.
         curve: An SVG path.
-        reference: An SVG path: what chance gives, or the threshold.
-        marker: Where the deployed threshold stands.
-        bars: Columns.
+        reference: An SVG path: a random classifier, or the threshold.
+        marker: The deployed threshold.
+        bars: Bars of a histogram.
     """
 
     title: str
@@ -102,19 +102,19 @@ class Plot:
 
 
 def plot_scores(scores: NDArray[np.float64], anomalous: NDArray[np.bool_], threshold: float) -> list[Plot]:
-    """Plot what can be: both curves where both classes are present, the histogram where there are scores.
+    """Plot a histogram of the scores, and ROC and precision-recall curves if both classes are present.
 
     Args:
-        scores: (N,) nats per channel. One that is not finite counts as the highest.
+        scores: (N,) nats per channel. NaN and infinity count as the highest.
         anomalous: (N,) labels.
-        threshold: A score above it is anomalous.
+        threshold: The threshold of image scores.
     """
     if not scores.size:
         return []
-    bounded = np.where(np.isfinite(scores), scores, np.finfo(np.float64).max)
-    plots = [_histogram(bounded, anomalous, threshold)]
+    finite = np.where(np.isfinite(scores), scores, np.finfo(np.float64).max)
+    plots = [_histogram(finite, anomalous, threshold)]
     if anomalous.any() and not anomalous.all():
-        plots = [_roc(bounded, anomalous, threshold), _precision_recall(bounded, anomalous, threshold), *plots]
+        plots = [_roc(finite, anomalous, threshold), _precision_recall(finite, anomalous, threshold), *plots]
     return plots
 
 
@@ -135,7 +135,7 @@ def _roc(scores: NDArray[np.float64], anomalous: NDArray[np.bool_], threshold: f
 
 def _precision_recall(scores: NDArray[np.float64], anomalous: NDArray[np.bool_], threshold: float) -> Plot:
     precision, recall, _ = precision_recall_curve(anomalous, scores, drop_intermediate=True)
-    precision, recall = precision[::-1], recall[::-1]  # by falling threshold
+    precision, recall = precision[::-1], recall[::-1]  # by decreasing threshold
     alarms = scores > threshold
     chance = float(anomalous.mean())
     at_threshold = float(anomalous[alarms].mean()) if alarms.any() else None
@@ -145,7 +145,7 @@ def _precision_recall(scores: NDArray[np.float64], anomalous: NDArray[np.bool_],
         "precision, share of alarms that are right",
         _share_ticks(_x),
         _share_ticks(_y),
-        curve=_steps(recall[1:], precision[1:]),  # the first point is scikit-learn's own, of no threshold
+        curve=_steps(recall[1:], precision[1:]),  # without the first point, which scikit-learn adds
         reference=f"M{_x(0):.1f},{_y(chance):.1f}L{_x(1):.1f},{_y(chance):.1f}",
         marker=None
         if at_threshold is None
@@ -185,25 +185,25 @@ def _histogram(scores: NDArray[np.float64], anomalous: NDArray[np.bool_], thresh
 
 
 def _operating_point(x: float, y: float, threshold: float, left_from: float) -> Marker:
-    """Mark a point of a curve, its name on the side where the curve is not: left where x is from `left_from` on."""
+    """Mark a point of a curve; the label is left of it from x = `left_from` on, so that it does not cover the curve."""
     return Marker(_x(x), _y(y), f"threshold {threshold:.3g}", is_left=x >= left_from)
 
 
 def _lines(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
-    kept = _thinned(x.size)
+    kept = _select_points(x.size)
     return "M" + "L".join(f"{_x(a):.1f},{_y(b):.1f}" for a, b in zip(x[kept], y[kept], strict=True))
 
 
 def _steps(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
-    """Draw a curve that keeps each value to the left of its point: what average precision sums."""
-    kept = _thinned(x.size)
+    """Draw a step curve with each value to the left of its point, as average precision sums it."""
+    kept = _select_points(x.size)
     return f"M{_x(0):.1f},{_y(float(y[0])):.1f}" + "".join(
         f"V{_y(b):.1f}H{_x(a):.1f}" for a, b in zip(x[kept], y[kept], strict=True)
     )
 
 
-def _thinned(count: int) -> NDArray[np.int64]:
-    return np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).round().astype(np.int64))
+def _select_points(count: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, count - 1, min(count, _MAX_POINTS)).round().astype(np.int64))
 
 
 def _x(share: float) -> float:
@@ -214,27 +214,27 @@ def _y(share: float) -> float:
     return BOTTOM - share * (BOTTOM - TOP)
 
 
-def _share_ticks(place: Callable[[float], float]) -> list[Tick]:
-    return [Tick(place(share), f"{share:g}") for share in _SHARES]
+def _share_ticks(to_position: Callable[[float], float]) -> list[Tick]:
+    return [Tick(to_position(share), f"{share:g}") for share in _SHARES]
 
 
-def _round_steps(most: int) -> tuple[int, int]:
-    """Choose an axis from 0 that holds a count: the step between marks and the last mark."""
+def _round_steps(max_count: int) -> tuple[int, int]:
+    """Choose the step between ticks and the last tick of an axis from 0 to at least `max_count`."""
     size = 1
     while True:
         for step in (size, 2 * size, 5 * size):
-            if most <= step * (_MOST_TICKS - 1):
-                return step, step * max(1, math.ceil(most / step))
+            if max_count <= step * (_MAX_TICKS - 1):
+                return step, step * max(1, math.ceil(max_count / step))
         size *= 10
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Choose round values between two: powers of ten, or finer ones where these are too few."""
+    """Choose round values between `low` and `high`: powers of ten, or finer ones if those are too few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     ticks: list[float] = []
     for digits in _DIGITS:
         ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
         ticks = [round(tick, 12) for tick in ticks if low <= tick <= high]
-        if len(ticks) >= _FEWEST_TICKS:
+        if len(ticks) >= _MIN_TICKS:
             break
-    return ticks[:: -(-len(ticks) // _MOST_TICKS)] if ticks else [low]
+    return ticks[:: -(-len(ticks) // _MAX_TICKS)] if ticks else [low]

@@ -1,4 +1,4 @@
-"""An HTML report that one can send: per category the metrics, the curves, and images beside their heatmaps."""
+"""A self-contained HTML report: metrics, curves and heatmaps of images, per category."""
 
 import base64
 import math
@@ -16,33 +16,33 @@ from numpy.typing import NDArray
 from flawstream.imaging.decode import decode_image
 from flawstream.imaging.maps import decode_map, encode_jpeg, paint
 from flawstream.imaging.pixels import PixelForm
-from schemas.manifest import Metrics
+from schemas.manifest import EvaluationMetrics
 from schemas.messages import AnomalyMap
 from schemas.settings import LimitSettings
 from training.report import plots
 from training.report.plots import plot_scores
 from training.steps.evaluate import METRIC_NAMES, RATES, read_mask, spread
 
-_SHOWN = 8
+_MAX_CARDS = 8
 _HEATMAP_WEIGHT = 0.45
 _OUTLINE_PX = 2
 _LIMITS = LimitSettings(max_pixels=1 << 40, max_aspect=1e9)
-"""None: what is shown was judged, under the limits that were set then."""
+"""No limits: the images were already decoded under the configured limits."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedImage:
-    """One test image with what was said of it.
+    """One test image with its detection.
 
     Attributes:
-        path: Where it lies.
-        category: Whose model judged it.
-        defect: The label, `good` for none.
-        anomalous: The label, reduced.
-        score: Nats per channel.
-        threshold: `score` above it is anomalous.
-        map: The anomaly map; encoded, since a report of thousands of images shows few of them.
-        mask: Where the defect is, in the data set's own file.
+        path: The image file.
+        category: The category.
+        defect: The labelled kind of defect; `good` if normal.
+        anomalous: Whether it is labelled anomalous.
+        score: Image score, nats per channel.
+        threshold: The threshold of image scores.
+        map: The anomaly map; encoded to save memory, as few of the images are shown.
+        mask: The mask file.
     """
 
     path: Path
@@ -56,12 +56,12 @@ class JudgedImage:
 
     @property
     def is_alarm(self) -> bool:
-        """Tell whether the verdict is anomalous; a score that is no number is."""
+        """Check whether the verdict is anomalous; NaN is."""
         return not self.score <= self.threshold
 
     @property
     def is_wrong(self) -> bool:
-        """Tell whether verdict and label differ."""
+        """Check whether verdict and label differ."""
         return self.is_alarm != self.anomalous
 
 
@@ -69,17 +69,17 @@ def write_report(
     path: Path,
     title: str,
     judged: Sequence[JudgedImage],
-    metrics: Mapping[str, Metrics],
-    versions: Mapping[str, Mapping[str, Metrics]] | None = None,
+    metrics: Mapping[str, EvaluationMetrics],
+    versions: Mapping[str, Mapping[str, EvaluationMetrics]] | None = None,
 ) -> None:
-    """Write the report as one file without references to others.
+    """Write the report as one self-contained file.
 
     Args:
-        path: The file; its folder is made.
-        title: Its heading.
-        judged: All judged images.
-        metrics: Per category.
-        versions: Per category the metrics by model version, that of `metrics` the first; several are compared.
+        path: The file; its folder is created.
+        title: The heading.
+        judged: All test images.
+        metrics: Metrics by category.
+        versions: By category the metrics of several model versions to compare, that of `metrics` first.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training.report", "."),
@@ -89,25 +89,27 @@ def write_report(
         undefined=jinja2.StrictUndefined,
     )
     sections = [
-        _section(name, found, [one for one in judged if one.category == name], (versions or {}).get(name, {}))
-        for name, found in metrics.items()
+        _section(
+            name, of_category, [image for image in judged if image.category == name], (versions or {}).get(name, {})
+        )
+        for name, of_category in metrics.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     page = environment.get_template("report.html.j2").render(
         title=title, sections=sections, plots=plots, names=METRIC_NAMES, rates=RATES, version=version("flawstream")
     )
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a file's name can be any bytes
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names can be any bytes
 
 
 def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lay the heatmap over the image; `flawstream.imaging.maps.paint` says what the colours mean.
+    """Blend the heatmap over the image; `flawstream.imaging.maps.paint` defines the colours.
 
     Args:
-        image: Its map.
+        image: The image with its map.
         pixels: (S, S, 3) uint8 RGB.
 
     Returns:
-        The same shape. White lines bound the defect where it has a mask.
+        The same shape, with the outline of the mask in white.
 
     Raises:
         DatasetError: The mask cannot be read.
@@ -117,15 +119,19 @@ def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if image.mask is not None:
         mask = read_mask(image.mask, pixels.shape[0]).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(mixed, contours, -1, (0, 0, 0), 2 * _OUTLINE_PX)  # else white is lost on a bright part
+        cv2.drawContours(
+            mixed, contours, -1, (0, 0, 0), 2 * _OUTLINE_PX
+        )  # black border: white alone is invisible on bright parts
         cv2.drawContours(mixed, contours, -1, (255, 255, 255), _OUTLINE_PX)
     return mixed
 
 
-def _section(name: str, metrics: Metrics, judged: list[JudgedImage], versions: Mapping[str, Metrics]) -> dict[str, Any]:
-    ranked = sorted(judged, key=lambda one: one.score if math.isfinite(one.score) else math.inf)
-    missed = [one for one in ranked if one.is_wrong and one.anomalous]
-    alarms = [one for one in reversed(ranked) if one.is_wrong and not one.anomalous]
+def _section(
+    name: str, metrics: EvaluationMetrics, judged: list[JudgedImage], versions: Mapping[str, EvaluationMetrics]
+) -> dict[str, Any]:
+    ranked = sorted(judged, key=lambda image: image.score if math.isfinite(image.score) else math.inf)
+    missed = [image for image in ranked if image.is_wrong and image.anomalous]
+    alarms = [image for image in reversed(ranked) if image.is_wrong and not image.anomalous]
     groups = {
         f"Missed defects: {len(missed)} in all": missed,
         f"False alarms: {len(alarms)} in all": alarms,
@@ -138,20 +144,22 @@ def _section(name: str, metrics: Metrics, judged: list[JudgedImage], versions: M
         "metrics": metrics,
         "threshold": threshold,
         "plots": plot_scores(
-            np.array([one.score for one in judged], dtype=np.float64),
-            np.array([one.anomalous for one in judged], dtype=bool),
+            np.array([image.score for image in judged], dtype=np.float64),
+            np.array([image.anomalous for image in judged], dtype=bool),
             threshold or 0.0,
         ),
         "versions": versions,
         "spread": spread(list(versions.values())),
-        "groups": {heading: [_card(one) for one in images[:_SHOWN]] for heading, images in groups.items() if images},
-        "has_masks": any(one.mask is not None for one in judged),
+        "groups": {
+            heading: [_card(image) for image in images[:_MAX_CARDS]] for heading, images in groups.items() if images
+        },
+        "has_masks": any(image.mask is not None for image in judged),
     }
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:
-    shown = decode_image(image.path.read_bytes(), PixelForm(image.map.shape[0]), _LIMITS)
-    pixels = np.asarray(shown.pixels, np.uint8)
+    decoded = decode_image(image.path.read_bytes(), PixelForm(image.map.shape[0]), _LIMITS)
+    pixels = np.asarray(decoded.pixels, np.uint8)
     return {
         "name": image.path.name,
         "label": image.defect,

@@ -1,4 +1,4 @@
-"""How well a model version tells defective images from normal ones. Measures; chooses nothing."""
+"""Evaluation of a model version on labelled test images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from flawstream.fastflow.score import score_images
 from flawstream.imaging.maps import upsample
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DatasetError
-from schemas.manifest import DefectMetrics, Metrics
+from schemas.manifest import DefectMetrics, EvaluationMetrics
 from schemas.settings import LimitSettings
 from training.datasets.samples import Sample
 from training.report.metrics import Interval, PixelTally, image_metrics, rate_interval
@@ -29,18 +29,18 @@ METRIC_NAMES = {
     "false_alarm_rate": "false alarms",
     "recall": "recall",
 }
-"""What people call the fields of `Metrics`, in the order they are shown."""
+"""Display names of the fields of `EvaluationMetrics`, in display order."""
 RATES = ("false_alarm_rate", "recall")
-"""Those that are taken at the deployed threshold."""
+"""The metrics at the deployed threshold."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredImage:
-    """One image as a head sees it.
+    """One image scored by a head.
 
     Attributes:
-        path: Where it was read.
-        score: Nats per channel.
+        path: The image file.
+        score: Image score, nats per channel.
         grids: One (H_s, W_s) anomaly map per feature scale, nats per channel.
         side: S, the input size in pixels.
     """
@@ -56,13 +56,13 @@ class ScoredImage:
 
 
 class ImageScorer:
-    """Scores image files on the engine that serves, so that what is measured is what the stream will say.
+    """Scores image files with the engine that will serve.
 
     Args:
-        engine: Of the version's backbone.
-        heads: What `engine.load` returned: forms of one version, judged on the same pixels.
-        limits: What is too large to be decoded.
-        top_fraction: How image scores are taken from maps.
+        engine: An engine with the version's backbone.
+        heads: Loaded heads, to score the same pixels with.
+        limits: Maximum size and aspect ratio of images.
+        top_fraction: Fraction of the grid that the image score is computed from.
     """
 
     def __init__(self, engine: Engine, heads: Sequence[Loaded], limits: LimitSettings, top_fraction: float) -> None:
@@ -75,10 +75,10 @@ class ImageScorer:
         """Score images in order.
 
         Yields:
-            For each image what each head says of it.
+            For each image one `ScoredImage` per head.
 
         Raises:
-            DatasetError: A file cannot be read or is no image.
+            DatasetError: A file cannot be read or is not an image.
         """
         form = PixelForm.of(self._engine.spec)
         side = form.side_px
@@ -86,20 +86,20 @@ class ImageScorer:
         for images in decode_batches(paths, form, self._limits):
             pixels = np.stack([image.pixels for image in images])
             rows = np.arange(len(images))
-            found = [self._engine.detect(pixels, [(head, rows)]) for head in self._heads]
-            scores = [score_images(grids, self._top_fraction) for grids in found]
+            grids_of_heads = [self._engine.detect(pixels, [(head, rows)]) for head in self._heads]
+            scores_of_heads = [score_images(grids, self._top_fraction) for grids in grids_of_heads]
             for row in rows.tolist():
                 yield tuple(
-                    ScoredImage(paths[done + row], float(of_head[row]), tuple(grid[row] for grid in grids), side)
-                    for grids, of_head in zip(found, scores, strict=True)
+                    ScoredImage(paths[done + row], float(scores[row]), tuple(grid[row] for grid in grids), side)
+                    for grids, scores in zip(grids_of_heads, scores_of_heads, strict=True)
                 )
             done += len(images)
 
 
 class Evaluation:
-    """Collects scored test images and reduces them to metrics.
+    """Collects scored test images and computes their metrics.
 
-    Pixels count where they are known: on normal images, and on defective ones with a mask.
+    Pixel metrics use normal images, and defective images with a mask.
     """
 
     def __init__(self) -> None:
@@ -108,10 +108,10 @@ class Evaluation:
         self._pixels = PixelTally()
 
     def add(self, sample: Sample, image: ScoredImage) -> None:
-        """Take one image.
+        """Add one image.
 
         Raises:
-            DatasetError: Its mask cannot be read.
+            DatasetError: The mask cannot be read.
         """
         self._samples.append(sample)
         self._scores.append(image.score)
@@ -121,14 +121,14 @@ class Evaluation:
             self._pixels.add(image.anomaly_map(), None)
 
     def scores(self, *, anomalous: bool) -> NDArray[np.float64]:
-        """Give the scores of one class, in their order."""
+        """Return the scores of one class, in order."""
         return np.array(
             [score for sample, score in zip(self._samples, self._scores, strict=True) if sample.anomalous is anomalous],
             np.float64,
         )
 
-    def metrics(self, threshold: float) -> Metrics:
-        """Compare all scores with all labels at a threshold of the image score, nats per channel."""
+    def metrics(self, threshold: float) -> EvaluationMetrics:
+        """Compute the metrics at a threshold, nats per channel."""
         return summarise(
             np.array(self._scores, dtype=np.float64),
             [sample.defect if sample.anomalous else None for sample in self._samples],
@@ -139,54 +139,54 @@ class Evaluation:
 
 def summarise(
     scores: NDArray[np.float64], defects: Sequence[str | None], threshold: float, pixels: PixelTally | None = None
-) -> Metrics:
-    """Reduce image scores and labels to metrics; what needs a class or masks that are absent stays empty.
+) -> EvaluationMetrics:
+    """Compute metrics of image scores and labels; metrics that need an absent class or masks stay empty.
 
     Args:
-        scores: (N,) nats per channel. One that is not finite counts as the highest.
+        scores: (N,) nats per channel. NaN and infinity count as the highest.
         defects: N kinds of defect; None for a normal image.
-        threshold: A score above it is anomalous.
-        pixels: Of the same images, where maps are at hand.
+        threshold: The threshold of image scores.
+        pixels: Pixel metrics of the same images, if there are maps.
     """
     kinds = sorted({kind for kind in defects if kind is not None})
     kind_of = np.array([-1 if kind is None else kinds.index(kind) for kind in defects], dtype=np.int64)
     normal = kind_of < 0
     alarms = is_anomalous(scores, threshold)
     values, intervals = image_metrics(scores, ~normal)
-    for found in (
+    for more_values, more_intervals in (
         _rate("false_alarm_rate", alarms[normal]),
         _rate("recall", alarms[~normal]),
         pixels.metrics() if pixels is not None else ({}, {}),
     ):
-        values |= found[0]
-        intervals |= found[1]
-    return Metrics(
+        values |= more_values
+        intervals |= more_intervals
+    return EvaluationMetrics(
         **values,
         normal_images=int(normal.sum()),
         anomalous_images=int((~normal).sum()),
         intervals=intervals,
-        defects=tuple(_of_kind(name, scores, normal, kind_of == k, alarms) for k, name in enumerate(kinds)),
+        defects=tuple(_defect_metrics(name, scores, normal, kind_of == k, alarms) for k, name in enumerate(kinds)),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How a metric varies over versions.
+    """Variation of a metric over versions.
 
     Attributes:
         mean: Over the versions.
-        deviation: Standard deviation of the versions, not of their mean (n - 1 in the denominator).
+        deviation: Standard deviation over the versions, with n - 1 in the denominator.
     """
 
     mean: float
     deviation: float
 
 
-def spread(found: Sequence[Metrics]) -> dict[str, Spread]:
-    """Compare versions: by name the metrics that all of them have; nothing of fewer than two versions."""
-    if len(found) < 2:  # noqa: PLR2004 - one has no deviation
+def spread(versions: Sequence[EvaluationMetrics]) -> dict[str, Spread]:
+    """Compute the variation, by name, of the metrics that all versions have; empty for fewer than two versions."""
+    if len(versions) < 2:  # noqa: PLR2004 - a deviation needs two
         return {}
-    table = {name: [getattr(one, name) for one in found] for name in METRIC_NAMES}
+    table = {name: [getattr(metrics, name) for metrics in versions] for name in METRIC_NAMES}
     return {
         name: Spread(float(np.mean(values)), float(np.std(values, ddof=1)))
         for name, values in table.items()
@@ -194,18 +194,18 @@ def spread(found: Sequence[Metrics]) -> dict[str, Spread]:
     }
 
 
-def _of_kind(
+def _defect_metrics(
     name: str,
     scores: NDArray[np.float64],
     normal: NDArray[np.bool_],
-    shown: NDArray[np.bool_],
+    with_defect: NDArray[np.bool_],
     alarms: NDArray[np.bool_],
 ) -> DefectMetrics:
-    used = normal | shown
-    values, intervals = image_metrics(scores[used], shown[used], ("image_auroc",))
-    rate, rate_interval = _rate("recall", alarms[shown])
+    used = normal | with_defect
+    values, intervals = image_metrics(scores[used], with_defect[used], ("image_auroc",))
+    recall, recall_interval = _rate("recall", alarms[with_defect])
     return DefectMetrics(
-        defect=name, images=int(shown.sum()), **(values | rate), intervals={**intervals, **rate_interval}
+        defect=name, images=int(with_defect.sum()), **(values | recall), intervals={**intervals, **recall_interval}
     )
 
 
@@ -216,19 +216,19 @@ def _rate(name: str, alarms: NDArray[np.bool_]) -> tuple[dict[str, float], dict[
 
 
 def read_mask(path: Path, side: int) -> NDArray[np.bool_]:
-    """Read where a defect is, at a map's size.
+    """Read a mask and resize it to the size of the map.
 
     Args:
-        path: A picture of the whole image, not 0 where the defect is.
+        path: An image that is non-zero where the defect is.
         side: S, pixels.
 
     Returns:
-        (S, S).
+        (S, S), true where the defect is.
 
     Raises:
         DatasetError: The file cannot be read.
     """
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None:
-        raise DatasetError(f"cannot read the mask {path}; mend the file or take it out")
+        raise DatasetError(f"cannot read the mask {path}; repair or remove the file")
     return np.asarray(cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST) > 0)

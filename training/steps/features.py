@@ -1,4 +1,4 @@
-"""Features of the frozen backbone, computed once per image and read again in every epoch.
+"""Features of the frozen backbone, computed once per image and read in every epoch.
 
 Shape legend: B images, C channels, H W height and width of a scale's grid, s a scale.
 """
@@ -28,21 +28,21 @@ _DECODE_THREADS = 2
 
 
 class FeatureExtractor:
-    """The backbone on the fastest thing at hand: a GPU, else OpenVINO where it is installed, else torch on the CPU.
+    """Computes features: on a GPU, else with OpenVINO if installed, else with torch on the CPU.
 
-    In float32 everywhere, on a GPU without TF32: a version's statistics and thresholds come from these features.
+    Always in float32, on a GPU without TF32: a version's statistics are computed from these features.
 
     Args:
         backbone: The frozen network.
-        limits: What is too large to be decoded.
-        threads: CPU threads; 0 takes all.
+        limits: Maximum size and aspect ratio of images.
+        threads: CPU threads; 0: all.
 
     Attributes:
-        backbone: As it was given, on whatever it runs.
-        spec: Its specification.
+        backbone: The frozen network, on its device.
+        spec: Its description.
         threads: CPU threads.
-        limits: As they were given.
-        form: Of the pixels that the backbone sees.
+        limits: Maximum size and aspect ratio of images.
+        form: Form of the pixels that the backbone takes.
     """
 
     def __init__(self, backbone: Backbone, limits: LimitSettings, threads: int = 0) -> None:
@@ -54,28 +54,28 @@ class FeatureExtractor:
 
     @cached_property
     def _run(self) -> Callable[[Pixels], list[Tensor]]:
-        """The compiled backbone; an import that needs no features never compiles it."""
+        """The compiled backbone; compiled only if features are needed, which imports do not."""
         device = open_device()
         if device.type == "cpu" and openvino_is_installed():
             dtype = getattr(torch, self.form.dtype)
             compiled = CompiledModule(self.backbone, [self.form.shape], dtype=dtype, threads=self.threads)
             return lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
-        moved = self.backbone.to(device).to(memory_format=torch.channels_last)
+        network = self.backbone.to(device).to(memory_format=torch.channels_last)
 
-        @torch.inference_mode()  # here and not around a `yield`, which would set it for whoever consumes
+        @torch.inference_mode()  # not around a `yield`, which would set it for the caller too
         def run(images: Pixels) -> list[Tensor]:
-            return moved(torch.from_numpy(images).to(device))  # type: ignore[no-any-return]
+            return network(torch.from_numpy(images).to(device))  # type: ignore[no-any-return]
 
         return run
 
     def batches(self, paths: Sequence[Path]) -> Iterator[tuple[list[DecodedImage], list[Tensor]]]:
-        """Decode and compute, the next batch being decoded while one is computed.
+        """Compute features in batches; the next batch is decoded meanwhile.
 
         Yields:
             The images of a batch, and one (B, C_s, H_s, W_s) float32 tensor per scale.
 
         Raises:
-            DatasetError: A file cannot be read or is no image.
+            DatasetError: A file cannot be read or is not an image.
         """
         for images in decode_batches(paths, self.form, self.limits):
             yield images, self._run(np.stack([image.pixels for image in images]))
@@ -84,21 +84,21 @@ class FeatureExtractor:
         """Decode images to (B, S, S, 3).
 
         Raises:
-            DatasetError: A file cannot be read or is no image.
+            DatasetError: A file cannot be read or is not an image.
         """
         return np.stack([read_image(path, self.form, self.limits).pixels for path in paths])
 
 
 def decode_batches(paths: Sequence[Path], form: PixelForm, limits: LimitSettings) -> Iterator[list[DecodedImage]]:
-    """Decode image files in order, in batches, the next one while the caller works on the last.
+    """Decode image files in batches, in order; the next batch is decoded while the caller processes one.
 
     Args:
         paths: The files.
-        form: What to resize them to.
-        limits: What is too large to be decoded.
+        form: Size and filter to resize to.
+        limits: Maximum size and aspect ratio of images.
 
     Raises:
-        DatasetError: A file cannot be read or is no image.
+        DatasetError: A file cannot be read or is not an image.
     """
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
         waiting = [pool.submit(read_image, path, form, limits) for path in paths[:_BATCH]]
@@ -111,27 +111,27 @@ def decode_batches(paths: Sequence[Path], form: PixelForm, limits: LimitSettings
 
 
 def read_image(path: Path, form: PixelForm, limits: LimitSettings) -> DecodedImage:
-    """Read and decode one file; as `decode_batches`.
+    """Read and decode one file.
 
     Raises:
-        DatasetError: It cannot be read or is no image.
+        DatasetError: The file cannot be read or is not an image.
     """
     try:
         return decode_image(path.read_bytes(), form, limits)
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error.strerror}") from error
     except MessageError as error:
-        raise DatasetError(f"{path}: {error}; mend the file or take it out") from error
+        raise DatasetError(f"{path}: {error}; repair or remove the file") from error
 
 
 class FeatureStore:
-    """Features of many images on disk, as float16 arrays that are mapped and not read whole.
+    """Features of many images on disk, as memory-mapped float16 arrays.
 
-    The files have no names: their space is free again when the store, or its process, is gone, however it ends.
+    The files have no names, so that their space is freed with the store or its process, even after a crash.
 
     Args:
-        folder: On the disk that holds the arrays.
-        count: Images.
+        folder: A folder on the disk for the arrays.
+        count: Number of images.
         shapes: (C, H, W) of each scale.
 
     Raises:
@@ -140,25 +140,25 @@ class FeatureStore:
 
     def __init__(self, folder: Path, count: int, shapes: Sequence[tuple[int, int, int]]) -> None:
         self._folder = folder
-        self._scales = [_nameless_array(folder, (count, *shape)) for shape in shapes]
+        self._scales = [_unnamed_array(folder, (count, *shape)) for shape in shapes]
 
     def take(self, rows: NDArray[np.int64]) -> list[Tensor]:
-        """Read some images' features; one (B, C_s, H_s, W_s) float32 tensor per scale."""
+        """Read the features of some images: one (B, C_s, H_s, W_s) float32 tensor per scale."""
         return [torch.from_numpy(array[rows].astype(np.float32)) for array in self._scales]
 
     def put(self, rows: NDArray[np.int64] | slice, features: Sequence[Tensor]) -> None:
-        """Write some images' features; one (B, C_s, H_s, W_s) tensor per scale."""
+        """Write the features of some images: one (B, C_s, H_s, W_s) tensor per scale."""
         for array, scale in zip(self._scales, features, strict=True):
             array[rows] = scale.cpu().numpy()
 
     def grid_rows(self, scale: int, images: NDArray[np.int64]) -> Iterator[Tensor]:
-        """Read some images' features of one scale row by row of its grid; H times (N, C, W) float32."""
+        """Read one scale of some images by rows of its grid: H arrays of (N, C, W) float32."""
         array = self._scales[scale]
         for row in range(array.shape[2]):
             yield torch.from_numpy(array[images, :, row].astype(np.float32))
 
     def empty_like(self, count: int) -> "FeatureStore":
-        """Make a store of the same shapes for other images.
+        """Create a store of the same shapes for other images.
 
         Raises:
             ConfigError: The disk has too little space.
@@ -168,12 +168,12 @@ class FeatureStore:
 
 
 class FeatureCache(FeatureStore):
-    """What the backbone makes of image files.
+    """Features of image files.
 
     Args:
-        folder: On the disk that holds the arrays.
+        folder: A folder on the disk for the arrays.
         paths: The images, at least one.
-        extractor: Computes their features, in `fill`.
+        extractor: Computes the features in `fill`.
 
     Raises:
         ConfigError: The disk has too little space.
@@ -191,7 +191,7 @@ class FeatureCache(FeatureStore):
             The number of images done.
 
         Raises:
-            DatasetError: A file cannot be read or is no image.
+            DatasetError: A file cannot be read or is not an image.
         """
         done = 0
         for images, features in self._extractor.batches(self._paths):
@@ -200,15 +200,15 @@ class FeatureCache(FeatureStore):
             yield done
 
 
-def _nameless_array(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float16]:
+def _unnamed_array(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float16]:
     size_bytes = int(np.prod(shape)) * np.dtype(np.float16).itemsize
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk would end the process
+            if hasattr(os, "posix_fallocate"):  # on a full disk, writing to a mapped file would kill the process
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
         except OSError as error:
             raise ConfigError(
-                f"{folder} has no room for {size_bytes / 1e6:,.0f} MB of features ({error.strerror}); "
-                "free some, or name another disk with TMPDIR"
+                f"{folder} has no space for {size_bytes / 1e6:,.0f} MB of features ({error.strerror}); "
+                "free some, or set TMPDIR to a folder on another disk"
             ) from error
         return np.memmap(file, np.float16, "w+", shape=shape)

@@ -1,4 +1,4 @@
-"""Train one category's head on cached features. One recipe for all categories; no Ray, no files, no test images."""
+"""Fit of one category's head on cached features. Knows no Ray, no image files and no test images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from schemas.settings import TrainingSettings
 from training.steps.features import FeatureStore
 
 _WARM_UP_SHARE = 0.3
-_FEWEST_TRAINING = 2
+_MIN_TRAINING_IMAGES = 2
 _MANY_IMAGES = 128
-"""From so many training images on, their own statistics fit other normal images almost as well (decision 6)."""
+"""From this number of training images on, their statistics fit other normal images almost as well (decision 6)."""
 _FOLDS = 5
-_SHARE_OF_FEW = 0.25
-"""What a flow of fewer images keeps of itself; the rest is the identity, which leaves white features as they are."""
+_SHRINK_SHARE = 0.25
+"""The share of itself that a flow trained on fewer images keeps; the rest is the identity: `FlowStep.shrink`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Where training stands after an optimiser step.
+class FitProgress:
+    """Progress of a fit after an optimiser step.
 
     Attributes:
-        images: Images seen, over all epochs.
-        epoch: The epoch under way, from 1.
-        loss: Mean over the epoch so far, nats per value summed over the scales.
+        images: Images processed, over all epochs.
+        epoch: The current epoch, from 1.
+        loss: Mean loss of the current epoch, nats per value summed over the scales.
     """
 
     images: int
@@ -41,67 +41,69 @@ class Step:
 
 
 def split_rows(count: int, settings: TrainingSettings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split normal images into those that train the flow and those that calibrate it; at least one calibrates.
+    """Split normal images into training and held-out images; at least one is held out.
+
+    Returns:
+        Rows of training images and of held-out images.
 
     Raises:
-        DatasetError: Fewer than two are left to train; their deviation needs two.
+        DatasetError: Fewer than two are left to train, too few for a standard deviation.
     """
     order = np.random.default_rng(settings.seed).permutation(count)
     held_out = max(1, round(count * settings.calibration_fraction))
-    if count - held_out < _FEWEST_TRAINING:
+    if count - held_out < _MIN_TRAINING_IMAGES:
         raise DatasetError(
             f"of {count} normal images training.calibration_fraction={settings.calibration_fraction:g} leaves "
-            f"{max(0, count - held_out)} to train and {_FEWEST_TRAINING} are needed; add normal images or lower it"
+            f"{max(0, count - held_out)} to train, but {_MIN_TRAINING_IMAGES} are needed; add normal images or lower it"
         )
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
 def fit_head(
     head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], settings: TrainingSettings
-) -> Iterator[Step]:
-    """Train `head` in place. The last epoch is what remains; no epoch is chosen.
+) -> Iterator[FitProgress]:
+    """Train `head` in place, for a fixed number of epochs without early stopping.
 
-    AdamW with a one-cycle learning rate and clipped gradients (docs/decisions/0002). With few images, the flow is
-    trained on features that are white by the statistics of other images, and keeps a share of itself alone
-    (docs/decisions/0006).
+    AdamW with a one-cycle learning rate and clipped gradients (docs/decisions/0002). With few images, features are
+    whitened across folds and the trained flow is shrunk towards the identity (docs/decisions/0006).
 
     Args:
-        head: Freshly made.
-        features: Of the category's normal images.
-        rows: Which of them train, at least two.
+        head: A new head.
+        features: Features of the category's normal images.
+        rows: Rows of the training images, at least two.
         settings: The recipe.
 
     Yields:
-        The state after each optimiser step.
+        The progress after each optimiser step.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    statistics = [one for one in head.statistics if isinstance(one, FeatureStatistics)]
-    assert len(statistics) == len(head.flows)  # noqa: S101 - a head that is trained has them
-    for scale, one in enumerate(statistics):
-        one.set_from(partial(features.grid_rows, scale, rows))
-    few = len(rows) < _MANY_IMAGES
-    if few:
+    statistics = [module for module in head.statistics if isinstance(module, FeatureStatistics)]
+    assert len(statistics) == len(head.flows)  # noqa: S101 - trained heads have them for all scales
+    for scale, module in enumerate(statistics):
+        module.set_from(partial(features.grid_rows, scale, rows))
+    few_images = len(rows) < _MANY_IMAGES
+    if few_images:
         features = whiten_across_folds(statistics, features, rows, settings.seed)
         rows = np.arange(len(rows))
     head.to(device)
     head.to(memory_format=torch.channels_last)
     head.train()
-    steps_an_epoch = -(-len(rows) // settings.batch_size)
+    steps_per_epoch = -(-len(rows) // settings.batch_size)
     optimiser = torch.optim.AdamW(
         head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.learning_rate, total_steps=steps_an_epoch * settings.epochs, pct_start=_WARM_UP_SHARE
+        optimiser, settings.learning_rate, total_steps=steps_per_epoch * settings.epochs, pct_start=_WARM_UP_SHARE
     )
-    order = np.random.default_rng(settings.seed + 1)
+    generator = np.random.default_rng(settings.seed + 1)
     images = 0
     for epoch in range(1, settings.epochs + 1):
-        shuffled = order.permutation(rows)
+        shuffled = generator.permutation(rows)
         total_loss, seen = 0.0, 0
         for start in range(0, len(shuffled), settings.batch_size):
             batch = shuffled[start : start + settings.batch_size]
             scales = [scale.to(device, memory_format=torch.channels_last) for scale in features.take(batch)]
-            loss = negative_log_likelihood(*(head.transform(scales) if few else head(scales)))
+            loss = negative_log_likelihood(*(head.transform(scales) if few_images else head(scales)))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch
             nn.utils.clip_grad_norm_(head.parameters(), settings.clip_norm)
@@ -110,40 +112,40 @@ def fit_head(
             total_loss += loss.item() * len(batch)
             seen += len(batch)
             images += len(batch)
-            yield Step(images, epoch, total_loss / seen)
+            yield FitProgress(images, epoch, total_loss / seen)
     head.to("cpu")
     head.to(memory_format=torch.contiguous_format)
-    if few:
-        head.shrink_flows(_SHARE_OF_FEW)
+    if few_images:
+        head.shrink_flows(_SHRINK_SHARE)
     head.eval()
 
 
 def whiten_across_folds(
     statistics: Sequence[FeatureStatistics], features: FeatureStore, rows: NDArray[np.int64], seed: int
 ) -> FeatureStore:
-    """Make features white, each image by the statistics of the images outside its fold.
+    """Whiten features, each image with the statistics of the images outside its fold.
 
-    An image is closer to statistics that it had a part in than any other normal image is: of few images, a flow that is
-    trained on what these leave learns to enlarge it, and enlarges every image that comes later by orders of magnitude.
+    Whitened with statistics that include it, an image has smaller values than a new normal image. With few images, a
+    flow trained on such features learns to enlarge them, and enlarges new images by orders of magnitude.
 
     Args:
-        statistics: One per scale, for their shape; left as they are.
-        features: Of the images, as the backbone gives them.
-        rows: Which images, at least three; of two, both are white by their own statistics.
-        seed: Of the folds.
+        statistics: One per scale, for their shapes; not changed.
+        features: Output of the backbone.
+        rows: Rows of the images, at least three; two images are both whitened with their own statistics.
+        seed: Seed of the folds.
 
     Returns:
-        White features of these images, in their order.
+        White features of these images, in order.
     """
     white = features.empty_like(len(rows))
     order = np.random.default_rng(seed).permutation(len(rows))
-    folds = np.array_split(order, min(_FOLDS, len(rows))) if len(rows) > _FEWEST_TRAINING else [order]
+    folds = np.array_split(order, min(_FOLDS, len(rows))) if len(rows) > _MIN_TRAINING_IMAGES else [order]
     for fold in folds:
         others = rows if len(folds) == 1 else np.delete(rows, fold)
         parts = []
         for scale, (whole, raw) in enumerate(zip(statistics, features.take(rows[fold]), strict=True)):
-            of_others = FeatureStatistics(whole.mean.shape[0], whole.mean.shape[1])
-            of_others.set_from(partial(features.grid_rows, scale, others))
-            parts.append(of_others(raw))
+            fold_statistics = FeatureStatistics(whole.mean.shape[0], whole.mean.shape[1])
+            fold_statistics.set_from(partial(features.grid_rows, scale, others))
+            parts.append(fold_statistics(raw))
         white.put(fold, parts)
     return white

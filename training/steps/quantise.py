@@ -25,7 +25,7 @@ from flawstream.engines.openvino.quantise import fold_batch_norms, quantise
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.imaging.pixels import Pixels
-from schemas.manifest import Calibration, Int8Trial, Metrics
+from schemas.manifest import Calibration, EvaluationMetrics, Int8Trial
 from training.report.metrics import rate_interval
 from training.steps.features import FeatureExtractor
 
@@ -69,7 +69,7 @@ class Judged:
     held_out: NDArray[np.float64]
     defective: NDArray[np.float64]
     calibration: Calibration
-    metrics: Metrics
+    metrics: EvaluationMetrics
 
 
 def make_candidates(

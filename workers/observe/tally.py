@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from flawstream.telemetry.traces import NO_TRACER, Stage, Tracer
+from flawstream.telemetry.traces import NO_TRACER, Span, Tracer
 from schemas.errors import ModelUnavailableError, Reason
 from schemas.messages import DeadLetter, DetectionResult
 from workers.observe import log_fields
@@ -58,7 +58,7 @@ class Batch:
 
     def __init__(self, tally: "Tally") -> None:
         self.began_ns = time.time_ns()
-        self.stages: list[Stage] = []
+        self.stages: list[Span] = []
         self._tally = tally
 
     @contextmanager
@@ -67,7 +67,7 @@ class Batch:
         began_ns, began_s = time.time_ns(), time.perf_counter()
         yield
         took_s = time.perf_counter() - began_s
-        self.stages.append(Stage(name, began_ns, began_ns + round(took_s * 1e9)))
+        self.stages.append(Span(name, began_ns, began_ns + round(took_s * 1e9)))
         self._tally.spent(name, took_s)
 
 
@@ -151,8 +151,8 @@ class Tally:
             arrived_ns = min(int(completion.entry_id.partition("-")[0]) * 1_000_000, batch.began_ns)
             self._tracer.image(
                 traceparent if isinstance(traceparent, str) else None,
-                Stage("image", arrived_ns, time.time_ns()),
-                [Stage("queue", arrived_ns, batch.began_ns), *batch.stages],
+                Span("image", arrived_ns, time.time_ns()),
+                [Span("queue", arrived_ns, batch.began_ns), *batch.stages],
                 {name: value for name, value in about.items() if isinstance(value, str | int | float)},
                 completion.outcome.detail if isinstance(completion.outcome, DeadLetter) else None,
             )

@@ -1,9 +1,9 @@
-"""ncnn on a CPU: the fastest there in float32, for one category and for many. Extra `ncnn`, better with `openvino`.
+"""ncnn on a CPU: the fastest engine there in float32. Needs the extra `ncnn`, faster with `openvino`.
 
-Each image has a thread of its own through backbone and head, so that no core waits for another, and a batch of many
-categories costs what a batch of one does. Heads run in ncnn. The backbone runs in ncnn where it is mostly 3x3
-convolutions, as a ResNet is, and else in OpenVINO if that is installed. Versions with a proven int8 graph run in that,
-where the CPU has instructions for it.
+Each image runs through backbone and head on one thread, so that cores do not wait for one another, and a batch of many
+categories is as fast as a batch of one. Heads run in ncnn. The backbone runs in ncnn if it is mostly 3x3 convolutions,
+as a ResNet is, otherwise in OpenVINO if that is installed. Versions that passed the int8 trial run in int8, if the CPU
+has instructions for it.
 
 Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
 """
@@ -23,31 +23,29 @@ from flawstream.engines.numpy_whitening import array_normaliser
 from flawstream.engines.openvino.compile import ImageGraph, openvino_is_installed
 from flawstream.engines.openvino.int8_graph import Int8Flows
 from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart, load_int8
-from flawstream.engines.protocol import Read, empty_grids, fill_rows, no_files
+from flawstream.engines.protocol import Float32Array, Read, empty_grids, fill_rows, no_files
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.manifest import Arithmetic, ModelManifest
 
-Grid = NDArray[np.float32]
-
 
 class NcnnEngine:
-    """Runs in float32 what has no int8 graph, on as many threads as there are CPUs.
+    """Computes versions without an int8 graph in float32.
 
     Args:
         backbone: The frozen network.
-        int8: Whether versions are judged in int8 that may be.
-        threads: CPU threads; 0 takes all.
+        int8: Whether to compute versions in int8 that passed the int8 trial.
+        threads: CPU threads; 0: all.
 
     Raises:
         ConfigError: ncnn is not installed, or cannot run the network and OpenVINO is not installed either.
     """
 
     precision: Arithmetic = "float32"
-    concurrent_batches = 2  # the next one's images begin while the last of this one are judged
+    concurrent_batches = 2  # images of the next batch use cores that are idle at the end of this one
     copies = 3
-    """Measured 1.6 for the default preset and 2.6 for `resnet18`: what Winograd's algorithm makes of 3x3 weights."""
+    """Measured 1.6 for the default preset and 2.6 for `resnet18`, because of Winograd-transformed 3x3 weights."""
 
     def __init__(self, backbone: Backbone, *, int8: bool = False, threads: int = 0) -> None:
         require_ncnn()
@@ -55,7 +53,7 @@ class NcnnEngine:
         self.spec = backbone.spec
         self._threads = threads or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._threads, "ncnn")
-        self._under_way, self._counting = 0, threading.Lock()
+        self._batches, self._batches_lock = 0, threading.Lock()
         if openvino_is_installed() and not is_mostly_3x3(backbone):
             form = PixelForm.of(self.spec)
             dtype = getattr(torch, form.dtype)
@@ -64,64 +62,69 @@ class NcnnEngine:
             self._backbone = _BackboneGraphs(backbone, self._threads)
 
     def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Head | Int8Version":
-        """Fold a head, write it down as graphs and run them once."""
+        """Fold a head, convert it to ncnn graphs and run them once."""
         if self.int8 and (version := load_int8(head, manifest, read)) is not None:
             return version
         loaded = _Head(FoldedHead(head), self._threads)
         features = [np.zeros(shape, np.float32) for shape in self.spec.feature_shapes]
-        loaded.judge_alone(features, self._pool)
+        loaded.run_on_all_threads(features, self._pool)
         for scale, values in enumerate(features):
-            loaded.judge(scale, values)
+            loaded.run_on_one_thread(scale, values)
         return loaded
 
-    def detect(self, images: Pixels, heads: Sequence[tuple["_Head | Int8Version", NDArray[np.int64]]]) -> list[Grid]:
-        """Run backbone and head image by image, each on a thread of its own; see `Engine`."""
-        with self._counting:
-            self._under_way += 1
+    def detect(
+        self, images: Pixels, heads: Sequence[tuple["_Head | Int8Version", NDArray[np.int64]]]
+    ) -> list[Float32Array]:
+        """Run backbone and head, each image on one thread; see `Engine`."""
+        with self._batches_lock:
+            self._batches += 1
         try:
             return detect_apart(np.ascontiguousarray(images), heads, self.spec, self._detect)
         finally:
-            with self._counting:
-                self._under_way -= 1
+            with self._batches_lock:
+                self._batches -= 1
 
-    def _detect(self, images: Pixels, heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]) -> list[Grid]:
+    def _detect(
+        self, images: Pixels, heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]
+    ) -> list[Float32Array]:
         grids = empty_grids(len(images), self.spec)
 
-        def judge(place: tuple[int, "_Head"]) -> None:
-            row, head = place
-            features = self._backbone.beside(images[row])
-            fill_rows(grids, row, list(map(head.judge, range(len(features)), features)))
+        def detect_image(task: tuple[int, "_Head"]) -> None:
+            row, head = task
+            features = self._backbone.run_on_one_thread(images[row])
+            fill_rows(grids, row, list(map(head.run_on_one_thread, range(len(features)), features)))
 
-        places = [(row, head) for head, rows in heads if isinstance(head, _Head) for row in rows.tolist()]
-        is_one_over = len(places) % self._threads == 1 and self._under_way == 1
-        last = places.pop() if is_one_over else None
-        for _ in self._pool.map(judge, places):  # raises what one of them raised
+        tasks = [(row, head) for head, rows in heads if isinstance(head, _Head) for row in rows.tolist()]
+        one_left_over = len(tasks) % self._threads == 1 and self._batches == 1
+        last = tasks.pop() if one_left_over else None
+        for _ in self._pool.map(detect_image, tasks):  # iterated to raise the tasks' exceptions
             pass
         if last is not None:
             row, head = last
-            fill_rows(grids, row, head.judge_alone(self._backbone.alone(images[row]), self._pool))
+            features = self._backbone.run_on_all_threads(images[row])
+            fill_rows(grids, row, head.run_on_all_threads(features, self._pool))
         for flows, rows in heads:
             if isinstance(flows, Int8Flows):
                 fill_rows(grids, rows, flows(self._features(images[rows])))
         return grids
 
-    def _features(self, images: Pixels) -> list[Grid]:
+    def _features(self, images: Pixels) -> list[Float32Array]:
         """Map (B, S, S, 3) images to one (B, C_s, H_s, W_s) array per scale."""
-        if len(images) == 1 == self._under_way:
-            return [scale[None] for scale in self._backbone.alone(images[0])]
-        found = self._pool.map(self._backbone.beside, images)
-        return [np.stack(scale) for scale in zip(*found, strict=True)]
+        if len(images) == 1 == self._batches:
+            return [scale[None] for scale in self._backbone.run_on_all_threads(images[0])]
+        features = self._pool.map(self._backbone.run_on_one_thread, images)
+        return [np.stack(scale) for scale in zip(*features, strict=True)]
 
 
 class _Backbone(Protocol):
-    """A backbone for one image at a time: (S, S, 3) to one (C_s, H_s, W_s) array per scale."""
+    """A backbone at batch size 1: maps (S, S, 3) to one (C_s, H_s, W_s) array per scale."""
 
-    def alone(self, image: Pixels, /) -> list[Grid]:
-        """Run it on all threads."""
+    def run_on_all_threads(self, image: Pixels, /) -> list[Float32Array]:
+        """Run with all threads."""
         ...
 
-    def beside(self, image: Pixels, /) -> list[Grid]:
-        """Run it on one thread; as many as there are may do so at once."""
+    def run_on_one_thread(self, image: Pixels, /) -> list[Float32Array]:
+        """Run on one thread; may be called by all threads at once."""
         ...
 
 
@@ -129,33 +132,33 @@ class _BackboneGraphs:
     """A backbone in ncnn."""
 
     def __init__(self, backbone: Backbone, threads: int) -> None:
-        beside, alone = backbone_graphs(backbone, [1, threads])
-        self.beside, self.alone = beside.of_pixels, alone.of_pixels
+        on_one_thread, on_all_threads = backbone_graphs(backbone, [1, threads])
+        self.run_on_one_thread, self.run_on_all_threads = on_one_thread.run_on_pixels, on_all_threads.run_on_pixels
 
 
 class _Head:
-    """A folded head: for each scale what normalises, and a graph on one thread.
+    """A folded head: the normalisation and the ncnn graph of each scale.
 
-    The scales of a lone image run side by side. Where that leaves one over, they run in turn on all threads,
-    which takes graphs of their own.
+    At batch size 1 the scales run in parallel, one thread each. If that leaves one scale over, the scales run one after
+    another with all threads, in separate graphs.
     """
 
     def __init__(self, head: FoldedHead, threads: int) -> None:
         self._normalise = [array_normaliser(statistics) for statistics in head.statistics]
-        one_is_left_over = threads > 1 and len(head.flows) % threads == 1
-        graphs = [flow_graphs(flow, [1, threads] if one_is_left_over else [1]) for flow in head.flows]  # type: ignore[arg-type]
-        self._graphs = [beside for beside, *_ in graphs]
-        self._alone = [alone for _, *rest in graphs for alone in rest]
+        one_left_over = threads > 1 and len(head.flows) % threads == 1
+        graphs = [flow_graphs(flow, [1, threads] if one_left_over else [1]) for flow in head.flows]  # type: ignore[arg-type]
+        self._on_one_thread = [graph for graph, *_ in graphs]
+        self._on_all_threads = [graph for _, *rest in graphs for graph in rest]
 
-    def judge(self, scale: int, features: Grid) -> Grid:
-        """Map one scale's (C, H, W) features to (H, W), on this thread."""
-        return self._run(self._graphs[scale], scale, features)
+    def run_on_one_thread(self, scale: int, features: Float32Array) -> Float32Array:
+        """Map one scale's (C, H, W) features to an (H, W) grid."""
+        return self._run(self._on_one_thread[scale], scale, features)
 
-    def judge_alone(self, features: Sequence[Grid], pool: Executor) -> list[Grid]:
-        """Map one (C_s, H_s, W_s) array of features per scale to one (H_s, W_s) grid, on all threads."""
-        if self._alone:
-            return list(map(self._run, self._alone, range(len(features)), features))
-        return list(pool.map(self.judge, range(len(features)), features))
+    def run_on_all_threads(self, features: Sequence[Float32Array], pool: Executor) -> list[Float32Array]:
+        """Map one (C_s, H_s, W_s) array of features per scale to one (H_s, W_s) grid."""
+        if self._on_all_threads:
+            return list(map(self._run, self._on_all_threads, range(len(features)), features))
+        return list(pool.map(self.run_on_one_thread, range(len(features)), features))
 
-    def _run(self, graph: NcnnGraph, scale: int, features: Grid) -> Grid:
+    def _run(self, graph: NcnnGraph, scale: int, features: Float32Array) -> Float32Array:
         return graph(self._normalise[scale](features[None])[0])[0]

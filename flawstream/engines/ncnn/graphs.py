@@ -1,8 +1,7 @@
-"""Torch modules as ncnn graphs: the fastest way to run 3x3 convolutions on a CPU, as ncnn has Winograd's algorithm.
+"""Conversion of torch modules to ncnn graphs. ncnn is fast at 3x3 convolutions, as it has Winograd's algorithm.
 
-A backbone goes through pnnx, ncnn's converter, once a process. A flow is written down here layer by layer, as it is
-always the same few and a converter would take seconds for each category. A graph judges one image at a time: ncnn has
-no batches. Knows no whitening and no scores.
+A backbone is converted by pnnx, once per process. A flow is converted here, layer by layer: it has few kinds of layers,
+and pnnx would take seconds per category. ncnn has no batches: a graph takes one image. Knows no whitening, no scores.
 
 Shape legend: C channels, H W height and width of a scale's grid.
 
@@ -20,15 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flawstream.engines.protocol import Float32Array
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.flow import FoldedFlow
 from flawstream.imaging.pixels import Pixels
 from schemas.errors import ConfigError
-
-Grid = NDArray[np.float32]
 
 _MAGIC = 7767517
 _FLOAT32 = np.zeros(1, "<u4").tobytes()
@@ -39,29 +36,29 @@ _MEAN = 3
 
 
 def ncnn_is_installed() -> bool:
-    """Tell whether the extra `ncnn` is there."""
+    """Check whether the extra `ncnn` is installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("ncnn", "pnnx"))
 
 
 def require_ncnn() -> None:
-    """See that the extra is there.
+    """Require the extra `ncnn`.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: It is not installed.
     """
     if not ncnn_is_installed():
         raise ConfigError("ncnn is not installed; pip install 'flawstream[ncnn]', or use detector.engine=auto")
 
 
 def is_mostly_3x3(backbone: Backbone) -> bool:
-    """Tell whether most of a network's multiplications are in dense 3x3 convolutions of stride 1, Winograd's ground."""
-    dense, others = 0, 0
+    """Check whether dense 3x3 convolutions of stride 1, which Winograd's algorithm computes, dominate a network."""
+    winograd, others = 0, 0
 
     def count(module: nn.Conv2d, _: object, output: Tensor) -> None:
-        nonlocal dense, others
+        nonlocal winograd, others
         multiplications = module.weight.numel() * output.shape[-2] * output.shape[-1]
         if module.kernel_size == (3, 3) and module.stride == (1, 1) and module.groups == 1:
-            dense += multiplications
+            winograd += multiplications
         else:
             others += multiplications
 
@@ -71,16 +68,16 @@ def is_mostly_3x3(backbone: Backbone) -> bool:
         backbone(torch.zeros((1, side, side, 3), dtype=torch.uint8))
     for hook in hooks:
         hook.remove()
-    return dense > others
+    return winograd > others
 
 
 class NcnnGraph:
-    """A loaded graph, for one image at a time; several threads may run it at once.
+    """A loaded graph at batch size 1. Thread-safe.
 
     Args:
-        param: Its layers, as ncnn writes them.
-        weights: Their weights.
-        outputs: Names of what comes out.
+        param: ncnn's file of layers.
+        weights: ncnn's file of weights.
+        outputs: Names of the outputs.
         threads: CPU threads for an image.
     """
 
@@ -93,56 +90,56 @@ class NcnnGraph:
         options = self._net.opt
         options.use_fp16_storage = options.use_fp16_packed = options.use_fp16_arithmetic = False
         options.use_bf16_storage = False
-        options.num_threads = threads  # it shapes the weights: another number later would slow it down
-        options.use_winograd63_convolution = False  # as fast as 4x4 tiles here, less exact, and twice the memory
+        options.num_threads = threads  # set before loading: weights are laid out for this number
+        options.use_winograd63_convolution = False  # no faster than 4x4 tiles here, less exact, twice the memory
         if self._net.load_param(str(param)) or self._net.load_model(str(weights)):
             raise ConfigError("ncnn cannot load the graph of this model; choose detector.engine=openvino or torch")
 
-    def __call__(self, values: Grid) -> list[Grid]:
+    def __call__(self, values: Float32Array) -> list[Float32Array]:
         """Run the graph.
 
         Args:
-            values: (C, H, W) float32, without gaps in memory.
+            values: (C, H, W) float32, contiguous.
 
         Returns:
-            What comes out, in the order of `outputs`; the caller's own.
+            A copy of the outputs, in the order of `outputs`.
 
         Raises:
-            MemoryError: There is no memory for it.
+            MemoryError: Out of memory.
         """
         return self._run(self._ncnn.Mat(values))
 
-    def of_pixels(self, image: Pixels) -> list[Grid]:
-        """Run the graph on an (H, W, 3) image, without gaps in memory; else as a call."""
+    def run_on_pixels(self, image: Pixels) -> list[Float32Array]:
+        """Run the graph on an (H, W, 3) contiguous image; otherwise as `__call__`."""
         if image.dtype != np.uint8:
             return self(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32))
         height, width, _ = image.shape
         return self._run(self._ncnn.Mat.from_pixels(image, self._ncnn.Mat.PixelType.PIXEL_RGB, width, height))
 
-    def _run(self, values: Any) -> list[Grid]:
+    def _run(self, values: Any) -> list[Float32Array]:
         with self._net.create_extractor() as extractor:
             extractor.input("in0", values)
             return [self._extract(extractor, name) for name in self._outputs]
 
     @staticmethod
-    def _extract(extractor: Any, name: str) -> Grid:
+    def _extract(extractor: Any, name: str) -> Float32Array:
         status, result = extractor.extract(name)
         if status == _NO_MEMORY:
-            raise MemoryError("ncnn has no memory for an image")
+            raise MemoryError("ncnn is out of memory")
         if status:
-            raise RuntimeError(f"ncnn gave status {status} for {name}")
+            raise RuntimeError(f"ncnn returned status {status} for {name}")
         return np.array(result)
 
 
 def backbone_graphs(backbone: Backbone, threads: Sequence[int]) -> list[NcnnGraph]:
-    """Convert a backbone; takes seconds.
+    """Convert a backbone with pnnx, which takes seconds.
 
     Args:
-        backbone: On the CPU. Normalising is part of the graph, which takes pixels, in [0, 255].
-        threads: CPU threads for an image, of each graph that is wanted.
+        backbone: On the CPU. The graph includes normalisation and takes pixels in [0, 255].
+        threads: CPU threads of each graph to create.
 
     Raises:
-        ConfigError: The extra is not installed, or ncnn cannot run such a network.
+        ConfigError: The extra is not installed, or ncnn cannot run the network.
     """
     require_ncnn()
     import pnnx  # noqa: PLC0415 - an optional extra
@@ -151,30 +148,30 @@ def backbone_graphs(backbone: Backbone, threads: Sequence[int]) -> list[NcnnGrap
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with warnings.catch_warnings(), torch.inference_mode():
-            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # what pnnx reads
+            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # pnnx needs TorchScript
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
             example = torch.zeros((1, 3, side, side))
-            torch.jit.trace(_OfPixels(backbone).eval(), example).save(  # type: ignore[no-untyped-call]
+            torch.jit.trace(_PixelBackbone(backbone).eval(), example).save(  # type: ignore[no-untyped-call]
                 str(folder / "network.pt")
             )
-        done = subprocess.run(  # noqa: S603 - the converter's own file
+        converter = subprocess.run(  # noqa: S603 - the path of the pnnx package
             [pnnx.EXEC_PATH, "network.pt", f"inputshape=[1,3,{side},{side}]", "fp16=0"],
             cwd=folder,
             capture_output=True,
             check=False,
         )
         param, weights = folder / "network.ncnn.param", folder / "network.ncnn.bin"
-        if done.returncode or not param.exists():
+        if converter.returncode or not param.exists():
             raise ConfigError(
-                f"ncnn cannot run {backbone.spec.name}: its converter ended with {done.returncode}; "
+                f"ncnn cannot run {backbone.spec.name}: its converter exited with {converter.returncode}; "
                 "choose detector.engine=openvino or torch"
             )
         outputs = [f"out{k}" for k in range(len(backbone.spec.channels))]
         return [NcnnGraph(param, weights, outputs, count) for count in threads]
 
 
-class _OfPixels(nn.Module):
-    """A backbone behind the pixels' order and type, which ncnn sees to while it reads them."""
+class _PixelBackbone(nn.Module):
+    """A backbone that takes (B, 3, S, S) float pixels: ncnn converts order and type when it reads an image."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -185,11 +182,11 @@ class _OfPixels(nn.Module):
 
 
 def flow_graphs(flow: FoldedFlow, threads: Sequence[int]) -> list[NcnnGraph]:
-    """Write down a flow and its anomaly grid: (C, H, W) normalised features in, (H, W) nats per channel out.
+    """Convert the flow of one scale: (C, H, W) normalised features in, (H, W) grid in nats per channel out.
 
     Args:
-        flow: Of one scale.
-        threads: CPU threads for an image, of each graph that is wanted.
+        flow: The flow of one scale.
+        threads: CPU threads of each graph to create.
     """
     writer = _Writer()
     passive, active = writer.layer("Slice", ["in0"], 2, f"-23300=2,{flow.halves[0]},{flow.halves[1]} 1=0")
@@ -206,7 +203,7 @@ def flow_graphs(flow: FoldedFlow, threads: Sequence[int]) -> list[NcnnGraph]:
 
 
 def _write_step(writer: "_Writer", step: Any, passive: str, active: str) -> tuple[str, str]:
-    """Write what `FoldedStep.forward` computes."""
+    """Convert `FoldedStep.forward`."""
     first, _, last = step.subnet
     log_scale, shift = writer.layer(
         "Slice",
@@ -227,10 +224,10 @@ def _write_step(writer: "_Writer", step: Any, passive: str, active: str) -> tupl
 
 
 class _Writer:
-    """Collects layers; a value that several of them read is split, as ncnn wants it.
+    """Writes an ncnn graph. Adds a Split layer for values with several readers, as ncnn requires.
 
     Attributes:
-        weights: Of all layers, in their order.
+        weights: Weights of all layers, in order.
     """
 
     def __init__(self) -> None:
@@ -238,38 +235,38 @@ class _Writer:
         self._layers: list[tuple[str, list[str], list[str], str]] = [("Input", [], ["in0"], "")]
 
     def layer(self, kind: str, inputs: list[str], outputs: int, parameters: str, *, name: str = "") -> list[str]:
-        """Add a layer and give the names of what it puts out."""
+        """Add a layer and return the names of its outputs."""
         names = [name] if name else [f"v{len(self._layers)}_{k}" for k in range(outputs)]
         self._layers.append((kind, inputs, names, parameters))
         return names
 
     def convolution(self, module: nn.Conv2d, value: str, *, relu: bool = False) -> str:
-        """Add a convolution whose output is of its input's size."""
+        """Add a convolution with padding that keeps height and width."""
         side = module.kernel_size[0]
         parameters = f"0={module.out_channels} 1={side} 4={side // 2} 5=1 6={module.weight.numel()} 9={int(relu)}"
-        assert module.bias is not None  # noqa: S101 - folding made it so
+        assert module.bias is not None  # noqa: S101 - folded layers have a bias
         self.weights += [_FLOAT32, _bytes(module.weight), _bytes(module.bias)]
         return self.layer("Convolution", [value], 1, parameters)[0]
 
     def affine(self, factor: Tensor, offset: Tensor, value: str) -> str:
-        """Add a factor and an offset for each channel."""
+        """Add a factor and an offset per channel."""
         self.weights += [_bytes(factor), _bytes(offset)]
         return self.layer("Scale", [value], 1, f"0={factor.numel()} 1=1")[0]
 
     def text(self) -> str:
-        """Write all layers down."""
+        """Return the content of the param file."""
         readers: dict[str, int] = {}
         for _, inputs, _, _ in self._layers:
             for value in inputs:
                 readers[value] = readers.get(value, 0) + 1
         lines: list[str] = []
-        values, taken = 0, dict.fromkeys(readers, 0)
+        values, uses = 0, dict.fromkeys(readers, 0)
         for kind, inputs, outputs, parameters in self._layers:
-            named = []
+            input_names = []
             for value in inputs:
-                named.append(f"{value}_r{taken[value]}" if readers[value] > 1 else value)
-                taken[value] += 1
-            lines.append(_line(kind, len(lines), named, outputs, parameters))
+                input_names.append(f"{value}_r{uses[value]}" if readers[value] > 1 else value)
+                uses[value] += 1
+            lines.append(_line(kind, len(lines), input_names, outputs, parameters))
             values += len(outputs)
             for value in outputs:
                 if readers.get(value, 0) > 1:

@@ -1,4 +1,4 @@
-"""Torch modules as OpenVINO graphs: the fastest way to run them on a CPU. Used by training and the OpenVINO engine."""
+"""Conversion of torch modules to compiled OpenVINO graphs. Used by training, export and engines."""
 
 import importlib.util
 import threading
@@ -15,25 +15,25 @@ from torch import nn
 
 from schemas.errors import ConfigError
 
-_CONVERTING = threading.Lock()
-"""Tracing patches torch while it lasts, and warnings are filtered for the whole process: one at a time."""
+_CONVERT_LOCK = threading.Lock()
+"""Held during conversion: tracing patches torch, and warning filters are global."""
 
 _OUT_OF_MEMORY = ("Failed to allocate", "bad_alloc")
-"""What OpenVINO's errors say where memory runs out; there is no class for it."""
+"""Parts of OpenVINO's messages when it is out of memory; there is no exception class for it."""
 
 
 def openvino_is_installed() -> bool:
-    """Tell whether the extra `openvino` is there."""
+    """Check whether the extra `openvino` is installed."""
     return importlib.util.find_spec("openvino") is not None
 
 
 def convert(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Any:
-    """Turn a module into an `openvino.Model` of any batch size.
+    """Convert a module to an `openvino.Model` with a dynamic batch size.
 
     Args:
-        module: Takes tensors and gives a tuple of tensors.
-        shapes: Of each input without the batch dimension.
-        dtype: Of all inputs.
+        module: Takes tensors and returns a tuple of tensors.
+        shapes: Shapes of the inputs without the batch dimension.
+        dtype: Dtype of all inputs.
 
     Raises:
         ConfigError: OpenVINO is not installed.
@@ -43,9 +43,9 @@ def convert(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.d
     import openvino  # noqa: PLC0415 - an optional extra
 
     examples = [torch.zeros((2, *shape), dtype=dtype) for shape in shapes]
-    with _CONVERTING, warnings.catch_warnings(), torch.inference_mode():
-        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # how OpenVINO converts; not ours to change
-        # timm's transformers check shapes while they are traced: the sizes are fixed, only the batch varies
+    with _CONVERT_LOCK, warnings.catch_warnings(), torch.inference_mode():
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # OpenVINO uses torch.jit
+        # timm's transformers check shapes while traced, which is safe as only the batch size varies
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return openvino.convert_model(
             module,
@@ -56,7 +56,7 @@ def convert(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.d
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Call it `MemoryError` where OpenVINO's memory runs out."""
+    """Raise `MemoryError` if OpenVINO is out of memory."""
     try:
         yield
     except RuntimeError as error:
@@ -66,15 +66,15 @@ def memory_errors() -> Iterator[None]:
 
 
 class CompiledModule:
-    """A module as a compiled OpenVINO graph of any batch size. Not for several threads at once.
+    """A module as a compiled OpenVINO graph with a dynamic batch size. Not thread-safe.
 
     Args:
-        module: Takes tensors, or one list of tensors, and gives a list of tensors.
-        shapes: Of each input without the batch dimension.
-        dtype: Of all inputs.
+        module: Takes tensors, or one list of tensors, and returns a list of tensors.
+        shapes: Shapes of the inputs without the batch dimension.
+        dtype: Dtype of all inputs.
         listed: Whether the module takes one list.
-        threads: CPU threads; 0 takes all.
-        precision: In what it computes; bf16 has no effect where the CPU has no such instructions.
+        threads: CPU threads; 0: all.
+        precision: bf16 has no effect on CPUs without such instructions.
 
     Raises:
         ConfigError: OpenVINO is not installed.
@@ -91,16 +91,16 @@ class CompiledModule:
         precision: Literal["f32", "bf16"] = "f32",
     ) -> None:
         self._precision = precision
-        self._graph = convert(_Flat(module, listed=listed), shapes, dtype)
+        self._graph = convert(_TupleModule(module, listed=listed), shapes, dtype)
         self._threads = threads
         self._compiled = self._compile()
         self._outputs = len(self._graph.outputs)
 
     def __call__(self, *inputs: NDArray[np.generic]) -> list[NDArray[np.float32]]:
-        """Run the graph; every input and output has the batch dimension first.
+        """Run the graph; the batch dimension of inputs and outputs is the first.
 
         Raises:
-            MemoryError: There is no memory for so large a batch; the graph can be run again with a smaller one.
+            MemoryError: Out of memory for this batch size; a smaller batch may fit.
         """
         try:
             with memory_errors():
@@ -108,12 +108,12 @@ class CompiledModule:
                     self._compiled = self._compile()
                 results = self._compiled(inputs)
         except MemoryError:
-            self._compiled = None  # it would go on to ask for the large batch's memory, with small batches too
+            self._compiled = None  # it would request the large batch's memory for small batches too
             raise
         return [results[index] for index in range(self._outputs)]
 
     def _compile(self) -> Any:
-        import openvino  # noqa: PLC0415 - an optional extra, there if `convert` went through
+        import openvino  # noqa: PLC0415 - an optional extra, installed if `convert` succeeded
 
         config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": self._precision, "PERFORMANCE_HINT": "LATENCY"}
         if self._threads:
@@ -122,15 +122,14 @@ class CompiledModule:
 
 
 class ImageGraph:
-    """A module as a compiled OpenVINO graph that takes one image: on all threads, or several images on a thread each.
+    """A module as a compiled OpenVINO graph at batch size 1, on all threads or on one. Thread-safe.
 
-    Threads that share no layer do not wait for one another, and what a layer hands on stays in a core's cache. Several
-    threads may call it at once.
+    With one image per thread, threads need no barrier after each layer, and activations stay in a core's cache.
 
     Args:
-        module: Takes a tensor, and gives a list of tensors.
-        shape: Of the input without the batch dimension.
-        dtype: Of the input.
+        module: Takes a tensor and returns a list of tensors.
+        shape: Shape of the input without the batch dimension.
+        dtype: Dtype of the input.
         threads: CPU threads.
 
     Raises:
@@ -138,29 +137,29 @@ class ImageGraph:
     """
 
     def __init__(self, module: nn.Module, shape: tuple[int, ...], *, dtype: torch.dtype, threads: int) -> None:
-        graph = convert(_Flat(module, listed=False), [shape], dtype)
-        import openvino  # noqa: PLC0415 - an optional extra, there if `convert` went through
+        graph = convert(_TupleModule(module, listed=False), [shape], dtype)
+        import openvino  # noqa: PLC0415 - an optional extra, installed if `convert` succeeded
 
         graph.reshape([1, *shape])
-        # a thread that is tied to a core waits for it while others use it, though another core may be free
+        # no pinning: a pinned thread waits for its core even if another is idle
         config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-        self._alone, self._beside = SimpleQueue[Any](), SimpleQueue[Any]()
-        for requests, streams in ((self._alone, 1), (self._beside, threads)):
+        self._all_threads, self._one_thread = SimpleQueue[Any](), SimpleQueue[Any]()
+        for requests, streams in ((self._all_threads, 1), (self._one_thread, threads)):
             compiled = openvino.compile_model(graph, "CPU", config | {"NUM_STREAMS": streams})
             for _ in range(streams):
                 requests.put(compiled.create_infer_request())
 
-    def alone(self, image: NDArray[np.generic]) -> list[NDArray[np.float32]]:
-        """Run the graph on all threads; neither input nor outputs have a batch dimension.
+    def run_on_all_threads(self, image: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+        """Run the graph with all threads; input and outputs have no batch dimension.
 
         Raises:
-            MemoryError: There is no memory for it.
+            MemoryError: Out of memory.
         """
-        return self._run(self._alone, image)
+        return self._run(self._all_threads, image)
 
-    def beside(self, image: NDArray[np.generic]) -> list[NDArray[np.float32]]:
-        """Run the graph on one thread; else as `alone`."""
-        return self._run(self._beside, image)
+    def run_on_one_thread(self, image: NDArray[np.generic]) -> list[NDArray[np.float32]]:
+        """Run the graph on one thread; otherwise as `run_on_all_threads`."""
+        return self._run(self._one_thread, image)
 
     @staticmethod
     def _run(requests: "SimpleQueue[Any]", image: NDArray[np.generic]) -> list[NDArray[np.float32]]:
@@ -173,8 +172,8 @@ class ImageGraph:
             requests.put(request)
 
 
-class _Flat(nn.Module):
-    """Tensors in, a tuple out, whatever the module takes: what the converter can trace."""
+class _TupleModule(nn.Module):
+    """Adapts a module to the signature that the converter can trace: tensors in, a tuple out."""
 
     def __init__(self, module: nn.Module, *, listed: bool) -> None:
         super().__init__()

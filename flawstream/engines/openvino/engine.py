@@ -18,13 +18,13 @@ from schemas.manifest import Arithmetic, ModelManifest
 
 
 class OpenvinoEngine:
-    """Runs in float32 or bfloat16 what has no int8 graph.
+    """Computes versions without an int8 graph in float32 or bfloat16.
 
     Args:
         backbone: The frozen network.
-        precision: Of backbone and heads.
-        int8: Whether versions are judged in int8 that may be.
-        threads: CPU threads; 0 takes all.
+        precision: Arithmetic of backbone and heads.
+        int8: Whether to compute versions in int8 that passed the int8 trial.
+        threads: CPU threads; 0: all.
 
     Raises:
         ConfigError: OpenVINO is not installed.
@@ -32,7 +32,7 @@ class OpenvinoEngine:
 
     concurrent_batches = 1
     copies = 4
-    """Measured 3.1 after a batch of one and 3.7 after one of 8: the graph's own, what it repacks, and activations."""
+    """Measured 3.1 after a batch of 1 and 3.7 after one of 8: weights, repacked weights and activations."""
 
     def __init__(
         self,

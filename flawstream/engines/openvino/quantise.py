@@ -1,7 +1,7 @@
-"""Torch modules whose convolutions compute in int8, in float arithmetic that compilers for int8 recognise.
+"""Quantisation of the convolutions of torch modules to int8, simulated in float as int8 compilers recognise it.
 
-Weights get a scale for each output channel and inputs one scale, from the range that was seen on real images. Nothing
-else loses precision: what a convolution gives is float again. Knows no compiler and no files.
+Weights get one scale per output channel and inputs one scale, from the range of inputs on real images. Outputs of a
+convolution are float again. Knows no compiler and no files.
 
 Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference
 (arXiv 1712.05877), section 2; Krishnamoorthi (arXiv 1806.08342), section 3, for a scale for each channel.
@@ -23,108 +23,108 @@ Choice = Callable[[nn.Conv2d], bool]
 
 
 class QuantisedConv(nn.Module):
-    """A convolution of int8 weights and int8 inputs. Inputs beyond the range that was seen are cut off.
+    """A convolution of int8 weights and int8 inputs. Inputs outside the calibrated range are clipped.
 
     Args:
-        convolution: With its weights in float; left as it is.
-        low: Least input that was seen; where there is none below zero, inputs are unsigned.
-        high: Largest input that was seen.
+        convolution: With float weights; not changed.
+        low: Smallest input in the calibrated range; if it is not negative, inputs are unsigned.
+        high: Largest input in the calibrated range.
     """
 
     def __init__(self, convolution: nn.Conv2d, low: float, high: float) -> None:
         super().__init__()
         self._convolution = convolution
         self._signed = low < 0
-        reach = max(-low, high, _SMALLEST)
-        self._input_scale = reach / (_STEPS_SIGNED if self._signed else _STEPS_UNSIGNED)
-        reach_of_channels = convolution.weight.detach().abs().amax(dim=(1, 2, 3))
-        self.weight_scale = nn.Buffer(reach_of_channels.clamp_min(_SMALLEST) / _STEPS_SIGNED)
-        self.zeros = nn.Buffer(torch.zeros(len(reach_of_channels), dtype=torch.int32))
+        largest = max(-low, high, _SMALLEST)
+        self._input_scale = largest / (_STEPS_SIGNED if self._signed else _STEPS_UNSIGNED)
+        channel_max = convolution.weight.detach().abs().amax(dim=(1, 2, 3))
+        self.weight_scale = nn.Buffer(channel_max.clamp_min(_SMALLEST) / _STEPS_SIGNED)
+        self.zeros = nn.Buffer(torch.zeros(len(channel_max), dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W)."""
         bounds = (-_STEPS_SIGNED - 1, _STEPS_SIGNED) if self._signed else (0, _STEPS_UNSIGNED)
-        own = self._convolution
+        conv = self._convolution
         weight = torch.fake_quantize_per_channel_affine(
-            own.weight, self.weight_scale, self.zeros, 0, -_STEPS_SIGNED, _STEPS_SIGNED
+            conv.weight, self.weight_scale, self.zeros, 0, -_STEPS_SIGNED, _STEPS_SIGNED
         )
         x = torch.fake_quantize_per_tensor_affine(x, self._input_scale, 0, *bounds)
-        return functional.conv2d(x, weight, own.bias, own.stride, own.padding, own.dilation, own.groups)
+        return functional.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def quantise(module: nn.Module, run: Callable[[], object], choose: Choice) -> int:
-    """Put int8 convolutions in place of a module's own.
+    """Replace convolutions of a module by int8 convolutions.
 
     Args:
         module: Changed in place.
         run: Runs the module on representative inputs; called once.
-        choose: Which convolutions.
+        choose: Selects the convolutions.
 
     Returns:
-        How many were replaced.
+        The number of replaced convolutions.
     """
-    seen: dict[nn.Conv2d, tuple[float, float]] = {}
+    ranges: dict[nn.Conv2d, tuple[float, float]] = {}
 
-    def look(convolution: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def observe_range(convolution: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(convolution, nn.Conv2d)  # noqa: S101 - hooked below
-        low, high = seen.get(convolution, (0.0, 0.0))
-        least, most = inputs[0].aminmax()
-        seen[convolution] = min(low, float(least)), max(high, float(most))
+        low, high = ranges.get(convolution, (0.0, 0.0))
+        batch_low, batch_high = inputs[0].aminmax()
+        ranges[convolution] = min(low, float(batch_low)), max(high, float(batch_high))
 
     with ExitStack() as hooks:
-        for one in module.modules():
-            if isinstance(one, nn.Conv2d) and choose(one):
-                hooks.callback(one.register_forward_pre_hook(look).remove)
+        for child in module.modules():
+            if isinstance(child, nn.Conv2d) and choose(child):
+                hooks.callback(child.register_forward_pre_hook(observe_range).remove)
         with torch.inference_mode():
             run()
-    _replace(module, {convolution: QuantisedConv(convolution, *range_) for convolution, range_ in seen.items()})
-    return len(seen)
+    _replace(module, {convolution: QuantisedConv(convolution, *range_) for convolution, range_ in ranges.items()})
+    return len(ranges)
 
 
 def fold_batch_norms(module: nn.Module, run: Callable[[], object]) -> None:
-    """Put plain batch norms behind convolutions into those, exactly: a compiler sees no int8 behind a factor.
+    """Fold batch norms into the convolutions before them, exactly, so that the compiler recognises int8 convolutions.
 
     Args:
         module: Changed in place; in evaluation mode.
-        run: Runs the module once, which shows what stands behind what.
+        run: Runs the module once, to find the convolution before each batch norm.
     """
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    behind: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def note_output(convolution: nn.Module, _: object, output: Tensor) -> None:
         assert isinstance(convolution, nn.Conv2d)  # noqa: S101 - hooked below
-        made[id(output)] = convolution, output  # kept, so that no other tensor gets its identity
+        outputs[id(output)] = convolution, output  # the reference keeps its id unique
 
     def note_input(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101 - hooked below
-        if id(inputs[0]) in made:
-            behind.append((made[id(inputs[0])][0], norm))
+        if id(inputs[0]) in outputs:
+            pairs.append((outputs[id(inputs[0])][0], norm))
 
     with ExitStack() as hooks:
-        for one in module.modules():
-            if isinstance(one, nn.Conv2d):
-                hooks.callback(one.register_forward_hook(note_output).remove)
-            elif type(one) is nn.BatchNorm2d:
-                hooks.callback(one.register_forward_pre_hook(note_input).remove)
+        for child in module.modules():
+            if isinstance(child, nn.Conv2d):
+                hooks.callback(child.register_forward_hook(note_output).remove)
+            elif type(child) is nn.BatchNorm2d:
+                hooks.callback(child.register_forward_pre_hook(note_input).remove)
         with torch.inference_mode():
             run()
-    for convolution, norm in behind:
+    for convolution, norm in pairs:
         _fold(convolution, norm)
-    _replace(module, {norm: nn.Identity() for _, norm in behind})
+    _replace(module, {norm: nn.Identity() for _, norm in pairs})
 
 
 @torch.no_grad()
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None  # noqa: S101 - timm's keep statistics
+    assert norm.running_mean is not None  # noqa: S101 - timm's batch norms track statistics
     assert norm.running_var is not None  # noqa: S101 - the same
     gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    before = 0 if convolution.bias is None else convolution.bias
-    convolution.bias = nn.Parameter((before - norm.running_mean) * gain + norm.bias, requires_grad=False)
+    bias = 0 if convolution.bias is None else convolution.bias
+    convolution.bias = nn.Parameter((bias - norm.running_mean) * gain + norm.bias, requires_grad=False)
     convolution.weight = nn.Parameter(convolution.weight * gain[:, None, None, None], requires_grad=False)
 
 
-def _replace(module: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
+def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if child in by:
-                setattr(parent, name, by[child])
+            if child in replacements:
+                setattr(parent, name, replacements[child])

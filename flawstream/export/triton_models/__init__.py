@@ -1,1 +1,1 @@
-"""Code that runs inside Triton's Python backend, copied into a model repository as it is. Imports nothing of ours."""
+"""Models for Triton's Python backend, copied into a model repository unchanged. They import nothing of flawstream."""

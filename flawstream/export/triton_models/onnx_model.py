@@ -1,4 +1,4 @@
-"""An ONNX model in Triton's Python backend, for servers without the onnxruntime backend. Needs onnxruntime there."""
+"""Runs an ONNX model in Triton's Python backend, for servers without the onnxruntime backend. Needs onnxruntime."""
 
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,17 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """Runs `model.onnx` beside this file, once for all requests that the server batched."""
+    """Runs `model.onnx` from this folder, once for all requests of a batch."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model."""
         file = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         self._session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
-        self._inputs = [port.name for port in self._session.get_inputs()]
-        self._outputs = [port.name for port in self._session.get_outputs()]
+        self._inputs = [tensor.name for tensor in self._session.get_inputs()]
+        self._outputs = [tensor.name for tensor in self._session.get_outputs()]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer every request with its own rows of the outputs."""
+        """Answer every request with its rows of the outputs."""
         parts = [
             [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs]
             for request in requests
@@ -29,6 +29,8 @@ class TritonPythonModel:
         ends = np.cumsum([len(part[0]) for part in parts])[:-1]
         rows = zip(*(np.split(output, ends) for output in outputs), strict=True)
         return [
-            pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in zip(self._outputs, own, strict=True)])
-            for own in rows
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(*pair) for pair in zip(self._outputs, request_rows, strict=True)]
+            )
+            for request_rows in rows
         ]

@@ -107,7 +107,7 @@ def test_unknown_settings_section_is_refused_with_a_hint(run: Run, monkeypatch: 
         (("watch", "--redis", "http://plant"), "redis.url has the scheme 'http'"),
         (("serve", "--redis", "redis://plant:6379/0", "--redis-port", "7000"), "leave one of them out"),
         (("push", "{folder}", "-c", "bottle"), "no images in {folder}"),
-        (("train", "{folder}"), "holds no category"),
+        (("train", "{folder}"), "has no category"),
         (("evaluate", "{folder}/none"), "does not exist"),
         (("models", "list", "--config", "{folder}/none.yaml"), "cannot read the settings file"),
         (("models", "show", "bottle", "--registry", "{folder}"), "category 'bottle' has no current version"),

@@ -19,7 +19,7 @@ from flawstream_cli.commands.train import train_all
 from flawstream_cli.terminal import read_settings
 from schemas.manifest import ModelManifest
 from training.datasets.mvtec import load_mvtec
-from training.pipeline import Job, Progress, Stage
+from training.pipeline import Progress, Stage, TrainingJob
 
 LEVELS = {"good": (10, 20, 30, 220), "dent": (40, 200), "scratch": (210, 230, 250)}
 """Grey levels of the test images; a score is the level over 100, and the threshold is 1.9."""
@@ -149,9 +149,9 @@ def test_fewer_versions_than_asked_for_are_refused(run: Run, registry: Registry)
 def test_training_over_seeds_promotes_the_first_alone_and_keeps_the_jobs_apart(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: Path, registry: Registry
 ) -> None:
-    seen: list[Job] = []
+    seen: list[TrainingJob] = []
 
-    def fleet(jobs: Sequence[Job], *_: object, **__: object) -> Iterator[Progress]:
+    def fleet(jobs: Sequence[TrainingJob], *_: object, **__: object) -> Iterator[Progress]:
         seen.extend(jobs)
         for job in reversed(jobs[:-1]):
             made = write_version(registry, "bottle", f"v{job.training.seed}", scores=(1.0,), promote=False)

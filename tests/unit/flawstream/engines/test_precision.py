@@ -47,7 +47,7 @@ def tf32_allowed() -> dict[str, bool]:
 @pytest.mark.usefixtures("gpu")
 def test_bfloat16_on_a_gpu_is_refused_before_weights_are_loaded(engine: str) -> None:
     settings = DetectorSettings.model_validate({"engine": engine, "precision": "bf16"})
-    with pytest.raises(ConfigError, match=r"bf16 is refused on a GPU.*9 of 489 verdicts.*use auto, .* or f32"):
+    with pytest.raises(ConfigError, match=r"bf16 is not supported on a GPU.*9 of 489 verdicts.*use auto, .* or f32"):
         make_engine(settings, lambda: pytest.fail("the backbone was loaded"))
 
 

@@ -13,13 +13,13 @@ from helpers.command_line import Run, make_run
 from helpers.tiny_models import FLOW, make_manifest
 from numpy.typing import NDArray
 
-from flawstream.export.graph import Extras
+from flawstream.export.graph import ExtraOutputs
 from flawstream.export.triton import (
     BACKBONE,
     FRONT,
     SPEC_PARAMETER,
     WEIGHTS_PARAMETER,
-    Server,
+    TritonOptions,
     read_config,
     write_triton,
 )
@@ -86,7 +86,7 @@ def written(root: Path, manifest: ModelManifest, tmp_path_factory: pytest.TempPa
             ModelSettings(),
             kind,
             folder=tmp_path_factory.mktemp(kind) / "exported",
-            options=ExportOptions(map=True, server=Server(max_batch_images=20, instances=2)),
+            options=ExportOptions(map=True, triton=TritonOptions(max_batch_images=20, instances=2)),
         )
         for kind in ExportFormat
     }
@@ -201,7 +201,7 @@ def test_version_that_sees_float_pixels_takes_them(head: FastFlowHead, tmp_path:
     images = make_images(2) * np.float32(0.9)
     assert_same(run_onnx(folder / "model.onnx", {"images": images}), images, backbone, head)
     repository = tmp_path / "triton"
-    write_triton(repository, finer, backbone, head, extras=Extras(), server=Server())
+    write_triton(repository, finer, backbone, head, extra_outputs=ExtraOutputs(), options=TritonOptions())
     for model in (FRONT, BACKBONE):
         assert "data_type: TYPE_FP32" in str(configuration(repository / model).input[0])
 
@@ -284,7 +284,7 @@ def test_command_names_the_versions_there_are(run: Run, tmp_path: Path) -> None:
 def test_version_is_never_written_over(run: Run, written: dict[ExportFormat, Path], kind: ExportFormat) -> None:
     ran = run("models", "export", "bottle", "--format", kind, "--to", written[kind].parent, "--map")
     assert ran.code == 3
-    assert f"{written[kind]} is there already" in ran.err
+    assert f"{written[kind]} exists already" in ran.err
 
 
 def test_repository_takes_no_version_of_other_outputs(run: Run, written: dict[ExportFormat, Path]) -> None:
@@ -298,7 +298,12 @@ def test_repository_takes_no_version_of_other_outputs(run: Run, written: dict[Ex
 def test_repository_takes_no_version_of_another_backbone(written: dict[ExportFormat, Path], head: FastFlowHead) -> None:
     other = Backbone(ModelSettings(input_size=2 * SIZE))
     manifest = make_manifest("cable", spec=other.spec)
-    with pytest.raises(ConfigError, match="a repository of another backbone"):
+    with pytest.raises(ConfigError, match="a repository for another backbone"):
         write_triton(
-            written[ExportFormat.TRITON].parent, manifest, other, head, extras=Extras(0.0, map=True), server=Server()
+            written[ExportFormat.TRITON].parent,
+            manifest,
+            other,
+            head,
+            extra_outputs=ExtraOutputs(0.0, map=True),
+            options=TritonOptions(),
         )

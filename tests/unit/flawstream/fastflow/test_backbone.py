@@ -191,7 +191,7 @@ def test_malicious_pickle_never_runs(tmp_path: Path) -> None:
 
 
 def test_unknown_network_is_refused_with_those_near_it() -> None:
-    with pytest.raises(ConfigError, match=r"'resnet19'.*near it: .*resnet18"):
+    with pytest.raises(ConfigError, match=r"'resnet19'.*similar names: .*resnet18"):
         Backbone(settings(backbone="resnet19"))
 
 
@@ -231,7 +231,7 @@ def test_timm_weights_without_a_network_are_refused_naming_the_three_ways(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(WeightsError, match=r"\(1\).*\(2\) name a local state dict.*\(3\) take the default backbone"):
+    with pytest.raises(WeightsError, match=r"\(1\).*\(2\) set a local state dict.*\(3\) use the default backbone"):
         Backbone(settings(backbone="resnet18", weights="timm"))
 
 
@@ -246,7 +246,7 @@ def test_version_trained_on_a_file_needs_that_file(tmp_path: Path, resnet18: nn.
     right, wrong = save(resnet18, tmp_path / "a.pth"), save(make_network(seed=1), tmp_path / "b.pth")
     spec = Backbone(settings(backbone="resnet18", weights=str(right), strides=(8, 16))).spec
     assert load_trained_backbone(spec, settings(weights=str(right))).spec == spec
-    with pytest.raises(WeightsError, match="name the file that training used"):
+    with pytest.raises(WeightsError, match="set the file that training used"):
         load_trained_backbone(spec, settings(weights=str(wrong)))
 
 

@@ -86,7 +86,7 @@ def test_transformer_of_one_input_size_is_refused_at_another(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_network_of_stages_has_no_blocks(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"no transformer of equal blocks; choose its stages with model\.strides"):
+    with pytest.raises(ConfigError, match=r"not a transformer of equal blocks; choose stages with model\.strides"):
         Backbone(settings(backbone=name, blocks=(1,)))
 
 

@@ -39,7 +39,7 @@ def test_version_on_another_backbone_than_other_categories_is_not_promoted(regis
     message = str(caught.value)
     assert "resnet18 at 256 px (resize area) with strides 8, 16 and weights 000000000000 (bottle)" in message
     assert "wide_resnet50_2 at 256 px (resize area) with strides 8, 16 and weights 999999999999 (can)" in message
-    assert all(way in message for way in ("train", "registry and a service of its own", "--other-backbone"))
+    assert all(way in message for way in ("train", "separate registry and service", "--other-backbone"))
     assert registry.currents() == {"bottle": "v1", "can": "v1"}
     registry.promote("can", "v2", other_backbone=True)
     assert registry.currents() == {"bottle": "v1", "can": "v2"}

@@ -11,8 +11,8 @@ from flawstream.imaging.pixels import PixelForm
 from schemas.settings import LimitSettings, TrainingSettings
 from training.datasets.check import (
     MIN_TRAIN_IMAGES,
+    DatasetProblem,
     Finding,
-    Problem,
     Severity,
     calibration_count,
     check_content,
@@ -32,7 +32,7 @@ def check(data: CategoryData, limits: LimitSettings | None = None) -> list[Findi
     return listing + check_content(data, decode_files(data, PixelForm(SIDE), limits or LimitSettings()))
 
 
-def problems(folder: Path) -> list[tuple[Problem, Path | None]]:
+def problems(folder: Path) -> list[tuple[DatasetProblem, Path | None]]:
     return [(found.problem, found.path) for found in check(load_mvtec(folder)[0])]
 
 
@@ -57,29 +57,29 @@ def test_all_faults_are_found_at_once(bottle: Path) -> None:
     write_image(train / "004.png", colour=True, size=(WIDTH, 2 * HEIGHT))
     assert sorted(problems(bottle), key=str) == sorted(
         [
-            (Problem.DAMAGED, train / "000.png"),
-            (Problem.DUPLICATE, train / "002.png"),
-            (Problem.LEAKAGE, bottle / "test/good/000.png"),
-            (Problem.NO_MASK, broken / "000.png"),
-            (Problem.MASK_SIZE, masks / "001_mask.png"),
-            (Problem.EMPTY_MASK, masks / "002_mask.png"),
-            (Problem.ORPHAN_MASK, masks / "009_mask.png"),
-            (Problem.MIXED_SIZES, None),
-            (Problem.MIXED_COLOURS, None),
+            (DatasetProblem.DAMAGED, train / "000.png"),
+            (DatasetProblem.DUPLICATE, train / "002.png"),
+            (DatasetProblem.LEAKAGE, bottle / "test/good/000.png"),
+            (DatasetProblem.NO_MASK, broken / "000.png"),
+            (DatasetProblem.MASK_SIZE, masks / "001_mask.png"),
+            (DatasetProblem.EMPTY_MASK, masks / "002_mask.png"),
+            (DatasetProblem.ORPHAN_MASK, masks / "009_mask.png"),
+            (DatasetProblem.MIXED_SIZES, None),
+            (DatasetProblem.MIXED_COLOURS, None),
         ],
         key=str,
     )
 
 
 def test_training_is_refused_for_what_makes_it_wrong_and_not_for_what_makes_it_worse() -> None:
-    refused = {problem for problem in Problem if Finding("can", problem, None, "").severity is Severity.ERROR}
+    refused = {problem for problem in DatasetProblem if Finding("can", problem, None, "").severity is Severity.ERROR}
     assert refused == {
-        Problem.TOO_FEW,
-        Problem.MISSING_FILE,
-        Problem.ORPHAN_MASK,
-        Problem.DAMAGED,
-        Problem.MASK_SIZE,
-        Problem.LEAKAGE,
+        DatasetProblem.TOO_FEW,
+        DatasetProblem.MISSING_FILE,
+        DatasetProblem.ORPHAN_MASK,
+        DatasetProblem.DAMAGED,
+        DatasetProblem.MASK_SIZE,
+        DatasetProblem.LEAKAGE,
     }
 
 
@@ -88,14 +88,14 @@ def test_too_few_normal_images_are_one_error(tmp_path: Path, count: int) -> None
     (tmp_path / "bottle/train/good").mkdir(parents=True)
     write_images(tmp_path / "bottle/train/good", count)
     (found,) = check(load_mvtec(tmp_path)[0])
-    assert (found.problem, found.severity) == (Problem.TOO_FEW, Severity.ERROR)
+    assert (found.problem, found.severity) == (DatasetProblem.TOO_FEW, Severity.ERROR)
     assert found.text.startswith(f"{count or 'no'} normal images to train on, and at least 10 are needed")
 
 
 def test_too_few_images_for_the_false_alarm_rate_are_a_warning(tmp_path: Path) -> None:
     write_images(tmp_path / "bottle/train/good", 90)
     (found,) = check(load_mvtec(tmp_path)[0])
-    assert (found.problem, found.severity) == (Problem.FALSE_ALARM_RATE, Severity.WARNING)
+    assert (found.problem, found.severity) == (DatasetProblem.FALSE_ALARM_RATE, Severity.WARNING)
     assert "needs 19 calibration images and there are 18" in found.text
     (data,) = load_mvtec(tmp_path)
     assert check_listing(data, TrainingSettings(false_alarm_rate=0.1)) == []
@@ -115,8 +115,8 @@ def test_files_that_are_listed_and_not_there_are_errors_told_once(bottle: Path) 
     image.unlink()
     mask.unlink()
     assert [(found.problem, found.path) for found in check(data)] == [
-        (Problem.MISSING_FILE, image),
-        (Problem.MISSING_FILE, mask),
+        (DatasetProblem.MISSING_FILE, image),
+        (DatasetProblem.MISSING_FILE, mask),
     ]
     assert count_files(data) == len(data.files()) - 2
 
@@ -125,27 +125,27 @@ def test_listing_opens_no_file(bottle: Path) -> None:
     for path in bottle.rglob("*.png"):
         path.write_bytes(b"")
     assert check_listing(load_mvtec(bottle)[0], TrainingSettings()) == []
-    assert {problem for problem, _ in problems(bottle)} == {Problem.DAMAGED}
+    assert {problem for problem, _ in problems(bottle)} == {DatasetProblem.DAMAGED}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp"])
 def test_truncated_image_is_damaged(bottle: Path, suffix: str) -> None:
     path = write_image(bottle / "train/good" / f"cut{suffix}", size=(200, 200), colour=False)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert problems(bottle) == [(Problem.DAMAGED, path)]
+    assert problems(bottle) == [(DatasetProblem.DAMAGED, path)]
 
 
 def test_damaged_mask_is_an_error(bottle: Path) -> None:
     mask = bottle / "ground_truth/broken/000_mask.png"
     mask.write_bytes(b"no mask")
-    assert problems(bottle) == [(Problem.DAMAGED, mask)]
+    assert problems(bottle) == [(DatasetProblem.DAMAGED, mask)]
 
 
 def test_image_beyond_the_limits_is_an_error(bottle: Path) -> None:
     (data,) = load_mvtec(bottle)
     found = check(data, LimitSettings(max_pixels=WIDTH * HEIGHT - 1))
     assert len(found) == len(data.images())
-    assert {one.problem for one in found} == {Problem.DAMAGED}
+    assert {one.problem for one in found} == {DatasetProblem.DAMAGED}
     assert "limits.max_pixels" in found[0].text
 
 
@@ -157,7 +157,7 @@ def test_masks_are_missed_only_where_others_have_one(bottle: Path) -> None:
 
 def test_same_picture_in_another_format_is_the_same(bottle: Path) -> None:
     twin = write_image(bottle / "test/good/twin.bmp", of=bottle / "train/good/007.png")
-    assert problems(bottle) == [(Problem.LEAKAGE, twin)]
+    assert problems(bottle) == [(DatasetProblem.LEAKAGE, twin)]
 
 
 def test_same_file_listed_for_both_is_leakage(bottle: Path) -> None:
@@ -165,20 +165,20 @@ def test_same_file_listed_for_both_is_leakage(bottle: Path) -> None:
     both = Sample(data.train[5], anomalous=False, defect="good", mask=None)
     found = check(CategoryData(data.name, data.train, (*data.test, both)))
     assert [(one.problem, one.path, one.severity) for one in found] == [
-        (Problem.LEAKAGE, data.train[5], Severity.ERROR)
+        (DatasetProblem.LEAKAGE, data.train[5], Severity.ERROR)
     ]
     assert str(data.train[5]) in found[0].text
 
 
 def test_defective_image_that_trains_as_normal_is_leakage(bottle: Path) -> None:
     write_image(bottle / "train/good/bad.png", of=bottle / "test/broken/001.png")
-    assert problems(bottle) == [(Problem.LEAKAGE, bottle / "test/broken/001.png")]
+    assert problems(bottle) == [(DatasetProblem.LEAKAGE, bottle / "test/broken/001.png")]
 
 
 def test_sizes_are_counted_and_told_apart_from_aspects(bottle: Path) -> None:
     write_image(bottle / "train/good/large.png", size=(2 * WIDTH, 2 * HEIGHT))
     (found,) = check(load_mvtec(bottle)[0])
-    assert (found.problem, found.severity) == (Problem.MIXED_SIZES, Severity.WARNING)
+    assert (found.problem, found.severity) == (DatasetProblem.MIXED_SIZES, Severity.WARNING)
     assert "2 image sizes: 105 of 40 x 30, 1 of 80 x 60, so that the same detail" in found.text
     write_image(bottle / "train/good/tall.png", size=(HEIGHT, WIDTH))
     (found,) = check(load_mvtec(bottle)[0])
@@ -190,7 +190,7 @@ def test_grey_and_colour_are_counted_by_what_they_show(bottle: Path) -> None:
     cv2.imwrite(str(bottle / "test/good/yellow.png"), np.full((HEIGHT, WIDTH, 3), (0, 200, 200), np.uint8))
     cv2.imwrite(str(bottle / "test/good/grey.png"), np.full((HEIGHT, WIDTH, 3), 200, np.uint8))
     (found,) = check(load_mvtec(bottle)[0])
-    assert (found.problem, found.severity) == (Problem.MIXED_COLOURS, Severity.WARNING)
+    assert (found.problem, found.severity) == (DatasetProblem.MIXED_COLOURS, Severity.WARNING)
     assert "106 grey images and 2 with colour" in found.text
 
 
@@ -204,5 +204,5 @@ def test_magnetic_tiles_are_checked_with_their_masks(tmp_path: Path) -> None:
     (data,) = load_magnetic_tile(tmp_path)
     assert count_files(data) == 125 + 2 * 2
     assert [(found.problem, found.path) for found in check(data)] == [
-        (Problem.EMPTY_MASK, tmp_path / "MT_Uneven/Imgs/exp1_num_1.png")
+        (DatasetProblem.EMPTY_MASK, tmp_path / "MT_Uneven/Imgs/exp1_num_1.png")
     ]

@@ -101,7 +101,7 @@ def test_pickles_are_refused_unread_and_the_binary_version_is_named(tmp_path: Pa
 
 
 def test_folder_without_either_version_says_what_to_download(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=f"does not hold CIFAR-10's binary version.*{BINARY_URL}"):
+    with pytest.raises(DatasetError, match=f"does not have CIFAR-10's binary version.*{BINARY_URL}"):
         export_cifar10(tmp_path, tmp_path / "out")
 
 

@@ -88,7 +88,7 @@ def test_wrong_columns_are_refused_with_those_found_and_those_needed(tmp_path: P
 def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "parts.csv"
     file.write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(DatasetError, match="is no CSV file in UTF-8"):
+    with pytest.raises(DatasetError, match="is not a CSV file in UTF-8"):
         load_csv_list(file)
     with pytest.raises(DatasetError, match="cannot be read"):
         load_csv_list(tmp_path / "none.csv")

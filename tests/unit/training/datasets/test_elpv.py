@@ -54,7 +54,7 @@ def test_empty_folder_is_taken_and_a_full_one_is_not(tmp_path: Path, monkeypatch
     assert (export_elpv(tmp_path / "empty") / "mono").is_dir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
-    with pytest.raises(DatasetError, match="holds something else"):
+    with pytest.raises(DatasetError, match="has other content"):
         export_elpv(tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 

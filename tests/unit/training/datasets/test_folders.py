@@ -50,7 +50,7 @@ def test_unknown_category_is_refused_with_the_known() -> None:
 def test_name_that_cannot_be_a_categorys_is_refused_only_where_it_is_wanted(name: str) -> None:
     found = {name: 1, "tile": 2}
     assert choose_categories(Path("data"), found, ["tile"]) == {"tile": 2}
-    with pytest.raises(DatasetError, match="cannot name a category"):
+    with pytest.raises(DatasetError, match="is not a valid category name"):
         choose_categories(Path("data"), found, None)
 
 

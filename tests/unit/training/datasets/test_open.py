@@ -6,10 +6,10 @@ import pytest
 from helpers.image_files import write_category, write_image, write_images
 
 from schemas.errors import DatasetError
-from training.datasets.open import Layout, open_dataset
+from training.datasets.open import DatasetLayout, open_dataset
 
 
-def write_each_layout(root: Path) -> dict[Layout, Path]:
+def write_each_layout(root: Path) -> dict[DatasetLayout, Path]:
     write_category(root / "mvtec" / "bottle", train=3)
     write_images(root / "btad" / "01" / "train" / "ok", 3)
     write_image(root / "tiles" / "MT_Free" / "Imgs" / "1.jpg")
@@ -22,17 +22,17 @@ def write_each_layout(root: Path) -> dict[Layout, Path]:
             encoding="utf-8",
         )
     return {
-        Layout.MVTEC: root / "mvtec",
-        Layout.BTAD: root / "btad",
-        Layout.MAGNETIC_TILE: root / "tiles",
-        Layout.VISA: root / "visa",
-        Layout.CSV: root / "parts.csv",
+        DatasetLayout.MVTEC: root / "mvtec",
+        DatasetLayout.BTAD: root / "btad",
+        DatasetLayout.MAGNETIC_TILE: root / "tiles",
+        DatasetLayout.VISA: root / "visa",
+        DatasetLayout.CSV: root / "parts.csv",
     }
 
 
 def test_every_layout_is_recognised_as_what_it_is(tmp_path: Path) -> None:
     written = write_each_layout(tmp_path)
-    assert {*written, Layout.AUTO} == set(Layout)
+    assert {*written, DatasetLayout.AUTO} == set(DatasetLayout)
     for layout, root in written.items():
         found = open_dataset(root)
         assert found == open_dataset(root, layout=layout)
@@ -44,13 +44,13 @@ def test_layout_that_was_named_and_is_not_there_is_refused(tmp_path: Path) -> No
     for layout in written:
         for other, root in written.items():
             if other is not layout:
-                with pytest.raises(DatasetError, match=f"is no data set of layout {layout}; looked for "):
+                with pytest.raises(DatasetError, match=f"is not a data set of layout {layout}; looked for "):
                     open_dataset(root, layout=layout)
 
 
 def test_categories_asked_for_reach_the_adapter(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="has no category 'lid'; it has: bottle"):
-        open_dataset(write_each_layout(tmp_path)[Layout.MVTEC], ["lid"])
+        open_dataset(write_each_layout(tmp_path)[DatasetLayout.MVTEC], ["lid"])
 
 
 def test_folder_of_two_layouts_must_be_named(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_folder_of_two_layouts_must_be_named(tmp_path: Path) -> None:
     write_images(tmp_path / "bottle" / "train" / "good", 1)
     with pytest.raises(DatasetError, match=r"could be mvtec or btad; say which with --layout"):
         open_dataset(tmp_path)
-    assert [data.name for data in open_dataset(tmp_path, layout=Layout.BTAD)] == ["01"]
+    assert [data.name for data in open_dataset(tmp_path, layout=DatasetLayout.BTAD)] == ["01"]
 
 
 def test_unknown_folder_is_refused_with_every_mark_that_was_looked_for(tmp_path: Path) -> None:

@@ -38,5 +38,5 @@ def test_split_file_says_what_trains_and_what_tests(tmp_path: Path) -> None:
 def test_categories_without_the_split_file_are_known_and_told_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "candle" / "Data" / "Images" / "Normal").mkdir(parents=True)
     assert is_visa(tmp_path)
-    with pytest.raises(DatasetError, match=r"1cls.csv is missing.*extract it all"):
+    with pytest.raises(DatasetError, match=r"1cls.csv is missing.*extract it from the same archive"):
         load_visa(tmp_path)

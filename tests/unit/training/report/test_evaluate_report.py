@@ -16,7 +16,7 @@ from sklearn.metrics import recall_score, roc_auc_score
 
 from flawstream.imaging.maps import encode_map
 from schemas.errors import DatasetError
-from schemas.manifest import DefectMetrics, Metrics
+from schemas.manifest import DefectMetrics, EvaluationMetrics
 from schemas.messages import MapCodec
 from training.datasets.samples import Sample
 from training.report.metrics import rate_interval
@@ -72,7 +72,7 @@ def test_metrics_that_need_the_absent_class_are_absent(*, anomalous: bool) -> No
 
 
 def test_no_images_give_no_metrics() -> None:
-    assert Evaluation().metrics(1.0) == Metrics()
+    assert Evaluation().metrics(1.0) == EvaluationMetrics()
 
 
 def test_scores_beyond_all_bounds_count_as_the_highest() -> None:
@@ -102,13 +102,13 @@ def test_rates_have_their_binomial_intervals() -> None:
 
 def test_metrics_of_before_intervals_still_read() -> None:
     old = '{"image_auroc": 0.9, "pixel_auroc": null, "false_alarm_rate": 0.1, "recall": 0.8, "normal_images": 5}'
-    metrics = Metrics.model_validate_json(old)
+    metrics = EvaluationMetrics.model_validate_json(old)
     assert (metrics.image_auroc, metrics.aupro, metrics.intervals, metrics.defects) == (0.9, None, {}, ())
 
 
 def test_metrics_read_back_as_they_were_written() -> None:
     metrics = summarise(np.array([1.0, 3.0, 2.0, 4.0]), [None, None, "dent", "dent"], 2.5)
-    assert Metrics.model_validate_json(metrics.model_dump_json()) == metrics
+    assert EvaluationMetrics.model_validate_json(metrics.model_dump_json()) == metrics
 
 
 def write_mask(path: Path, side: int = SIDE) -> NDArray[np.bool_]:
@@ -160,9 +160,9 @@ def judged(
     return JudgedImage(path, category, defect, anomalous, score, threshold, encoded)
 
 
-def report(folder: Path, images: Sequence[JudgedImage], metrics: Mapping[str, Metrics] | None = None) -> str:
+def report(folder: Path, images: Sequence[JudgedImage], metrics: Mapping[str, EvaluationMetrics] | None = None) -> str:
     path = folder / "new" / "report.html"
-    write_report(path, "Title", images, metrics or {"bottle": Metrics(image_auroc=0.875, recall=0.5)})
+    write_report(path, "Title", images, metrics or {"bottle": EvaluationMetrics(image_auroc=0.875, recall=0.5)})
     return path.read_text(encoding="utf-8")
 
 
@@ -190,7 +190,7 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     hostile = "<script>alert(1)<"
     name = hostile + "\"' onerror=x>.png"
     images = [judged(tmp_path, score=2, anomalous=True, name=name, category=hostile)]
-    page = report(tmp_path, images, {hostile: Metrics()})
+    page = report(tmp_path, images, {hostile: EvaluationMetrics()})
     reader = Tags()
     reader.feed(page)
     assert ("h2", ()) in reader.tags
@@ -281,8 +281,8 @@ def test_logarithmic_axis_has_a_few_marks_within_it(low: float, high: float) -> 
 
 def test_intervals_kinds_and_versions_are_shown(tmp_path: Path) -> None:
     kind = DefectMetrics(defect="dent", images=7, recall=0.5, intervals={"recall": (0.1, 0.9)})
-    first = Metrics(image_auroc=0.75, recall=0.5, intervals={"image_auroc": (0.7, 0.8)}, defects=(kind,))
-    second = Metrics(image_auroc=0.85, recall=0.7)
+    first = EvaluationMetrics(image_auroc=0.75, recall=0.5, intervals={"image_auroc": (0.7, 0.8)}, defects=(kind,))
+    second = EvaluationMetrics(image_auroc=0.85, recall=0.7)
     path = tmp_path / "report.html"
     write_report(path, "Title", [], {"bottle": first}, {"bottle": {"bottle@v2": first, "bottle@v1": second}})
     page = path.read_text()
@@ -294,14 +294,14 @@ def test_intervals_kinds_and_versions_are_shown(tmp_path: Path) -> None:
 
 def test_single_version_is_not_compared(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_report(path, "Title", [], {"bottle": Metrics()}, {"bottle": {"bottle@v2": Metrics()}})
+    write_report(path, "Title", [], {"bottle": EvaluationMetrics()}, {"bottle": {"bottle@v2": EvaluationMetrics()}})
     assert "bottle@v2" in path.read_text()
     assert "seed" not in path.read_text()
 
 
 def test_spread_is_of_the_metrics_that_all_versions_have() -> None:
-    assert spread([Metrics(image_auroc=0.5)]) == {}
-    found = spread([Metrics(image_auroc=0.5, recall=0.1), Metrics(image_auroc=0.7)])
+    assert spread([EvaluationMetrics(image_auroc=0.5)]) == {}
+    found = spread([EvaluationMetrics(image_auroc=0.5, recall=0.1), EvaluationMetrics(image_auroc=0.7)])
     assert found == {"image_auroc": Spread(pytest.approx(0.6), pytest.approx(0.1 * 2**0.5))}
 
 

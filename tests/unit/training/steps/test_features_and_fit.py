@@ -26,7 +26,7 @@ from schemas.manifest import FlowSpec
 from schemas.settings import LimitSettings, ModelSettings, Resize, TrainingSettings
 from training.steps import fit as fit_module
 from training.steps.features import FeatureCache, FeatureExtractor, FeatureStore
-from training.steps.fit import Step, fit_head, split_rows, whiten_across_folds
+from training.steps.fit import FitProgress, fit_head, split_rows, whiten_across_folds
 
 COUNT = 19  # one batch and a part of one
 FLOW = FlowSpec(steps=2, hidden_ratio=0.2, conv3x3_only=False, clamp=2.0)
@@ -123,7 +123,7 @@ def test_full_disk_is_told_before_anything_is_computed(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(ConfigError, match=r"no room for .* MB of features \(No space left on device\).*TMPDIR"):
+    with pytest.raises(ConfigError, match=r"no space for .* MB of features \(No space left on device\).*TMPDIR"):
         FeatureCache(tmp_path, paths, extractor)
 
 
@@ -157,7 +157,7 @@ def test_consumer_between_two_batches_can_train(paths: tuple[Path, ...], extract
     batches.close()
 
 
-def fit(cache: FeatureCache, extractor: FeatureExtractor, recipe: TrainingSettings) -> tuple[bytes, list[Step]]:
+def fit(cache: FeatureCache, extractor: FeatureExtractor, recipe: TrainingSettings) -> tuple[bytes, list[FitProgress]]:
     head = FastFlowHead(extractor.spec, FLOW, seed=recipe.seed)
     rows, _ = split_rows(COUNT, recipe)
     steps = list(fit_head(head, cache, rows, recipe))

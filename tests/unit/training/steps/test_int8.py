@@ -27,10 +27,10 @@ from flawstream.engines.openvino.int8_graph import (
 from flawstream.engines.protocol import arithmetic_of
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from schemas.manifest import FlowSpec, Int8Trial, Metrics
+from schemas.manifest import EvaluationMetrics, FlowSpec, Int8Trial
 from schemas.settings import LimitSettings, ModelSettings
 from training.datasets.samples import Sample
-from training.pipeline import Findings, Proof, judge_version
+from training.pipeline import EvaluatedVersion, EvaluationData, evaluate_version
 from training.steps import quantise as int8
 from training.steps.evaluate import ImageScorer
 from training.steps.features import FeatureExtractor
@@ -75,11 +75,11 @@ def on_a_cpu_for_int8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def judge(
     extractor: FeatureExtractor, head: FastFlowHead, paths: list[Path], test: tuple[Sample, ...] = ()
-) -> Findings:
+) -> EvaluatedVersion:
     """Take every second image for ranges and hold the others out."""
     engine = OpenvinoEngine(extractor.backbone, int8=True)
-    proof = Proof(paths[1::2], test, ranges=paths[::2], top_fraction=0.03, false_alarm_rate=0.05)
-    return returned(judge_version("bottle", extractor, engine, head, proof))
+    data = EvaluationData(paths[1::2], test, int8_images=paths[::2], top_fraction=0.03, false_alarm_rate=0.05)
+    return returned(evaluate_version("bottle", extractor, engine, head, data))
 
 
 def run_int8(
@@ -173,7 +173,7 @@ NORMAL_SCORES = np.arange(1.0, 101.0)
 
 def judged(held_out: np.ndarray, defective: Sequence[float] = ()) -> Judged:
     calibration = calibrate(held_out, held_out, 0.05, 0.03)
-    return Judged(held_out, np.array(defective), calibration, Metrics())
+    return Judged(held_out, np.array(defective), calibration, EvaluationMetrics())
 
 
 def the_trial(int8_form: Judged, exact: Judged) -> Int8Trial:

@@ -24,7 +24,7 @@ from schemas.errors import DetectorOverloadedError, Reason, StreamUnavailableErr
 from schemas.settings import LimitSettings, WorkerSettings
 from serving.batching import DrainBatcher
 from training.pipeline import Progress, Stage
-from training.progress_metrics import recorded
+from training.progress_metrics import record_progress
 from workers.consume.decode import Decoder
 from workers.consume.worker import StreamWorker
 from workers.observe.backlog import BacklogState
@@ -217,7 +217,7 @@ def test_training_tells_images_epoch_and_loss_and_how_each_job_ended(
         Progress("cable", Stage.TRAINING, 24, 32, epoch=2, loss=1.5),
         Progress("bottle", Stage.FAILED, 0, 1, "no luck"),
     ]
-    assert list(recorded(reports, metrics)) == reports
+    assert list(record_progress(reports, metrics)) == reports
     now = told()
     assert now.total(m.TRAINING_IMAGES.name, category="bottle", stage="features") == 16
     assert now.total(m.TRAINING_IMAGES.name, category="cable", stage="training") == 24
