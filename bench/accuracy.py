@@ -1,4 +1,4 @@
-"""How well ours tells defective images from normal ones, beside anomalib's FastFlow and PaDiM on the same images.
+"""How well ours separates defective images from normal ones, beside anomalib's FastFlow and PaDiM on the same images.
 
     make bench-accuracy                  three sets of a fixed pose, 3 seeds of ours, 1 of the peers; then, a seed each,
                                          two sets without a pose
@@ -221,9 +221,9 @@ def _do(run: Run, data: CategoryData, peer_python: str) -> dict[str, Any]:
             if run.method == OURS
             else [peer_python, "-W", "ignore", str(_PEER)]
         )
-        told = partial(err.print, style="dim", highlight=False)
+        report = partial(err.print, style="dim", highlight=False)
         for line in _lines([*command, str(job), str(result)]):
-            told(f"{run}: {line}")
+            report(f"{run}: {line}")
         found: dict[str, Any] = json.loads(result.read_text())
     labels = np.array(described["anomalous"])
     of = {"auroc": float(roc_auc_score(labels, np.array(found.pop("scores"))))}
@@ -233,7 +233,7 @@ def _do(run: Run, data: CategoryData, peer_python: str) -> dict[str, Any]:
 
 
 def _lines(command: list[str]) -> Iterator[str]:
-    """Run a command, giving what it tells on standard error as it comes; its last lines are the error's text."""
+    """Run a command, reporting its standard error as it comes; its last lines are the error's text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=_ROOT, env=environment) as process:  # noqa: S603
         assert process.stderr is not None  # noqa: S101 - it is a pipe

@@ -356,8 +356,8 @@ def main() -> None:
     efficiency = {backbone: round(one.efficiency(), 3) for backbone, one in found.items()}
     mixed_ratio = min(one.mixed_ratio() for one in found.values())
     p99_batch_times = max(one.p99_batch_times() for one in found.values())
-    told = {"mixed_ratio": round(mixed_ratio, 3), "p99_batch_times": round(p99_batch_times, 2)}
-    print(json.dumps({"bench": "stream", "efficiency": efficiency, **told}))
+    ratios = {"mixed_ratio": round(mixed_ratio, 3), "p99_batch_times": round(p99_batch_times, 2)}
+    print(json.dumps({"bench": "stream", "efficiency": efficiency, **ratios}))
     held = (
         all(efficiency[backbone] >= BARS[backbone] for backbone in found)
         and mixed_ratio >= LEAST_MIXED

@@ -1,6 +1,6 @@
 """`Metrics` through Ray: its agent on each node collects them, and Prometheus and the Ray dashboard find them there.
 
-Ray puts `ray_` before each name, adds labels of its own (`WorkerId` tells replicas apart), passes values on every
+Ray puts `ray_` before each name, adds labels of its own (`WorkerId` distinguishes replicas), passes values on every
 ten seconds, and hands on of a histogram how many values each bucket has, so that its `_sum` is a sum of the buckets'
 middles.
 """

@@ -75,7 +75,7 @@ def serve(
             server = stack.enter_context(EmbeddedServer(data_dir, redis_port or free_port(_REDIS_PORT)))
             settings = with_redis(settings, server.url)
         if ray_address is None:  # a remote cluster may reach servers and folders that this machine cannot
-            require_startable(settings)
+            _require_startable(settings)
         cluster = stack.enter_context(on_cluster(ray_address))
         addresses = stack.enter_context(running(settings, cluster))
         print_message(f"push an image   flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
@@ -90,7 +90,7 @@ def with_redis(settings: Settings, url: str) -> Settings:
     return settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": url})})
 
 
-def require_startable(settings: Settings) -> None:
+def _require_startable(settings: Settings) -> None:
     """Check that the service can start on this machine; warn if the registry has no versions yet.
 
     Raises:
