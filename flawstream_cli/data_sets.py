@@ -19,9 +19,7 @@ from training.datasets.decoding import count_files, decode_files
 from training.datasets.open import DatasetLayout
 from training.datasets.samples import CategoryData
 
-LayoutOption = Annotated[
-    DatasetLayout, typer.Option("--layout", help="Layout of the data set; auto detects it.")
-]
+LayoutOption = Annotated[DatasetLayout, typer.Option("--layout", help="Layout of the data set; auto detects it.")]
 CategoryOption = Annotated[
     list[str] | None, typer.Option("--category", "-c", help="Only this category; may be repeated.")
 ]

@@ -85,7 +85,7 @@ def test_validators_are_as_strict_as_the_library_s_own() -> None:
 
 
 TRAINING = {"enabled": True, "data": {"existingClaim": "photographs"}}
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a typo at the top": ({"sevre": {"enabled": True}}, "sevre"),
     "a typo below": ({"serve": {"enable": True}}, "enable"),
     "a typo in a setting": ({"settings": {"worker": {"batch_sise": 8}}}, "batch_sise"),

@@ -257,13 +257,15 @@ class Cluster:
 
 def flags_of(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Part what is plain from flags, each with its value, which is the next word or stands behind `=`."""
-    plain, flags = [], []
+    plain: list[str] = []
+    flags: list[tuple[str, str]] = []
     rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
             plain.append(word)
         elif "=" in word:
-            flags.append(tuple(word.split("=", 1)))
+            name, _, value = word.partition("=")
+            flags.append((name, value))
         elif word in {"--stdin", "--previous", "--wait", "--logs", "--strict", "--create-namespace"}:
             flags.append((word, ""))
         else:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,13 +177,13 @@ def test_ray_serves_in_the_image_as_the_chart_tells_it(node: Node, documents: li
     for name in ("startupProbe", "livenessProbe", "readinessProbe"):
         probe = spec[name]["httpGet"]
         url = f"http://127.0.0.1:{ports[probe['port']]}{probe['path']}"
-        wait_for(f"{name} {url}", lambda url=url: node.answers(head, asked(url)), started)
+        wait_for(f"{name} {url}", partial(node.answers, head, asked(url)), started)
     config = json.dumps(yaml.safe_load(service["spec"]["serveConfigV2"]))
     applications = "http://127.0.0.1:8265/api/serve/applications/"
     node.run(head, asked(applications, method="PUT", token=RAY["RAY_AUTH_TOKEN"], data=config))
     ready = worker.spec["containers"][0]["readinessProbe"]["httpGet"]["path"]
     for path in (ready, "/readyz"):
-        wait_for(path, lambda path=path: node.answers(head, asked(f"http://127.0.0.1:8000{path}")), started)
+        wait_for(path, partial(node.answers, head, asked(f"http://127.0.0.1:8000{path}")), started)
     toolbox = only(documents, "Deployment/line-flawstream-toolbox")
     url = "http://line-flawstream-serve-svc:8000/v1/detect?category=part"
     refused = node.start(toolbox, asked(url, method="POST", data=PHOTOGRAPH))

@@ -23,6 +23,7 @@ from flawstream.engines.protocol import Engine, Loaded
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.imaging.pixels import Pixels
 from schemas.manifest import FlowSpec, Int8Trial
 from schemas.settings import ModelSettings
 from training.steps.quantise import write_flows, write_version
@@ -73,7 +74,7 @@ def load(engine: Engine, head: FastFlowHead, category: int, version: str = "v1")
     return engine.load(head, make_manifest(f"category-{category}", version, spec=engine.spec, flow=FLOW))
 
 
-def judge(engine: Engine, version: Loaded, images: Images) -> Grids:
+def judge(engine: Engine, version: Loaded, images: Pixels) -> Grids:
     """Judge images of one category."""
     return engine.detect(images, [(version, np.arange(len(images)))])
 
@@ -305,7 +306,7 @@ def test_pixels_between_grey_levels_count(contract: type[EngineContract], weight
     engine = contract.make_engine(settings, reference)
     head = make_head(reference, 0)
     version = load(engine, head, 0)
-    images = make_images(3) * np.float32(0.9) + np.float32(0.4)
+    images: Pixels = (make_images(3) * np.float32(0.9) + np.float32(0.4)).astype(np.float32)
     with torch.no_grad():
         expected, rounded = (
             [grid.numpy() for grid in FoldedHead(head)(reference(torch.from_numpy(pixels)))]

@@ -44,9 +44,17 @@ class MetricsContract:
                 world.metrics.add(metric, 0, **labels)
             case Gauge():
                 world.metrics.set(metric, -1.5, **labels)
-                world.metrics.forget(metric, **labels)
             case Histogram():
                 world.metrics.observe(metric, 0.5, **labels)
+
+    @pytest.mark.parametrize(
+        "gauge", [one for one in ALL if isinstance(one, Gauge) and one.labels], ids=lambda one: one.name
+    )
+    def test_what_labels_name_may_be_forgotten_and_set_again(self, world: World, gauge: Gauge) -> None:
+        labels = dict.fromkeys(gauge.labels, "x")
+        for _ in range(2):
+            world.metrics.set(gauge, 1, **labels)
+            world.metrics.forget(gauge, **labels)
 
     def test_what_was_never_set_may_be_forgotten(self, world: World) -> None:
         world.metrics.forget(m.MODEL_INFO, category="bottle", version="v1")

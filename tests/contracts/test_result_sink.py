@@ -5,6 +5,7 @@ from typing import Protocol
 
 import pytest
 from helpers.fakes import ARRIVED, FakeReader, FakeSink, FakeStream, image_entry, make_result, png
+from helpers.streams import rows, single_client
 from redis.asyncio import Redis
 
 from schemas.errors import Reason
@@ -15,7 +16,6 @@ from schemas.wire import parse_dead_letter, parse_result
 from workers.consume.reader import RedisStreamReader
 from workers.consume.sink import RedisResultSink
 from workers.ports import Completion, ResultSink
-from workers.redis.connection import make_client
 
 pytestmark = pytest.mark.anyio
 
@@ -133,10 +133,10 @@ class RedisWorld:
         return RedisResultSink(self.client, self.keys, consumer)
 
     async def results(self) -> list[DetectionResult]:
-        return [parse_result(fields) for _, fields in await self.client.xrange(self.keys.results)]
+        return [parse_result(fields) for _, fields in await rows(self.client, self.keys.results)]
 
     async def dead(self) -> list[DeadLetter]:
-        return [parse_dead_letter(fields) for _, fields in await self.client.xrange(self.keys.dead)]
+        return [parse_dead_letter(fields) for _, fields in await rows(self.client, self.keys.dead)]
 
     async def left(self) -> int:
         return int(await self.client.xlen(self.keys.images))
@@ -151,9 +151,8 @@ class TestFakeSink(ResultSinkContract):
 class TestRedisResultSink(ResultSinkContract):
     @pytest.fixture
     async def world(self, redis_settings: RedisSettings) -> AsyncIterator[RedisWorld]:
-        client = make_client(redis_settings)
-        yield RedisWorld(client, redis_settings)
-        await client.aclose()
+        async with single_client(redis_settings) as client:
+            yield RedisWorld(client, redis_settings)
 
     async def test_a_batch_is_one_call_to_the_server(self, world: RedisWorld) -> None:
         sink = world.sink("a")

@@ -10,12 +10,12 @@ import pytest
 from aiohttp import web
 from helpers.fakes import png
 from helpers.s3_server import point_to, running_s3
+from helpers.streams import single_client
 from redis.asyncio import Redis
 
 from schemas.errors import MessageError, Reason, StreamUnavailableError
 from schemas.references import Reference, parse_reference
 from schemas.settings import RedisSettings
-from workers.redis.connection import make_client
 from workers.references.http import HttpSource
 from workers.references.key import KeySource
 from workers.references.s3 import S3Source
@@ -117,7 +117,7 @@ class TestKeySource(SourceContract):
     @pytest.fixture
     async def world(self, redis_settings: RedisSettings, closed_port: int) -> AsyncIterator[World]:
         nowhere = redis_settings.model_copy(update={"url": f"redis://127.0.0.1:{closed_port}/0"})
-        async with make_client(redis_settings) as client, make_client(nowhere) as nobody:
+        async with single_client(redis_settings) as client, single_client(nowhere) as nobody:
             yield KeyWorld(client, nobody)
 
 

@@ -3,17 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from helpers.fakes import FakeReader, FakeStream, image_entry, png
+from helpers.streams import add, single_client
 from redis.asyncio import Redis
 
 from schemas.keys import StreamKeys
 from schemas.settings import RedisSettings
 from workers.consume.reader import RedisStreamReader
 from workers.ports import Entry, StreamReader
-from workers.redis.connection import make_client
 from workers.redis.scripts import Script
 
 pytestmark = pytest.mark.anyio
@@ -189,7 +189,7 @@ class RedisWorld:
 
     async def add(self, count: int) -> list[str]:
         fields = {b"category": b"bottle", b"image": png()}
-        return [str((await self.client.xadd(self.keys.images, dict(fields))).decode()) for _ in range(count)]
+        return [await add(self.client, self.keys.images, fields) for _ in range(count)]
 
     def reader(self, consumer: str, *, claim_idle_ms: int = _NEVER_IDLE_MS) -> StreamReader:
         return RedisStreamReader(self.client, self.keys, consumer, self._settings, claim_idle_ms=claim_idle_ms)
@@ -200,7 +200,7 @@ class RedisWorld:
 
     async def pass_time(self, duration_ms: int) -> None:
         """Let the pending entries look as if nobody had touched them for so long."""
-        pending = await self.client.xpending_range(self.keys.images, self.keys.group, "-", "+", 100)
+        pending: Any = await self.client.xpending_range(self.keys.images, self.keys.group, "-", "+", 100)
         for one in pending:
             await self.client.xclaim(
                 self.keys.images,
@@ -222,9 +222,8 @@ class TestFakeReader(StreamReaderContract):
 class TestRedisStreamReader(StreamReaderContract):
     @pytest.fixture
     async def world(self, redis_settings: RedisSettings) -> AsyncIterator[RedisWorld]:
-        client = make_client(redis_settings)
-        yield RedisWorld(client, redis_settings)
-        await client.aclose()
+        async with single_client(redis_settings) as client:
+            yield RedisWorld(client, redis_settings)
 
     async def test_own_entries_whose_body_was_deleted_are_acknowledged_away(self, world: RedisWorld) -> None:
         ids = await world.add(3)

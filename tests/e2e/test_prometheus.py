@@ -376,6 +376,9 @@ def test_replicas_that_end_again_and_again_are_an_alert(watched: tuple[Plant, Pr
     def started() -> float:
         return sum(value for _, value in prometheus.query(ready))
 
+    def started_so_far(number: int) -> bool:
+        return started() == number
+
     usual = rule["expr"].partition("1.5 +")[2]  # looked at each half minute: the scene may be younger
 
     def healthy() -> list[float]:
@@ -383,7 +386,7 @@ def test_replicas_that_end_again_and_again_are_an_alert(watched: tuple[Plant, Pr
 
     patiently(lambda: healthy() == [1.0], "the rule sees the stream worker healthy")
     for number in range(1, 4):
-        patiently(lambda so_far=number: started() == so_far, f"Serve starts replica {number}")
+        patiently(partial(started_so_far, number), f"Serve starts replica {number}")
         (pid,) = plant.stream_workers()
         os.kill(pid, signal.SIGKILL)
     patiently(lambda: prometheus.query(rule["expr"]), lambda: f"three restarts are an alert; {started()} were started")

@@ -11,12 +11,12 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from helpers.fakes import FakeDetector, png
+from helpers.streams import add, single_client
 from helpers.waiting import wait_until_async
 from schemas.keys import StreamKeys, all_keys
 from schemas.settings import RedisSettings, Settings
 from workers.acl import Role
 from workers.consume.sharded import ShardedWorker
-from workers.redis.connection import make_client
 
 PASSWORD = "correct horse battery staple"  # noqa: S105 - of a server that lives for this test
 
@@ -37,7 +37,7 @@ class Plant:
 
     @asynccontextmanager
     async def client(self, role: Role) -> AsyncIterator[Redis]:
-        async with make_client(self.as_(role)) as client:
+        async with single_client(self.as_(role)) as client:
             yield client
 
     async def is_clean(self) -> bool:
@@ -60,7 +60,7 @@ class Plant:
 
     async def add_image(self, image: bytes | None = None, message_id: str = "part-1") -> str:
         fields = {"id": message_id, "category": "bottle", "image": png() if image is None else image}
-        return str((await self.admin.xadd(self.keys.images, fields)).decode())  # type: ignore[arg-type]  # text and bytes
+        return await add(self.admin, self.keys.images, fields)
 
 
 async def until(happened: Callable[[], Awaitable[object]], worker: ShardedWorker) -> None:
@@ -73,8 +73,13 @@ async def until(happened: Callable[[], Awaitable[object]], worker: ShardedWorker
     await wait_until_async(without_errors, "what the worker is to do")
 
 
+async def run_command(client: Redis, *command: str) -> None:
+    """Run any command."""
+    await client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
 async def expect_refusal(client: Redis, *command: str) -> None:
     with pytest.raises(ResponseError) as caught:
-        await client.execute_command(*command)
+        await run_command(client, *command)
     told = f"{type(caught.value).__name__} {caught.value}"
     assert "NoPermission" in told or "NOPERM" in told or "ACL failure" in told, f"{command}: {told}"

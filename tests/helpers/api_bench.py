@@ -30,7 +30,7 @@ class FakePusher:
     ) -> str:
         if self.failures:
             raise self.failures.pop(0)
-        fields = {"image": image, "category": category, "id": id, "captured_at": captured_at}
+        fields: dict[str, object] = {"image": image, "category": category, "id": id, "captured_at": captured_at}
         self.pushed.append(fields | {"traceparent": traceparent})
         return f"1-{len(self.pushed)}"
 

@@ -9,9 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from flawstream.imaging.pixels import Pixels
 from helpers.fakes import FakeDetector
 from schemas.settings import Settings
 from workers.consume.sharded import ShardedWorker
@@ -25,7 +23,7 @@ MAX_DELIVERIES = 2
 class DeadlyDetector(FakeDetector):
     """Takes its process along when it sees the image."""
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Judgement]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         if any(int(image.mean()) == DEADLY for image in images):
             os.kill(os.getpid(), signal.SIGKILL)
         return await super().detect(images, categories)

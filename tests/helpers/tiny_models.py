@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flawstream.calibration import calibrate
 from flawstream.engines.protocol import Read, no_files
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.imaging.pixels import Pixels
 from flawstream.registry.registry import Registry
 from schemas.manifest import Arithmetic, BackboneSpec, FlowSpec, ModelManifest, TrainingRecord
 
@@ -122,9 +123,7 @@ class TinyEngine:
         self.loads += 1
         return manifest.model if manifest is not None else "not published"
 
-    def detect(
-        self, images: NDArray[np.uint8], heads: Sequence[tuple[str, NDArray[np.int64]]]
-    ) -> list[NDArray[np.float32]]:
+    def detect(self, images: Pixels, heads: Sequence[tuple[str, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
         assert sorted(np.concatenate([rows for _, rows in heads])) == list(range(len(images)))
         self.batches.append(len(images))
         greys = images.mean(axis=(1, 2, 3), dtype=np.float64)

@@ -57,7 +57,7 @@ class TritonServer:
         for file in (*(server / "backends" / "python").glob("*.*"), stub):
             (backend / file.name).hardlink_to(file)
         command = [
-            server / "bin" / "tritonserver",
+            str(server / "bin" / "tritonserver"),
             f"--model-repository={self._repository}",
             f"--backend-directory={backend.parent}",
             "--model-control-mode=explicit",

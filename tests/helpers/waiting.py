@@ -35,7 +35,7 @@ class Deadline:
 
 
 def wait_until(
-    find: Callable[[], Found],
+    find: Callable[[], Found | None],
     what: What,
     *,
     deadline_s: float = PATIENCE_S,

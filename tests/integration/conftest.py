@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator, Iterator
 from hashlib import sha256
 
 import pytest
-from helpers.acl_plant import PASSWORD, Plant
+from helpers.acl_plant import PASSWORD, Plant, run_command
+from helpers.streams import single_client
 
 from flawstream_cli import cluster as ray_cluster
 from schemas.settings import RedisSettings
 from workers.acl import Role, access_rules, user_line
-from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
 
 
@@ -31,11 +31,11 @@ def acl_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSer
 async def plant(acl_server: EmbeddedServer, request: pytest.FixtureRequest) -> AsyncIterator[Plant]:
     """Give an empty server with its users and one set of streams, or several."""
     base = RedisSettings(url=acl_server.url, prefix="plant[7]", shards=request.param, block_ms=20)
-    async with make_client(base) as admin:
+    async with single_client(base) as admin:
         await admin.config_set("maxmemory", 0)
         await admin.flushall()
         for role in Role:
             rules = access_rules(role, base.prefix, base.shards, ["frames:"])
             line = user_line(f"plant-{role}", rules, sha256(PASSWORD.encode()).hexdigest())
-            await admin.execute_command(*line.split())
+            await run_command(admin, *line.split())
         yield Plant(admin, base)

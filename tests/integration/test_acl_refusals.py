@@ -3,10 +3,10 @@
 from hashlib import sha256
 
 import pytest
-from helpers.acl_plant import PASSWORD, Plant, expect_refusal
+from helpers.acl_plant import PASSWORD, Plant, expect_refusal, run_command
+from helpers.streams import single_client
 
 from workers.acl import Role, access_rules, user_line
-from workers.redis.connection import make_client
 
 pytestmark = pytest.mark.anyio
 
@@ -103,7 +103,7 @@ async def test_user_is_refused_everything_else(plant: Plant, role: Role) -> None
 async def test_user_of_another_prefix_is_refused_ours(plant: Plant) -> None:
     rules = access_rules(Role.SERVICE, "plant7", plant.base.shards)
     line = user_line("stranger", rules, sha256(PASSWORD.encode()).hexdigest())
-    await plant.admin.execute_command(*line.split())
+    await run_command(plant.admin, *line.split())
     theirs = plant.as_(Role.SERVICE).model_copy(update={"username": "stranger"})
-    async with make_client(theirs) as client:
+    async with single_client(theirs) as client:
         await expect_refusal(client, "XADD", plant.keys.images, "*", "a", "b")

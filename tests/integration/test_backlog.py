@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from helpers.streams import single_client
 from redis.asyncio import Redis
 
 from schemas.errors import StreamUnavailableError
@@ -19,7 +20,7 @@ GROUP = "workers"
 
 @pytest.fixture
 async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
-    async with make_client(redis_settings) as client:
+    async with single_client(redis_settings) as client:
         yield client
 
 

@@ -25,7 +25,7 @@ async def test_a_connection_closed_at_any_moment_of_a_command_is_a_server_that_d
         async with make_client(RedisSettings().model_copy(update={"url": server.url})) as client:
             assert isinstance(client, Redis)
             for moment in range(MOMENTS):
-                connection = await client.connection_pool.get_connection()
+                connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
                 command = asyncio.ensure_future(connection.send_command("PING"))
                 for _ in range(moment):
                     await asyncio.sleep(0)

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 from helpers.fakes import ARRIVED
+from helpers.streams import add, rows
 from helpers.waiting import wait_until_async
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -56,11 +57,11 @@ async def make_dead_letter(
     letter = DeadLetter(
         fields=fields, reason=reason, detail="it is broken", deliveries=1, failed_at=ARRIVED, entry_id=entry_id
     )
-    return str((await client.xadd(keys.dead, dead_letter_fields(letter), id=at)).decode())  # type: ignore[arg-type]
+    return await add(client, keys.dead, dead_letter_fields(letter), entry_id=at)
 
 
 async def images(client: Redis, keys: StreamKeys = KEYS) -> list[tuple[str, dict[bytes, bytes]]]:
-    return [(entry_id.decode(), fields) for entry_id, fields in await client.xrange(keys.images)]
+    return await rows(client, keys.images)
 
 
 async def test_letters_are_listed_newest_first_and_page_by_page(client: Redis, box: DeadLetterBox) -> None:
@@ -113,9 +114,9 @@ async def test_an_image_without_an_id_is_replayed_under_its_original_entrys(
 
 async def test_a_producers_field_that_looks_like_ours_and_is_not_comes_back(client: Redis, box: DeadLetterBox) -> None:
     dead_id = await make_dead_letter(client)
-    ((_, fields),) = await client.xrange(KEYS.dead)
+    ((_, fields),) = await rows(client, KEYS.dead)
     await client.xdel(KEYS.dead, dead_id)
-    dead_id = (await client.xadd(KEYS.dead, {**fields, b"dead.line": b"7"})).decode()
+    dead_id = await add(client, KEYS.dead, fields | {b"dead.line": b"7"})
     await box.replay(dead_id)
     ((_, fields),) = await images(client)
     assert fields[b"dead.line"] == b"7"
@@ -148,7 +149,9 @@ def test_however_many_replay_and_purge_at_once_each_image_is_there_at_most_once_
             replays = dead_ids * tries
             seed.shuffle(replays)
             doomed = [dead_ids[number] for number in purged if number < letters]
-            *moved, gone = await asyncio.gather(*(box.replay(dead_id) for dead_id in replays), box.purge(doomed))
+            moved, gone = await asyncio.gather(
+                asyncio.gather(*(box.replay(dead_id) for dead_id in replays)), box.purge(doomed)
+            )
             found = await images(client)
             assert sorted(one for one in moved if one is not None) == sorted(entry_id for entry_id, _ in found)
             assert len({fields[b"id"] for _, fields in found}) == len(found)
@@ -178,7 +181,7 @@ async def test_what_is_no_dead_letter_is_not_replayed_and_stays(client: Redis, b
     foreign = [{b"hello": b"world"}, {**ours, b"dead.entry_id": b"x"}]
     foreign += [{name: value for name, value in ours.items() if name != left_out} for left_out in ours]
     for fields in foreign:
-        dead_id = (await client.xadd(KEYS.dead, fields)).decode()  # type: ignore[arg-type]
+        dead_id = await add(client, KEYS.dead, fields)
         with pytest.raises(MessageError, match="is no dead letter of flawstream"):
             await box.replay(dead_id)
     assert await box.count() == len(foreign)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.fakes import png
 from helpers.redis_servers import Server, cluster
+from helpers.streams import add, rows, single_client
 from redis.asyncio import Redis, RedisCluster
 
 from schemas.errors import BacklogFullError, ConfigError, StreamUnavailableError
@@ -28,7 +29,7 @@ async def replica(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
     """Give a second server, which copies nobody yet."""
     del redis_settings  # an empty first server
     with EmbeddedServer() as server:
-        async with make_client(RedisSettings(url=server.url)) as client:
+        async with single_client(RedisSettings(url=server.url)) as client:
             yield client
 
 
@@ -42,7 +43,7 @@ async def test_a_push_that_waits_is_done_when_a_replica_has_the_image(
     await replica.replicaof("127.0.0.1", valkey_server.port)
     async with Producer(waiting(redis_settings, PATIENT_S)) as producer:
         ids = [await producer.push(png(), "bottle", id=f"cam1-{number}") for number in range(5)]
-        assert [entry_id.decode() for entry_id, _ in await replica.xrange(KEYS.images)] == ids
+        assert [entry_id for entry_id, _ in await rows(replica, KEYS.images)] == ids
 
 
 async def test_an_image_that_no_replica_has_is_written_and_said_to_be_unsafe(redis_settings: RedisSettings) -> None:
@@ -63,7 +64,7 @@ async def test_a_push_made_again_waits_for_the_image_of_the_first(
     await replica.replicaof("127.0.0.1", valkey_server.port)
     async with Producer(waiting(redis_settings, PATIENT_S)) as patient:
         entry_id = await patient.push(png(), "bottle", id="cam1-1")
-    assert [one.decode() for one, _ in await replica.xrange(KEYS.images)] == [entry_id]
+    assert [one for one, _ in await rows(replica, KEYS.images)] == [entry_id]
 
 
 async def test_a_refused_push_waits_for_nobody(redis_settings: RedisSettings) -> None:
@@ -151,7 +152,7 @@ async def test_dead_letters_of_a_cluster_are_replayed_in_their_shards(tmp_path: 
             ours = {"reason": "poison", "detail": "", "deliveries": "1", "entry_id": "1-1"}
             ours["failed_at"] = "2026-01-01T00:00:00+00:00"
             for keys in all_keys(settings):
-                await client.xadd(keys.dead, {**letter, **{f"dead.{name}": value for name, value in ours.items()}})
+                await add(client, keys.dead, letter | {f"dead.{name}": value for name, value in ours.items()})
             box = DeadLetterBox(client, settings)
             found = [entry.dead_id for entry in await box.newest()]
             assert sorted(dead_id[:2] for dead_id in found) == ["0:", "1:", "2:", "3:"]

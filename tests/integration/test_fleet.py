@@ -87,11 +87,12 @@ def outcome(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Outco
     jobs["corrupt"].data.train[5].write_bytes(b"\x89PNG\r\n\x1a\nno image")
     nonsense = CategoryData("buggy", jobs["buggy"].data.train, (None,))  # type: ignore[arg-type]
     jobs["buggy"] = replace(jobs["buggy"], data=nonsense)
-    log = QueueHandler(SimpleQueue())
+    said: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    log = QueueHandler(said)
     logging.getLogger("training.fleet").addHandler(log)
     progress = list(fleet(list(jobs.values())))
     logging.getLogger("training.fleet").removeHandler(log)
-    return Outcome(jobs, progress, [log.queue.get().getMessage() for _ in range(log.queue.qsize())])
+    return Outcome(jobs, progress, [said.get().getMessage() for _ in range(said.qsize())])
 
 
 @pytest.mark.parametrize("name", ["bottle", "cable"])

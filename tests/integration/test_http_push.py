@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 from helpers.fakes import FakeDetector, png
+from helpers.streams import rows
 from PIL import Image
 from pydantic import SecretStr
 
@@ -58,9 +59,9 @@ async def test_pushed_image_is_on_the_stream_with_what_came_with_it(
 ) -> None:
     async with serving(settings) as client, make_client(redis_settings) as admin:
         answers = [await push(client, id="cam1-7", captured_at="2026-01-01T12:00:00Z") for _ in range(2)]
-        ((entry_id, fields),) = await admin.xrange("flawstream:images")
+        ((entry_id, fields),) = await rows(admin, "flawstream:images")
     assert [answer.status_code for answer in answers] == [202, 202]
-    assert [answer.json() for answer in answers] == 2 * [{"id": "cam1-7", "entry_id": entry_id.decode()}]
+    assert [answer.json() for answer in answers] == 2 * [{"id": "cam1-7", "entry_id": entry_id}]
     assert fields == {
         b"id": b"cam1-7",
         b"category": b"bottle",

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 from helpers.fakes import png
+from helpers.streams import rows, single_client
 from helpers.waiting import wait_until_async
 from redis.asyncio import Redis
 
@@ -14,7 +15,6 @@ from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
 from workers.produce.producer import Producer
-from workers.redis.connection import make_client
 
 pytestmark = pytest.mark.anyio
 
@@ -24,18 +24,17 @@ MIB = 1 << 20
 
 @pytest.fixture
 async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
-    client = make_client(redis_settings)
-    yield client
-    await client.aclose()
+    async with single_client(redis_settings) as client:
+        yield client
 
 
 async def test_a_pushed_image_reads_back_as_it_was_given(client: Redis, redis_settings: RedisSettings) -> None:
     taken = datetime(2026, 1, 1, 12, tzinfo=UTC)
     async with Producer(redis_settings) as producer:
         entry_id = await producer.push(png(), "bottle", id="cam1-1", captured_at=taken, extra={"shift": b"\xff"})
-    ((stored_id, fields),) = await client.xrange(KEYS.images)
-    message = parse_image(stored_id.decode(), fields, LimitSettings())
-    assert stored_id.decode() == entry_id
+    ((stored_id, fields),) = await rows(client, KEYS.images)
+    message = parse_image(stored_id, fields, LimitSettings())
+    assert stored_id == entry_id
     assert (message.id, message.category, message.image) == ("cam1-1", "bottle", png())
     assert (message.captured_at, message.extra) == (taken, {"shift": b"\xff"})
 
@@ -110,7 +109,7 @@ async def test_a_producer_may_wait_for_room(client: Redis, redis_settings: Redis
         await wait_until_async(asked_again, "the producer asks for room again")
         await client.xdel(KEYS.images, first)
         second = await waiting
-    assert [entry_id.decode() for entry_id, _ in await client.xrange(KEYS.images)] == [second]
+    assert [one for one, _ in await rows(client, KEYS.images)] == [second]
 
 
 async def test_a_server_without_memory_is_a_full_backlog_and_counts_that(
@@ -161,7 +160,7 @@ async def test_few_small_images_before_many_large_ones_do_not_hide_their_bytes(
     async with Producer(redis_settings, backlog=BacklogSettings(max_bytes=6 * MIB)) as producer:
         with pytest.raises(BacklogFullError, match="bytes"):  # as many as the server's own estimate would be far below
             await producer.push(png(), "bottle")
-    assert await client.memory_usage(KEYS.images, samples=5) < 6 * MIB
+    assert (await client.memory_usage(KEYS.images, samples=5) or 0) < 6 * MIB
 
 
 async def test_a_long_stream_is_measured_now_and_then_and_what_is_pushed_in_between_is_added(
@@ -189,8 +188,8 @@ async def test_images_go_to_the_shard_of_their_id_and_without_one_to_each_in_tur
         for number in range(20):
             entry_id = await producer.push(png(), "bottle", id=f"part-{number}")
             assert await other.push(png(), "bottle", id=f"part-{number}") == entry_id
-            (row,) = await client.xrange(keys_of(settings, f"part-{number}").images, min=entry_id, max=entry_id)
-            assert row[1][b"id"] == f"part-{number}".encode()
+            written = dict(await rows(client, keys_of(settings, f"part-{number}").images))
+            assert written[entry_id][b"id"] == f"part-{number}".encode()
         lengths = [await client.xlen(keys.images) for keys in all_keys(settings)]
         assert sum(lengths) == 20
         for _ in range(8):
@@ -227,7 +226,7 @@ async def test_a_server_that_is_not_there_is_named(redis_settings: RedisSettings
 
 async def test_a_wrong_password_is_refused_without_being_told(client: Redis, redis_settings: RedisSettings) -> None:
     await client.acl_setuser("camera", enabled=True, passwords=["+right"], categories=["+@all"], keys=["*"])
-    settings = RedisSettings(url=redis_settings.url, username="camera", password="wrong-horse")  # type: ignore[arg-type]  # noqa: S106
+    settings = RedisSettings(url=redis_settings.url, username="camera", password="wrong-horse")  # noqa: S106
     with pytest.raises(ConfigError, match="refuses the user or the password") as raised:
         await Producer(settings).__aenter__()
     assert "horse" not in str(raised.value)

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from helpers.fakes import entry_id, png
+from helpers.streams import single_client
 from redis.asyncio import Redis
 
 from flawstream.imaging.pixels import PixelForm
@@ -31,10 +32,8 @@ SECRET = "X-Amz-Signature=0123456789"  # noqa: S105 - what must not be shown
 
 @pytest.fixture
 async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
-    client = make_client(redis_settings)
-    assert isinstance(client, Redis)
-    yield client
-    await client.aclose()
+    async with single_client(redis_settings) as client:
+        yield client
 
 
 class Camera:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from helpers.fakes import ARRIVED, make_result
+from helpers.streams import add, single_client
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -15,7 +16,7 @@ from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
 from workers.outcomes.results import DeadLetterReader, ResultReader
-from workers.redis.connection import StreamConnection, make_client
+from workers.redis.connection import StreamConnection
 
 pytestmark = pytest.mark.anyio
 
@@ -24,15 +25,13 @@ KEYS = StreamKeys()
 
 @pytest.fixture
 async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
-    client = make_client(redis_settings)
-    assert isinstance(client, Redis)
-    yield client
-    await client.aclose()
+    async with single_client(redis_settings) as client:
+        yield client
 
 
 async def add_result(client: StreamConnection, name: str, keys: StreamKeys = KEYS) -> str:
     result = make_result(name)
-    return str((await client.xadd(keys.results, dict(result_fields(result)))).decode())
+    return await add(client, keys.results, result_fields(result))
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ async def add_dead(client: Redis, name: str) -> str:
         failed_at=ARRIVED,
         entry_id="1-1",
     )
-    return str((await client.xadd(KEYS.dead, dict(dead_letter_fields(letter)))).decode())
+    return await add(client, KEYS.dead, dead_letter_fields(letter))
 
 
 async def test_results_come_from_the_moment_of_opening_on(client: Redis, redis_settings: RedisSettings) -> None:
@@ -118,7 +117,7 @@ async def test_an_entry_of_others_is_skipped_with_a_warning(
     client: Redis, redis_settings: RedisSettings, caplog: pytest.LogCaptureFixture, group: str | None
 ) -> None:
     async with ResultReader(redis_settings, group) as reader:
-        foreign = (await client.xadd(KEYS.results, {b"\xff": b"\x00"})).decode()
+        foreign = await add(client, KEYS.results, {b"\xff": b"\x00"})
         ours = await add_result(client, "a")
         with caplog.at_level(logging.WARNING):
             assert [key for key, _ in await reader.read()] == [ours]
@@ -148,7 +147,7 @@ async def test_results_of_all_shards_are_read_and_named_by_their_shard(
 async def test_results_are_acknowledged_in_their_own_shard(client: Redis, sharded: RedisSettings) -> None:
     shards = all_keys(sharded)
     for keys in shards:  # the same entry id in each
-        await client.xadd(keys.results, dict(result_fields(make_result("a"))), id="1-1")
+        await add(client, keys.results, result_fields(make_result("a")), entry_id="1-1")
     async with ResultReader(sharded, "quality") as reader:
         found = [key async for key, _ in first(reader, 3)]
         assert sorted(found) == ["0:1-1", "1:1-1", "2:1-1"]

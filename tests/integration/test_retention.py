@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from helpers.streams import rows, single_client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
@@ -11,7 +12,6 @@ from redis.asyncio import Redis
 from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings, RedisSettings
 from workers.outcomes.retention import RedisRetention
-from workers.redis.connection import make_client
 
 pytestmark = pytest.mark.anyio
 
@@ -23,7 +23,7 @@ FILLS_A_NODE = b"x" * 8192
 
 @pytest.fixture
 async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
-    async with make_client(redis_settings) as client:
+    async with single_client(redis_settings) as client:
         yield client
 
 
@@ -39,7 +39,7 @@ async def add_results(client: Redis, count: int, *, age_ms: int = 0, map_: bytes
 
 
 async def kept(client: Redis) -> list[str]:
-    return [entry_id.decode() for entry_id, _ in await client.xrange(KEYS.results)]
+    return [entry_id for entry_id, _ in await rows(client, KEYS.results)]
 
 
 async def trim(client: Redis, keep: int = 1_000_000, keep_s: float = 1e9) -> int:
@@ -105,7 +105,7 @@ def test_whatever_groups_have_read_what_they_need_stays_and_the_rest_follows_the
     )
 
     async def check() -> None:
-        async with make_client(redis_settings) as client:
+        async with single_client(redis_settings) as client:
             await client.flushall()
             ids = await add_results(client, old, age_ms=2 * DAY_MS) + await add_results(client, young)
             needed: set[str] = set()

@@ -47,7 +47,8 @@ async def test_what_a_push_has_confirmed_ends_once_though_the_primary_is_killed(
     lost = plant.primary()
     ids = [f"cam1-{number}" for number in range(300)]
     async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(make_client(settings))
+        client = make_client(settings)
+        stack.push_async_callback(client.aclose)
         producer = await stack.enter_async_context(Producer(settings))
         results = await stack.enter_async_context(ResultReader(settings, "quality"))
         worker = ShardedWorker(client, "a", FakeDetector(), Settings(redis=settings, worker=WORKER))

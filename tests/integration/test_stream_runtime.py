@@ -5,10 +5,12 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.fakes import FakeDetector, png
 from helpers.stream_work import working
+from helpers.streams import add, rows, single_client
 from redis.asyncio import Redis
 
 from schemas.errors import Reason
@@ -25,7 +27,6 @@ from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.outcomes.retention import RedisRetention
 from workers.ports import Completion, Deferral
 from workers.produce.producer import Producer
-from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
@@ -36,9 +37,8 @@ CLAIM_AT_ONCE_MS = 0
 
 @pytest.fixture
 async def client(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
-    client = make_client(redis_settings)
-    yield client
-    await client.aclose()
+    async with single_client(redis_settings) as client:
+        yield client
 
 
 def make_worker(
@@ -57,11 +57,11 @@ def make_worker(
 
 async def push(client: Redis, count: int = 1) -> list[str]:
     fields = {b"category": b"bottle", b"image": png()}
-    return [str((await client.xadd(KEYS.images, dict(fields))).decode()) for _ in range(count)]
+    return [await add(client, KEYS.images, fields) for _ in range(count)]
 
 
 async def published(client: Redis) -> list[DetectionResult]:
-    return [parse_result(fields) for _, fields in await client.xrange(KEYS.results)]
+    return [parse_result(fields) for _, fields in await rows(client, KEYS.results)]
 
 
 def raw_xadd(port: int, key: str, *values: bytes) -> bytes:
@@ -121,7 +121,7 @@ async def test_a_worker_killed_before_it_published_is_taken_over_and_the_image_e
         await asyncio.Event().wait()
         return []
 
-    killed._sink.publish = die_here  # type: ignore[method-assign]  # noqa: SLF001 - the moment between detect and publish
+    killed._sink.publish = die_here  # type: ignore[method-assign, assignment]  # noqa: SLF001 - the moment between detect and publish
     task = asyncio.create_task(killed.run_once())
     await reached.wait()
     task.cancel()
@@ -162,7 +162,7 @@ async def test_an_entry_that_breaks_every_worker_ends_as_poison(client: Redis, r
     assert await worker.run_once() == 0
     # Idle for 0 ms is idle: one sweep goes on until the entry has ended.
     assert await worker.sweep() == 1
-    ((_, fields),) = await client.xrange(KEYS.dead)
+    ((_, fields),) = await rows(client, KEYS.dead)
     letter = parse_dead_letter(fields)
     assert (letter.reason, letter.deliveries) == (Reason.POISON, 4)
     assert len(detector.batches) == 3
@@ -181,7 +181,7 @@ async def test_a_server_that_was_emptied_is_served_on(client: Redis, redis_setti
 async def test_a_server_that_comes_back_is_served_on(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path) as first, ExitStack() as later:
         settings = RedisSettings(url=first.url, block_ms=20)
-        async with make_client(settings) as client, ResultReader(settings, "quality") as results:
+        async with single_client(settings) as client, ResultReader(settings, "quality") as results:
             worker = make_worker(client, settings, "a")
             found = aiter(results)
             async with working(worker):
@@ -214,7 +214,7 @@ async def test_a_sweep_ends_though_deferred_images_can_be_claimed_again_at_once(
     ids = await push(client, 3)
     await worker.run_once()
     assert await worker.sweep() == 0
-    pending = await client.xpending_range(KEYS.images, KEYS.group, "-", "+", 10)
+    pending: Any = await client.xpending_range(KEYS.images, KEYS.group, "-", "+", 10)
     assert [one["message_id"].decode() for one in pending] == ids
     assert {one["times_delivered"] for one in pending} == {0}
     del detector.unknown["bottle"]

@@ -77,7 +77,7 @@ def client_files(folder: Path, authority: trustme.CA) -> dict[str, Path]:
 
 
 def settings_for(port: int, **files: Path) -> RedisSettings:
-    return RedisSettings(url=f"rediss://localhost:{port}/0", **files)  # type: ignore[arg-type]  # each is a Path
+    return RedisSettings(url=f"rediss://localhost:{port}/0", **files)
 
 
 async def greet(settings: RedisSettings) -> None:

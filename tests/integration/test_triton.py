@@ -139,7 +139,7 @@ class TestTritonEngine(EngineContract):
         with ThreadPoolExecutor(8) as pool:
             outcomes = list(pool.map(outcome, [loaded[0], "category-0@v9"] * 12))
         for good, bad in zip(outcomes[::2], outcomes[1::2], strict=True):
-            np.testing.assert_allclose(good, expected, rtol=1e-3)
+            np.testing.assert_allclose(np.asarray(good, np.float32), expected, rtol=1e-3)
             assert "category-0@v9" in str(bad)
 
     def test_version_that_the_server_lacks_is_refused(self, engine: TritonEngine, heads: list[FastFlowHead]) -> None:

@@ -282,7 +282,7 @@ async def run(minutes: float, images_per_s: float, pause_s: float, seed: int, fo
     err.print(_table(recoveries))
     err.print(
         f"{account.refused} pushes tried again, {proxy.cut_replies} replies cut, "
-        f"{station.starts} starts of the station, at the server {counters}"
+        f"{station.starts} starts of the station, at the server {counters!r}"
     )
     wrong = [
         key
@@ -329,7 +329,7 @@ def _tell(what: str, redis: RawRedis) -> None:
         consumers = []
     assert isinstance(consumers, list)
     about = [dict(zip(flat[::2], flat[1::2], strict=True)) for flat in consumers if isinstance(flat, list)]
-    in_hand = ", ".join(f"{one[b'name'].decode()} {one[b'pending']}" for one in about)
+    in_hand = ", ".join(f"{one[b'name']!r} {one[b'pending']!r}" for one in about)
     err.print(f"{time.strftime('%H:%M:%S')}  {what:<20} in hand: {in_hand}", highlight=False)
 
 

@@ -270,7 +270,7 @@ def _refusals(server: Server) -> int:
 
 
 def _most(samples: list[Sample], attribute: str) -> float:
-    return round(max(getattr(sample, attribute) for sample in samples), 1)
+    return round(max(float(getattr(sample, attribute)) for sample in samples), 1)
 
 
 def _table(samples: list[Sample], rates: list[float]) -> Table:

@@ -166,7 +166,8 @@ class Node:
 
     def _volume(self, pod: Pod, name: str, owner: tuple[int, int]) -> Path:
         """Give a volume's folder, made as a kubelet makes it."""
-        volume = next((v for v in pod.spec["volumes"] if v["name"] == name), {"name": name, "emptyDir": {}})
+        volumes: list[Body] = pod.spec["volumes"]
+        volume: Body = next((v for v in volumes if v["name"] == name), {"name": name, "emptyDir": {}})
         if "persistentVolumeClaim" in volume:
             return self._claims[volume["persistentVolumeClaim"]["claimName"]]
         folder = self._folder / f"volume-{self._number}-{name}"

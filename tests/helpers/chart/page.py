@@ -99,7 +99,7 @@ class Session:
         """Run a line to its end."""
         self._script.write(f"{line}\nprintf '\\n%s %s\\n' {_MARK} $?\n")
         self._script.flush()
-        output = []
+        output: list[str] = []
         assert self._shell.stdout is not None
         for said in self._shell.stdout:
             if said.startswith(_MARK):

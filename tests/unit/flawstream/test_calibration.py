@@ -74,7 +74,7 @@ def test_normal_images_are_called_anomalous_no_more_often_than_asked(rate: float
     rng = np.random.default_rng(7)
     alarms = []
     for _ in range(400):  # the promise is an average over calibration sets
-        calibration = calibrate(*rng.gamma(2.0, size=(2, 60)), rate, 0.03)
+        calibration = calibrate(rng.gamma(2.0, size=60), rng.gamma(2.0, size=60), rate, 0.03)
         alarms.append(np.mean(rng.gamma(2.0, size=200) > calibration.threshold))
     deviation = np.std(alarms) / math.sqrt(len(alarms))
     assert np.mean(alarms) <= rate + 3 * deviation

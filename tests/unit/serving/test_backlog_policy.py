@@ -20,13 +20,17 @@ def context(
     metrics: dict[str, list[list[tuple[float, Any]]]] | None, now: int, *, lowest: int = 1, highest: int = 8
 ) -> AutoscalingContext:
     """Make a context: for each metric the reports of each replica, as (time, value)."""
-    raw = metrics and {
-        name: {
-            ReplicaID(str(number), DEPLOYMENT): [TimeStampedValue(time, value) for time, value in series]
-            for number, series in enumerate(reports)
+    raw: Any = (
+        None
+        if metrics is None
+        else {
+            name: {
+                ReplicaID(str(number), DEPLOYMENT): [TimeStampedValue(time, value) for time, value in series]
+                for number, series in enumerate(reports)
+            }
+            for name, reports in metrics.items()
         }
-        for name, reports in metrics.items()
-    }
+    )
     return AutoscalingContext(
         deployment_id=DEPLOYMENT,
         deployment_name=DEPLOYMENT.name,

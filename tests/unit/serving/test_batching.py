@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from flawstream.imaging.pixels import Pixels
 from schemas.errors import DetectorOverloadedError, ShapeError
 from serving.batching import BatchBound, DrainBatcher
 
@@ -32,7 +33,7 @@ class Run:
         self.missing = 0
         self.fits = 1000
 
-    def __call__(self, images: NDArray[np.uint8], tags: Sequence[str]) -> Outputs:
+    def __call__(self, images: Pixels, tags: Sequence[str]) -> Outputs:
         numbers = [int(image[0, 0, 0]) for image in images]
         self.batches.append(numbers)
         self.started.release()
@@ -156,7 +157,7 @@ async def test_second_batch_begins_while_the_first_runs_and_what_comes_then_wait
 async def test_split_call_whose_last_part_is_done_first_is_put_together_in_order() -> None:
     first_may_end = threading.Event()
 
-    def run(images: NDArray[np.uint8], tags: Sequence[str]) -> Outputs:
+    def run(images: Pixels, tags: Sequence[str]) -> Outputs:
         numbers = [int(image[0, 0, 0]) for image in images]
         if 0 in numbers:
             first_may_end.wait()
@@ -206,7 +207,7 @@ async def test_full_queue_refuses_and_those_who_wait_are_served() -> None:
         with pytest.raises(DetectorOverloadedError, match=r"2 images wait and 3 may.*max_queue_images"):
             await submit(batcher, 4, 5)
         run.gate.set()
-        assert await asyncio.gather(first, waiting) == [expected(1), expected(2, 3)]
+        assert [await first, await waiting] == [expected(1), expected(2, 3)]
     assert run.batches == [[1], [2, 3]]
 
 

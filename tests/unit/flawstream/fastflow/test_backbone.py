@@ -2,52 +2,23 @@
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
-import safetensors.torch
-import timm
 import torch
-from torch import Tensor, nn
+from helpers.networks import make_network, pixels, save, settings
+from torch import nn
 
 from flawstream.fastflow import weights
 from flawstream.fastflow.backbone import Backbone, load_trained_backbone
 from flawstream.fastflow.weights import PACKAGED_BACKBONES, read_package
 from schemas.errors import ConfigError, WeightsError
-from schemas.settings import ModelSettings
 
 PACKAGED_DIGEST = "bb6df6ed51f3cd1c99b24c8d605ffcfaab843369703537cc668a256eb94b619f"
 """Of EfficientNet-Lite0's tensors up to stride 32."""
 LITE2_DIGEST = "b070e39c6940468b6f09a837f66ff25a49fc07b9691385bf291dd27c5faab5f7"
 """The same of EfficientNet-Lite2's."""
-
-
-def settings(**changes: object) -> ModelSettings:
-    return ModelSettings(**{"strides": (8, 16, 32), "input_size": 64, **changes})  # type: ignore[arg-type]
-
-
-def pixels(count: int = 1, side: int = 64) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8))
-
-
-def make_network(name: str = "resnet18", seed: int = 0, **arguments: object) -> nn.Module:
-    """A whole network with weights that nobody else has."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network: nn.Module = timm.create_model(name, pretrained=False, **arguments).eval()
-        for buffer_name, buffer in network.named_buffers():
-            if buffer_name.endswith("running_mean"):
-                buffer.normal_(std=0.1)
-    return network
-
-
-def save(network: nn.Module, path: Path, wrapper: str | None = None) -> Path:
-    state = network.state_dict()
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(state, path)
-    else:
-        torch.save({wrapper: state, "epoch": 3} if wrapper else state, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +86,7 @@ def test_local_file_gives_the_features_of_its_network(
 ) -> None:
     backbone = Backbone(settings(backbone="resnet18", weights=str(save(resnet18, tmp_path / file, wrapper))))
     x = (pixels().permute(0, 3, 1, 2) - backbone.shift) * backbone.factor
-    expected = resnet18.forward_intermediates(x, indices=[2, 3, 4], intermediates_only=True)
+    expected = cast("Any", resnet18).forward_intermediates(x, indices=[2, 3, 4], intermediates_only=True)
     for ours, theirs in zip(backbone(pixels()), expected, strict=True):
         assert torch.equal(ours, theirs)
     assert backbone.spec.weights == file
@@ -126,7 +97,7 @@ def test_local_file_gives_the_features_of_its_network(
     [("convnext_atto", (4, 8), {}), ("deit_tiny_distilled_patch16_224", (16,), {"num_classes": 3})],
 )
 def test_local_file_loads_where_timm_renames_tensors(
-    tmp_path: Path, name: str, strides: tuple[int, ...], arguments: dict[str, object]
+    tmp_path: Path, name: str, strides: tuple[int, ...], arguments: dict[str, Any]
 ) -> None:
     """Timm's feature networks join `stages.0` to `stages_0`, and put `model.` before a transformer's names."""
     network = make_network(name, **arguments)

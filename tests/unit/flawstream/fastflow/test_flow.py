@@ -64,7 +64,8 @@ def test_inverse_of_forward_is_the_input(
 def test_log_det_is_that_of_the_whole_jacobian(channels: int, *, conv3x3_only: bool) -> None:
     flow = make_flow(channels, conv3x3_only=conv3x3_only)
     x = features(1, channels, 2, 3)
-    jacobian = torch.autograd.functional.jacobian(lambda image: flow(image)[0], x).reshape(x.numel(), x.numel())
+    whole = torch.autograd.functional.jacobian(lambda image: flow(image)[0], x)  # type: ignore[no-untyped-call]
+    jacobian = whole.reshape(x.numel(), x.numel())
     _, expected = torch.linalg.slogdet(jacobian)
     torch.testing.assert_close(flow(x)[1][0], expected)
 

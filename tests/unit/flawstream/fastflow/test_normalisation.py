@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_head import FLOW, SPEC, features
+from helpers.heads import FLOW, SPEC, features
 from torch import nn
 
 from flawstream.fastflow.head import FastFlowHead, FoldedHead

@@ -1,10 +1,11 @@
 """Backbones by block: the paper's form of DeiT and CaiT, for any timm transformer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_backbone import make_network, pixels, save, settings
+from helpers.networks import make_network, pixels, save, settings
 from torch import Tensor, nn
 
 from flawstream.fastflow.backbone import Backbone, load_trained_backbone
@@ -30,7 +31,7 @@ def weights(network: nn.Module, tmp_path: Path) -> Path:
     return save(network, tmp_path / "a.safetensors")
 
 
-def by_hand(network: nn.Module, x: Tensor, block: int) -> Tensor:
+def by_hand(network: Any, x: Tensor, block: int) -> Tensor:
     """The paper's features as public re-implementations compute them; (B, C, H, W)."""
     x = network.patch_embed(x)
     if hasattr(network, "dist_token"):
@@ -60,7 +61,7 @@ def test_blocks_past_the_last_are_cut_off(network: nn.Module, weights: Path) -> 
         backbone = Backbone(settings(backbone=network.name, weights=str(weights), blocks=(block,), input_size=SIDE))
         return sum(parameter.numel() for parameter in backbone.parameters())
 
-    of_one_block = sum(parameter.numel() for parameter in network.blocks[0].parameters())
+    of_one_block = sum(parameter.numel() for parameter in network.get_submodule("blocks.0").parameters())
     assert parameters(5) - parameters(2) == 3 * of_one_block
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from flawstream.imaging import decode as images
 from flawstream.imaging.decode import decode_image
-from flawstream.imaging.pixels import PixelForm
+from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 
@@ -57,7 +57,7 @@ def turned(pixels: NDArray[np.uint8], image_format: str, orientation: int, **opt
     return encode(pixels, image_format, exif=exif, **options)
 
 
-def decode(data: bytes, size: int = SIZE) -> NDArray[np.uint8]:
+def decode(data: bytes, size: int = SIZE) -> Pixels:
     image = decode_image(data, PixelForm(size), LIMITS)
     assert image.pixels.shape == (size, size, 3)
     assert image.pixels.dtype == np.uint8
@@ -65,7 +65,7 @@ def decode(data: bytes, size: int = SIZE) -> NDArray[np.uint8]:
     return image.pixels
 
 
-def difference(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+def difference(a: Pixels, b: Pixels) -> float:
     return float(np.abs(a.astype(int) - b.astype(int)).max())
 
 
@@ -249,8 +249,8 @@ def test_decompression_bomb_is_refused_before_it_is_decoded(
     def decoded(*_: object, **__: object) -> None:
         pytest.fail("it was decoded")
 
-    monkeypatch.setattr(images.cv2, "imdecode", decoded)
-    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", decoded)
+    monkeypatch.setattr(cv2, "imdecode", decoded)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decoded)
     with pytest.raises(MessageError, match=r"send a smaller image") as caught:
         decode_image(png_header(width, height), FORM, LIMITS)
     assert caught.value.reason is Reason.TOO_LARGE
@@ -270,7 +270,7 @@ def test_limits_hold_to_the_pixel() -> None:
 
 
 def test_png_chunk_that_claims_more_than_there_is_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images.cv2, "imdecode", lambda *_: pytest.fail("OpenCV would take 2 GB"))
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("OpenCV would take 2 GB"))
     data = bytearray(encode(picture(), "PNG"))
     start = data.index(b"IDAT") - 4
     data[start : start + 4] = struct.pack(">I", 2**31 - 1)

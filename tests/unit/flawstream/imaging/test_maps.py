@@ -231,4 +231,5 @@ def test_picture_keeps_its_colours_as_jpeg() -> None:
     red = np.zeros((16, 16, 3), np.uint8)
     red[:, :, 0] = 255
     decoded = cv2.imdecode(np.frombuffer(encode_jpeg(red), np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert decoded is not None
     assert np.abs(decoded.astype(int) - red).max() <= 4

@@ -27,7 +27,8 @@ def texture(height: int, width: int) -> NDArray[np.uint8]:
     """Make a picture with fine and coarse structure in every channel."""
     random = np.random.default_rng(height * width)
     coarse = cv2.resize(random.uniform(0, 255, (8, 8, 3)), (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.clip(coarse + random.normal(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
+    made: NDArray[np.uint8] = np.clip(coarse + random.normal(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
+    return made
 
 
 def encode(pixels: NDArray[np.uint8], image_format: str, **options: object) -> bytes:

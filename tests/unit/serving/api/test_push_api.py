@@ -74,7 +74,10 @@ async def test_pushed_body_past_the_limit_is_413_and_nothing_is_pushed(bench: Be
 
 
 async def test_client_that_goes_away_in_the_middle_is_no_bug(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    messages = [{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}]
+    messages: list[dict[str, object]] = [
+        {"type": "http.request", "body": b"half", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
     sent: list[dict[str, object]] = []
 
     async def receive() -> dict[str, object]:

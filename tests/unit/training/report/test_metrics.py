@@ -288,7 +288,7 @@ def test_intervals_of_pixels_are_those_of_resampled_images() -> None:
         rows = np.concatenate([2 * generator.integers(0, 12, 12), 2 * generator.integers(0, 12, 12) + 1])
         drawn.append(tally([maps[row] for row in rows], [masks[row] for row in rows]))
     sums = [one._overlap for one in drawn], [one._positives for one in drawn], [one._negatives for one in drawn]  # noqa: SLF001 - its own resampling would be repeated for each
-    overlap, positives, negatives = (np.stack(one) for one in sums)
+    overlap, positives, negatives = (np.stack(one).astype(np.float64) for one in sums)
     for name, areas in (("aupro", aupro(overlap, negatives)), ("pixel_auroc", auroc(positives, negatives))):
         low, high = intervals[name]
         assert low < values[name] < high

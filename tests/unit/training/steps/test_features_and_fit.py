@@ -2,10 +2,10 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import cv2
 import numpy as np
@@ -68,7 +68,7 @@ def test_cached_features_are_the_backbone_s_but_for_float16(
     cache: FeatureCache, backbone: Backbone, paths: tuple[Path, ...]
 ) -> None:
     rows = np.array([18, 0, 7])
-    images = np.stack([cv2.imread(str(paths[row]), cv2.IMREAD_COLOR_RGB) for row in rows])
+    images = np.stack([np.asarray(cv2.imread(str(paths[row]), cv2.IMREAD_COLOR_RGB)) for row in rows])
     for cached, direct in zip(cache.take(rows), backbone(torch.from_numpy(images)), strict=True):
         assert cached.dtype == torch.float32
         torch.testing.assert_close(cached, direct, rtol=2e-3, atol=2e-3)
@@ -100,7 +100,7 @@ def test_cache_has_no_files_that_could_be_left_behind(
     filling = FeatureCache(tmp_path, paths, extractor).fill()
     assert next(filling) == 16
     assert list(tmp_path.iterdir()) == []
-    filling.close()
+    cast("Generator[int]", filling).close()
 
 
 def test_room_of_a_cache_is_free_again_when_it_is_gone(
@@ -154,7 +154,7 @@ def test_consumer_between_two_batches_can_train(paths: tuple[Path, ...], extract
     next(batches)
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
-    batches.close()
+    cast("Generator[object]", batches).close()
 
 
 def fit(cache: FeatureCache, extractor: FeatureExtractor, recipe: TrainingSettings) -> tuple[bytes, list[FitProgress]]:

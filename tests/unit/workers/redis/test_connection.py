@@ -169,13 +169,13 @@ def test_a_tls_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, cont
     if content:
         path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"redis\.{name} {path} "):
-        make_client(RedisSettings(url="rediss://plant", **{name: path}))  # type: ignore[arg-type]  # a Path
+        make_client(RedisSettings(url="rediss://plant", **{name: path}))
 
 
 @pytest.mark.parametrize("name", ["tls_ca_file", "tls_cert_file", "tls_key_file"])
 def test_tls_files_without_tls_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="rediss://"):
-        make_client(RedisSettings(url="redis://plant", **{name: tmp_path}))  # type: ignore[arg-type]  # a Path
+        make_client(RedisSettings(url="redis://plant", **{name: tmp_path}))
 
 
 def test_a_key_without_its_certificate_is_refused(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_sentinels_are_asked_with_the_same_tls_and_timeouts_and_without_the_pass
         RedisSettings(url="rediss://plant", sentinels=("a",), password=SecretStr(PASSWORD), timeout_s=3, block_ms=1)
     )
     assert isinstance(client, Redis)
-    (sentinel,) = client.connection_pool.sentinel_manager.sentinels
+    (sentinel,) = client.connection_pool.sentinel_manager.sentinels  # type: ignore[attr-defined]  # a pool of Sentinels has it
     to_primary, to_sentinel = client.connection_pool, sentinel.connection_pool
     assert issubclass(to_primary.connection_class, SSLConnection)
     assert issubclass(to_sentinel.connection_class, SSLConnection)
