@@ -121,7 +121,7 @@ def test_train_refuses_orphan_masks_and_too_few_images_before_a_start(
     write_mask(tmp_path / "bottle/ground_truth/broken/100_mask.png")
     ran = run("train", tmp_path, *options)
     assert ran.code == 3
-    assert "9 normal images to train on, and at least 10 are needed" in ran.err
+    assert "9 normal training images; at least 10 are needed" in ran.err
     assert "100_mask.png: is a mask without an image" in ran.err
     assert "nothing is trained: the check of the data set found errors: 2" in ran.err
     assert not unstarted
@@ -155,7 +155,7 @@ def test_categories_with_errors_are_left_out_with_the_reason_and_the_way_out(one
     assert list(faulty) == ["bottle", "lid"]
     assert "found errors: 2, the first: " in faulty["bottle"]
     assert f"{one_damaged}/bottle/train/good/000.png: 8 bytes that start with" in faulty["bottle"]
-    assert "found errors: 1, the first: 9 normal images to train on" in faulty["lid"]
+    assert "found errors: 1, the first: 9 normal training images" in faulty["lid"]
     assert faulty["lid"].endswith("then train it alone with `-c lid`")
 
 

@@ -192,7 +192,7 @@ def test_network_of_another_input_size_is_refused(tmp_path: Path) -> None:
 def test_network_whose_grids_are_no_share_of_the_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as inception_v3, which pads nothing, and swin, which puts the channels last."""
     monkeypatch.setattr(Backbone, "forward", lambda _self, images: [images.new_zeros((1, 8, 8, 40))])
-    with pytest.raises(ConfigError, match=r"\[\(8, 8, 40\)\].*\[\(40, 8, 8\)\] are needed; choose another"):
+    with pytest.raises(ConfigError, match=r"\[\(8, 8, 40\)\].*expected \[\(40, 8, 8\)\]; choose another"):
         Backbone(settings(strides=(8,)))
 
 

@@ -340,7 +340,7 @@ def contradict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("change", [blend, repeat_a_row, contradict])
 def test_matrix_that_is_no_permutation_is_refused(tmp_path: Path, change: Change) -> None:
-    with pytest.raises(WeightsError, match="step 1 of scale 0 mixes channels by a matrix that is no permutation"):
+    with pytest.raises(WeightsError, match="step 1 of scale 0 mixes channels by a matrix that is not a permutation"):
         read_changed("resnet18", tmp_path, change)
 
 
@@ -368,7 +368,7 @@ def test_other_backbone_than_the_one_named_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.pt", read_fixture("deit")[0])
     with pytest.raises(WeightsError, match="is none of cait_m48_448"):
         read_anomalib(path, "cait_m48_448")
-    with pytest.raises(ConfigError, match="no backbone 'vgg16'; give auto, resnet18"):
+    with pytest.raises(ConfigError, match="no backbone 'vgg16'; choose one of auto, resnet18"):
         read_anomalib(path, "vgg16")
 
 
@@ -385,5 +385,5 @@ def test_import_without_images_is_refused(tmp_path: Path, run: Run) -> None:
     arguments = ("-c", "bottle", "--data", str(tmp_path), "--registry", str(tmp_path / "models"))
     ran = run("models", "import-anomalib", str(path), *arguments)
     assert ran.code != 0
-    assert "name a folder of normal images that did not train the model" in ran.err
+    assert "give a folder of normal images that did not train the model" in ran.err
     assert not (tmp_path / "models").exists()

@@ -78,14 +78,14 @@ def test_heatmap_is_a_picture_and_holds_no_values() -> None:
     picture = cv2.imdecode(np.frombuffer(encoded.data, np.uint8), cv2.IMREAD_COLOR)
     assert picture is not None
     assert picture.shape == (*SHAPE, 3)
-    with pytest.raises(MessageError, match="heatmap-jpeg holds no values"):
+    with pytest.raises(MessageError, match="heatmap-jpeg has no values"):
         decode_map(encoded)
 
 
 def test_no_map_holds_no_values() -> None:
     encoded = encode_map(make_grids(), SHAPE, MapCodec.NONE, threshold=1.0)
     assert encoded == AnomalyMap(codec=MapCodec.NONE)
-    with pytest.raises(MessageError, match="none holds no values"):
+    with pytest.raises(MessageError, match="none has no values"):
         decode_map(encoded)
 
 

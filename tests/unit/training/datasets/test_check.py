@@ -89,7 +89,7 @@ def test_too_few_normal_images_are_one_error(tmp_path: Path, count: int) -> None
     write_images(tmp_path / "bottle/train/good", count)
     (found,) = check(load_mvtec(tmp_path)[0])
     assert (found.problem, found.severity) == (DatasetProblem.TOO_FEW, Severity.ERROR)
-    assert found.text.startswith(f"{count or 'no'} normal images to train on, and at least 10 are needed")
+    assert found.text.startswith(f"{count or 'no'} normal training images; at least 10 are needed")
 
 
 def test_too_few_images_for_the_false_alarm_rate_are_a_warning(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def lose_batch(folder: Path) -> None:
     [
         (truncate, "data_batch_3.bin is damaged: 5,000 bytes"),
         (mislabel, "test_batch.bin is damaged: a label is above 9"),
-        (rename_class, "names the classes ../up"),
+        (rename_class, "has the classes ../up"),
         (lose_batch, "data_batch_5.bin cannot be read"),
     ],
 )

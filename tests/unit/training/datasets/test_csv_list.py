@@ -54,13 +54,13 @@ def test_absolute_paths_stay(tmp_path: Path) -> None:
 def test_only_the_categories_asked_for_are_read(tmp_path: Path) -> None:
     file = write_list(tmp_path, "can,train,good,1.png,", "lid,train,good,2.png,", "my can,train,good,3.png,")
     assert [data.name for data in load_csv_list(file, ["lid", "can"])] == ["lid", "can"]
-    with pytest.raises(DatasetError, match=r"'my can' in .*parts\.csv cannot name a category"):
+    with pytest.raises(DatasetError, match=r"'my can' in .*parts\.csv is not a valid category name"):
         load_csv_list(file)
 
 
 def test_defective_image_that_would_train_is_refused(tmp_path: Path) -> None:
     file = write_list(tmp_path, "can,train,good,1.png,", "can,train,dent,2.png,")
-    with pytest.raises(DatasetError, match=r"line 3: only normal images train, and the label is 'dent'"):
+    with pytest.raises(DatasetError, match=r"line 3: only normal images can train, but the label is 'dent'"):
         load_csv_list(file)
 
 
@@ -71,7 +71,7 @@ def test_all_wrong_lines_are_counted_and_the_first_are_told(tmp_path: Path) -> N
     with pytest.raises(DatasetError) as refused:
         load_csv_list(file)
     told = str(refused.value)
-    assert "has 7 wrong lines" in told
+    assert "has 7 invalid lines" in told
     assert "line 2: split is 'valid' and must be train or test" in told
     assert "line 3: category must not be empty" in told
     assert "line 4: label must not be empty" in told

@@ -56,7 +56,7 @@ def test_categories_asked_for_reach_the_adapter(tmp_path: Path) -> None:
 def test_folder_of_two_layouts_must_be_named(tmp_path: Path) -> None:
     write_images(tmp_path / "01" / "train" / "ok", 1)
     write_images(tmp_path / "bottle" / "train" / "good", 1)
-    with pytest.raises(DatasetError, match=r"could be mvtec or btad; say which with --layout"):
+    with pytest.raises(DatasetError, match=r"could be mvtec or btad; choose with --layout"):
         open_dataset(tmp_path)
     assert [data.name for data in open_dataset(tmp_path, layout=DatasetLayout.BTAD)] == ["01"]
 
