@@ -156,7 +156,7 @@ def test_categories_with_errors_are_left_out_with_the_reason_and_the_way_out(one
     assert "found errors: 2, the first: " in faulty["bottle"]
     assert f"{one_damaged}/bottle/train/good/000.png: 8 bytes that start with" in faulty["bottle"]
     assert "found errors: 1, the first: 9 normal training images" in faulty["lid"]
-    assert faulty["lid"].endswith("then train it alone with `-c lid`")
+    assert faulty["lid"].endswith("then train this category with `-c lid`")
 
 
 def test_strict_train_starts_nothing_where_one_category_has_an_error(
@@ -164,7 +164,7 @@ def test_strict_train_starts_nothing_where_one_category_has_an_error(
 ) -> None:
     ran = run("train", one_damaged, "--strict")
     assert ran.code == 3
-    assert "found errors: 3; mend what is listed above, or train the other categories without --strict" in ran.err
+    assert "found errors: 3; fix what is listed above, or train the other categories without --strict" in ran.err
     assert not unstarted
     assert run("train", one_damaged).code == 130
     assert unstarted == [None]
@@ -178,7 +178,7 @@ def test_train_starts_nothing_where_every_category_has_errors(
     assert ran.code == 3
     assert "error bottle: " in ran.err
     assert "error lid: " in ran.err
-    assert "found errors: 3; mend what is listed above\n" in ran.err
+    assert "found errors: 3; fix what is listed above\n" in ran.err
     assert not unstarted
 
 
