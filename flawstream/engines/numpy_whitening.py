@@ -28,7 +28,7 @@ def array_normaliser(statistics: nn.Module) -> Callable[[Grid], Grid]:
 
 
 def _layer_norm(norm: nn.LayerNorm) -> Callable[[Grid], Grid]:
-    factor, offset, epsilon = norm.weight.numpy(), norm.bias.numpy(), np.float32(norm.eps)
+    factor, offset, epsilon = norm.weight.detach().numpy(), norm.bias.detach().numpy(), np.float32(norm.eps)
 
     def run(features: Grid) -> Grid:
         centred = features - features.mean(axis=(1, 2, 3), keepdims=True)

@@ -22,7 +22,7 @@ from flawstream.engines.ncnn.graphs import NcnnGraph, backbone_graphs, flow_grap
 from flawstream.engines.numpy_whitening import array_normaliser
 from flawstream.engines.openvino.compile import ImageGraph, openvino_is_installed
 from flawstream.engines.openvino.int8_graph import Int8Flows
-from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart, load_int8
+from flawstream.engines.openvino.int8_versions import load_int8
 from flawstream.engines.protocol import Read, empty_grids, fill_rows, no_files
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
@@ -63,7 +63,7 @@ class NcnnEngine:
         else:
             self._backbone = _BackboneGraphs(backbone, self._threads)
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Head | Int8Version":
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Head | Int8Flows":
         """Fold a head, write it down as graphs and run them once."""
         if self.int8 and (version := load_int8(head, manifest, read)) is not None:
             return version
@@ -74,12 +74,12 @@ class NcnnEngine:
             loaded.judge(scale, values)
         return loaded
 
-    def detect(self, images: Pixels, heads: Sequence[tuple["_Head | Int8Version", NDArray[np.int64]]]) -> list[Grid]:
+    def detect(self, images: Pixels, heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]) -> list[Grid]:
         """Run backbone and head image by image, each on a thread of its own; see `Engine`."""
         with self._counting:
             self._under_way += 1
         try:
-            return detect_apart(np.ascontiguousarray(images), heads, self.spec, self._detect)
+            return self._detect(np.ascontiguousarray(images), heads)
         finally:
             with self._counting:
                 self._under_way -= 1

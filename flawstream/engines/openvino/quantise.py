@@ -19,8 +19,6 @@ from torch.nn import functional
 _SMALLEST = 1e-8
 _STEPS_SIGNED, _STEPS_UNSIGNED = 127, 255
 
-Choice = Callable[[nn.Conv2d], bool]
-
 
 class QuantisedConv(nn.Module):
     """A convolution of int8 weights and int8 inputs. Inputs beyond the range that was seen are cut off.
@@ -52,13 +50,12 @@ class QuantisedConv(nn.Module):
         return functional.conv2d(x, weight, own.bias, own.stride, own.padding, own.dilation, own.groups)
 
 
-def quantise(module: nn.Module, run: Callable[[], object], choose: Choice) -> int:
-    """Put int8 convolutions in place of a module's own.
+def quantise(module: nn.Module, run: Callable[[], object]) -> int:
+    """Replace a module's convolutions by int8 ones.
 
     Args:
         module: Changed in place.
         run: Runs the module on representative inputs; called once.
-        choose: Which convolutions.
 
     Returns:
         How many were replaced.
@@ -73,54 +70,12 @@ def quantise(module: nn.Module, run: Callable[[], object], choose: Choice) -> in
 
     with ExitStack() as hooks:
         for one in module.modules():
-            if isinstance(one, nn.Conv2d) and choose(one):
+            if isinstance(one, nn.Conv2d):
                 hooks.callback(one.register_forward_pre_hook(look).remove)
         with torch.inference_mode():
             run()
     _replace(module, {convolution: QuantisedConv(convolution, *range_) for convolution, range_ in seen.items()})
     return len(seen)
-
-
-def fold_batch_norms(module: nn.Module, run: Callable[[], object]) -> None:
-    """Put plain batch norms behind convolutions into those, exactly: a compiler sees no int8 behind a factor.
-
-    Args:
-        module: Changed in place; in evaluation mode.
-        run: Runs the module once, which shows what stands behind what.
-    """
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    behind: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-
-    def note_output(convolution: nn.Module, _: object, output: Tensor) -> None:
-        assert isinstance(convolution, nn.Conv2d)  # noqa: S101 - hooked below
-        made[id(output)] = convolution, output  # kept, so that no other tensor gets its identity
-
-    def note_input(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101 - hooked below
-        if id(inputs[0]) in made:
-            behind.append((made[id(inputs[0])][0], norm))
-
-    with ExitStack() as hooks:
-        for one in module.modules():
-            if isinstance(one, nn.Conv2d):
-                hooks.callback(one.register_forward_hook(note_output).remove)
-            elif type(one) is nn.BatchNorm2d:
-                hooks.callback(one.register_forward_pre_hook(note_input).remove)
-        with torch.inference_mode():
-            run()
-    for convolution, norm in behind:
-        _fold(convolution, norm)
-    _replace(module, {norm: nn.Identity() for _, norm in behind})
-
-
-@torch.no_grad()
-def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None  # noqa: S101 - timm's keep statistics
-    assert norm.running_var is not None  # noqa: S101 - the same
-    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    before = 0 if convolution.bias is None else convolution.bias
-    convolution.bias = nn.Parameter((before - norm.running_mean) * gain + norm.bias, requires_grad=False)
-    convolution.weight = nn.Parameter(convolution.weight * gain[:, None, None, None], requires_grad=False)
 
 
 def _replace(module: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
