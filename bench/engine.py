@@ -1,14 +1,18 @@
-"""How fast the engines are beside anomalib: the same weights, the same images, in one run, in turns.
+"""How fast the engines judge what `flawstream train` publishes, beside anomalib with the same backbone, in turns.
 
-    python -m bench.engine --peer-python .venv-anomalib/bin/python [--rounds 5]
+    python -m bench.engine --peer-python .venv-anomalib/bin/python [--rounds 5] [--presets resnet18]
 
-ResNet18 FastFlow at 256 px, eight steps of 3x3 subnets at three stages, weights seeded and scattered as in
-`bench.parity`. Both sides are given uint8 images and give float32 maps at the size of the image; converting,
-normalising and upsampling are inside the time. Each of our engines has a process of its own, as in a service; anomalib
-has one. Each turn lets every engine judge the same batch; medians are told. Beside the speed stands what it costs: the
-largest difference of a map value to plain float32 torch, and how well the order of image scores is kept (Spearman's
-coefficient). Ranges for int8 are taken from other images than those judged. What a service judges in int8 is what
-training has proven: `training.int8`.
+For each preset a version is trained and published by `training.pipeline`, which `flawstream train` runs: one epoch on
+few solar cells, as speed does not depend on how well it was trained. Each of our engines has a process of its own,
+which loads the version as the detector does; `auto` is what serves it. anomalib has a process too: its own FastFlow
+with the same backbone, feature scales and flow steps, in torch and exported by its `to_openvino` at its default
+precision. For ResNet18 a model of anomalib's is imported as well, and judged by `auto`. Both sides are given the same
+32 photographs as uint8 pixels and give float32 maps at the size of the image; converting, normalising and upsampling
+are inside the time. Each turn lets every engine judge the same batch; figures are medians. Beside them stands what an
+engine loses: the largest difference of a map value to plain float32 torch, and how well the order of image scores is
+kept (Spearman's coefficient).
+
+The last line is JSON. `ratio` is `auto` over the faster of anomalib's two.
 """
 
 import argparse
@@ -18,54 +22,86 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
-from bench.engine_ours import ENGINES, maps_of
-from flawstream.engines.openvino.int8_graph import int8_pays
-from flawstream.fastflow.anomalib import read_anomalib
-from flawstream.fastflow.head import FoldedHead
-from flawstream.fastflow.score import score_images
+from bench.engine_versions import CATEGORY, Cells, Reference, Version, import_checkpoint, train, write_cells
+from schemas.presets import PresetName
 from schemas.settings import ModelSettings
 
+PRESETS: tuple[PresetName, ...] = ("efficientnet_lite0", "resnet18")
+IMPORTED: PresetName = "resnet18"
+AUTO = ("auto", "auto")
+ENGINES = (AUTO, ("ncnn", "f32"), ("openvino", "f32"), ("torch", "f32"))
+"""Engine and precision; the first is what serves, and the others show what it is chosen from."""
 BATCHES = (1, 8, 32)
 RUNS = {1: 16, 8: 2, 32: 1}
 """Of one engine's turn, by batch."""
 PAUSE_S = 0.5
-BAR = {1: 1.5, 8: 1.5}
-"""Best of ours over best of anomalib's."""
 PEERS = Path(__file__).parent / "peers"
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One engine, ours or theirs.
+    """One engine with one version, or anomalib.
 
     Attributes:
-        name: Engine and precision.
-        ours: Whose.
-        turn: Judges a batch of so many images so many times; gives the seconds of each.
-        map_difference: Largest of a map value, in [-1, 0], to plain torch.
+        kind: `trained`, `imported` or `anomalib`.
+        name: Engine and arithmetic.
+        serves: Whether it is what `auto` chose.
+        turn: Judges a batch of so many images so many times; returns the seconds of each.
+        map_difference: Largest of a map value, in [-1, 0], to plain torch; None where nothing has the same weights.
         rank: Spearman's coefficient of image scores to plain torch's.
         seconds: By batch, of all runs.
     """
 
+    kind: str
     name: str
-    ours: bool
+    serves: bool
     turn: Callable[[int, int], list[float]]
-    map_difference: float
-    rank: float | None
+    map_difference: float | None = None
+    rank: float | None = None
     seconds: dict[int, list[float]] = field(default_factory=lambda: {batch: [] for batch in BATCHES})
 
-    def images_per_s(self, batch: int) -> float:
-        """Take the median over the rounds."""
-        return batch / float(np.median(self.seconds[batch]))
+    @property
+    def images_per_s(self) -> dict[int, float]:
+        """Take the medians, by batch."""
+        return {batch: batch / float(np.median(self.seconds[batch])) for batch in BATCHES}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What was measured with one backbone.
+
+    Attributes:
+        backbone: timm's name.
+        contenders: All, measured.
+    """
+
+    backbone: str
+    contenders: Sequence[Contender]
+
+    def served(self, kind: str) -> Contender | None:
+        """Find what `auto` serves a kind of version with."""
+        return next((one for one in self.contenders if one.kind == kind and one.serves), None)
+
+    @property
+    def best_of_anomalib(self) -> dict[int, float]:
+        """Take the faster of anomalib's two, by batch; img/s."""
+        theirs = [one.images_per_s for one in self.contenders if one.kind == "anomalib"]
+        return {batch: max(one[batch] for one in theirs) for batch in BATCHES}
+
+    def ratio(self, kind: str) -> dict[int, float] | None:
+        """Divide what serves a kind of version by the best of anomalib's."""
+        ours = self.served(kind)
+        if ours is None:
+            return None
+        return {batch: ours.images_per_s[batch] / self.best_of_anomalib[batch] for batch in BATCHES}
 
 
 class Side:
@@ -83,10 +119,10 @@ class Side:
         self.first = self._answer()
 
     def turn(self, **asked: object) -> Callable[[int, int], list[float]]:
-        """Give what has it judge.
+        """Return a function that has it judge.
 
         Args:
-            asked: Said with every request.
+            asked: Part of every request.
         """
 
         def run(batch: int, runs: int) -> list[float]:
@@ -99,42 +135,16 @@ class Side:
         return run
 
     def close(self) -> None:
-        """Let it end."""
+        """End it."""
         self._process.communicate()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None  # noqa: S101 - Popen was given a pipe
         line = self._process.stdout.readline()
         if not line:
-            sys.exit("one side ended; what it said stands above")
+            sys.exit("one side ended; its error is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-
-class Reference:
-    """What plain torch in float32 gives for the images that are judged.
-
-    Args:
-        folder: Has checkpoint.pt and images.npy.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        model = read_anomalib(folder / "checkpoint.pt")
-        backbone = model.make_backbone()
-        images, _ = np.split(np.load(folder / "images.npy"), 2)
-        with torch.inference_mode():
-            grids = [grid.numpy() for grid in FoldedHead(model.make_head(backbone))(backbone(torch.from_numpy(images)))]
-        self._maps = maps_of(grids, backbone.spec.input_size)
-        self._scores = score_images(grids, 0.03)
-
-    def difference(self, maps: Path) -> float:
-        """Compare the first maps."""
-        theirs = np.load(maps)
-        return float(np.abs(theirs - self._maps[: len(theirs)]).max())
-
-    def rank(self, scores: Path) -> float:
-        """Compare the order of image scores."""
-        return float(spearmanr(np.load(scores), self._scores).statistic)
 
 
 def take_turns(contenders: Sequence[Contender], rounds: int) -> None:
@@ -144,7 +154,7 @@ def take_turns(contenders: Sequence[Contender], rounds: int) -> None:
     run that brings the engine back into the caches and is not counted.
     """
     for turn in range(rounds + 1):
-        sys.stderr.write(f"round {turn} of {rounds}, load average {os.getloadavg()[0]:.1f}\n")
+        sys.stderr.write(f"  round {turn} of {rounds}, load average {os.getloadavg()[0]:.1f}\n")
         for batch in BATCHES:
             for contender in contenders:
                 time.sleep(PAUSE_S)
@@ -153,42 +163,17 @@ def take_turns(contenders: Sequence[Contender], rounds: int) -> None:
                     contender.seconds[batch] += seconds
 
 
-def show(contenders: Sequence[Contender]) -> dict[int, float]:
-    """Print the table and the last line; give best of ours over best of theirs by batch."""
-    header = "".join(f"{f'batch {batch}':>10}" for batch in BATCHES)
-    print(f"{'img/s':34}{header}{'map max|diff|':>15}{'rank':>9}")
-    for one in contenders:
-        speed = "".join(f"{one.images_per_s(batch):10.1f}" for batch in BATCHES)
-        rank = "" if one.rank is None else f"{one.rank:9.4f}"
-        whose = "flawstream" if one.ours else "anomalib"
-        print(f"{f'{whose}, {one.name}':34}{speed}{one.map_difference:15.1e}{rank}")
-    table = {
-        ours: {
-            one.name: {str(batch): round(one.images_per_s(batch), 2) for batch in BATCHES}
-            for one in contenders
-            if one.ours is ours
-        }
-        for ours in (True, False)
-    }
-    ratio = {
-        batch: max(one.images_per_s(batch) for one in contenders if one.ours)
-        / max(one.images_per_s(batch) for one in contenders if not one.ours)
-        for batch in BATCHES
-    }
-    told = {str(batch): round(value, 3) for batch, value in ratio.items()}
-    print(json.dumps({"bench": "engine", "ratio": told, "ours": table[True], "anomalib": table[False]}))
-    return ratio
+def compare(preset: PresetName, cells: Cells, folder: Path, peer_python: str, rounds: int) -> Compared:
+    """Make the versions of one preset and measure them beside anomalib.
 
-
-def main() -> None:
-    """Measure, print, and fail where the bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", required=True, help="Python of the environment that has anomalib.")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    threads = os.cpu_count() or 1
-    torch.set_num_threads(threads)
-    settings = ModelSettings(preset="resnet18")
+    Args:
+        preset: Which.
+        cells: The images.
+        folder: For everything that is made.
+        peer_python: Python of the environment that has anomalib.
+        rounds: How often each engine has its turn.
+    """
+    settings = ModelSettings(preset=preset)
     configuration = {
         "backbone": settings.backbone,
         "input_size": settings.input_size,
@@ -196,43 +181,128 @@ def main() -> None:
         "conv3x3_only": settings.conv3x3_only,
         "hidden_ratio": settings.hidden_ratio,
     }
-    engines = [name for name in ENGINES if int8_pays() or not name.endswith("int8")]
-    with tempfile.TemporaryDirectory() as name:
-        folder, most = Path(name), max(BATCHES)
-        sys.stderr.write("making a model of anomalib's ...\n")
-        subprocess.run(  # noqa: S603 - our own script
-            [
-                *(arguments.peer_python, "-W", "ignore", str(PEERS / "anomalib_maps.py")),
-                *("--configuration", json.dumps(configuration), "--out", str(folder), "--images", str(2 * most)),
-            ],
-            check=True,
-        )
-        reference = Reference(folder)
-        sides: list[Side] = []
-        contenders: list[Contender] = []
-        for engine in engines:
-            sys.stderr.write(f"starting {engine} ...\n")
-            sides.append(Side([sys.executable, "-W", "ignore", "-m", "bench.engine_ours", engine, str(folder)]))
-            difference, rank = (
-                reference.difference(folder / f"maps-{engine}.npy"),
-                reference.rank(folder / f"scores-{engine}.npy"),
+    _note(f"{preset}: training a version ...")
+    versions = {"trained": train(preset, cells, folder)}
+    checkpoint = folder / "checkpoint.pt"
+    if preset == IMPORTED:
+        _note(f"{preset}: making a model of anomalib's and importing it ...")
+        _run_peer(peer_python, "anomalib_maps.py", "--configuration", json.dumps(configuration), "--out", str(folder))
+        versions["imported"] = import_checkpoint(checkpoint, cells, folder)
+    images = cells.pixels(settings.input_size)
+    np.save(folder / "images.npy", images)
+    sides: list[Side] = []
+    contenders: list[Contender] = []
+    for kind, version in versions.items():
+        reference = Reference(version, images)
+        for engine, precision in ENGINES if kind == "trained" else (AUTO,):
+            if any((one.kind, one.name) == (kind, f"{engine} float32") for one in contenders):
+                continue  # it is what `auto` chose
+            _note(f"{preset}: starting {engine} {precision} on the {kind} version ...")
+            sides.append(_start_ours(version, engine, precision, folder))
+            contenders.append(
+                Contender(
+                    kind,
+                    f"{sides[-1].first['engine']} {sides[-1].first['arithmetic']}",
+                    serves=engine == "auto",
+                    turn=sides[-1].turn(),
+                    map_difference=reference.difference(folder / "maps.npy"),
+                    rank=reference.rank(folder / "scores.npy"),
+                )
             )
-            contenders.append(Contender(engine, ours=True, turn=sides[-1].turn(), map_difference=difference, rank=rank))
-        sys.stderr.write("exporting it by anomalib's to_openvino ...\n")
-        command = [arguments.peer_python, "-W", "ignore", str(PEERS / "anomalib_engine.py"), "--folder", str(folder)]
-        command += ["--configuration", json.dumps(configuration), "--threads", str(threads)]
-        sides.append(Side(command))
-        for how, label in (("torch", "torch eager"), ("openvino", f"to_openvino, {sides[-1].first['precision']}")):
-            difference = reference.difference(folder / f"maps-{how}.npy")
-            turn = sides[-1].turn(how=how)
-            contenders.append(Contender(label, ours=False, turn=turn, map_difference=difference, rank=None))
-        take_turns(contenders, arguments.rounds)
-        for side in sides:
-            side.close()
-    ratio = show(contenders)
-    missed = [f"{ratio[batch]:.2f} at batch {batch}" for batch, bar in BAR.items() if ratio[batch] < bar]
-    if missed:
-        sys.exit(f"best of ours over best of anomalib's is below 1.5: {', '.join(missed)}")
+    _note(f"{preset}: exporting anomalib's model by its to_openvino ...")
+    command = [*_peer(peer_python, "anomalib_engine.py"), "--folder", str(folder)]
+    command += ["--configuration", json.dumps(configuration | {"strides": settings.strides})]
+    command += ["--threads", str(os.cpu_count() or 1)]
+    sides.append(Side(command + (["--checkpoint", str(checkpoint)] if checkpoint.exists() else [])))
+    for how, name in (("torch", "torch eager"), ("openvino", f"to_openvino {sides[-1].first['precision']}")):
+        difference = reference.difference(folder / f"maps-{how}.npy") if "imported" in versions else None
+        turn = sides[-1].turn(how=how)
+        contenders.append(Contender("anomalib", name, serves=False, turn=turn, map_difference=difference))
+    take_turns(contenders, rounds)
+    for side in sides:
+        side.close()
+    return Compared(settings.backbone, contenders)
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _peer(python: str, script: str) -> list[str]:
+    return [python, "-W", "ignore", str(PEERS / script)]
+
+
+def _run_peer(python: str, script: str, *arguments: str) -> None:
+    subprocess.run([*_peer(python, script), *arguments], check=True)  # noqa: S603 - our own script
+
+
+def _start_ours(version: Version, engine: str, precision: str, folder: Path) -> Side:
+    job = {
+        "root": str(version.root),
+        "category": CATEGORY,
+        "weights": version.weights,
+        "engine": engine,
+        "precision": precision,
+        "images": str(folder / "images.npy"),
+        "out": str(folder),
+    }
+    return Side([sys.executable, "-W", "ignore", "-m", "bench.engine_ours", json.dumps(job)])
+
+
+def show(compared: Sequence[Compared]) -> None:
+    """Print a table for each backbone, and the last line."""
+    for one in compared:
+        header = _cells(f"batch {batch}" for batch in BATCHES)
+        print(f"\n{f'{one.backbone}, img/s':40}{header}{'map max|diff|':>15}{'rank':>9}")
+        for row in one.contenders:
+            name = f"{row.kind}, {row.name}{' (auto)' if row.serves else ''}"
+            speed = _cells(f"{speed:.1f}" for speed in row.images_per_s.values())
+            difference = f"{'':15}" if row.map_difference is None else f"{row.map_difference:15.1e}"
+            print(f"{name:40}{speed}{difference}" + ("" if row.rank is None else f"{row.rank:9.4f}"))
+        for kind in ("trained", "imported"):
+            if (ratio := one.ratio(kind)) is not None:
+                print(
+                    f"{f'{kind}, auto over the best of anomalib':40}"
+                    + _cells(f"{value:.2f}" for value in ratio.values())
+                )
+    print(json.dumps({"bench": "engine", **{kind: _summary(compared, kind) for kind in ("trained", "imported")}}))
+
+
+def _cells(texts: Iterable[str]) -> str:
+    return "".join(f"{text:>10}" for text in texts)
+
+
+def _summary(compared: Sequence[Compared], kind: str) -> dict[str, Any]:
+    """Reduce one kind of version to what a program reads, by backbone."""
+    found = {}
+    for one in compared:
+        served, ratio = one.served(kind), one.ratio(kind)
+        if served is not None and ratio is not None:
+            speeds = {"ours": served.images_per_s, "anomalib": one.best_of_anomalib, "ratio": ratio}
+            rounded = {
+                name: {str(batch): round(value, 3) for batch, value in by_batch.items()}
+                for name, by_batch in speeds.items()
+            }
+            found[one.backbone] = {"engine": served.name, **rounded}
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True, help="Python of the environment that has anomalib.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    compared = []
+    with tempfile.TemporaryDirectory(prefix="flawstream-engine-") as name:
+        cells = write_cells(Path(name), max(BATCHES))
+        for preset in arguments.presets:
+            folder = Path(name) / preset
+            folder.mkdir()
+            compared.append(compare(preset, cells, folder, arguments.peer_python, arguments.rounds))
+    show(compared)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,31 @@
-"""One engine of ours for `bench.engine`, in a process of its own: `python -m bench.engine_ours ENGINE FOLDER`.
+"""One engine of ours for `bench.engine`, in a process of its own: `python -m bench.engine_ours JOB`.
 
-Reads `checkpoint.pt` and `images.npy` of the folder: the first half of the images are judged, ranges for int8 are taken
-from the others. Writes the maps and scores of the first half, then answers as `peers/anomalib_engine.py` does.
+The job is JSON: `{"root", "category", "weights", "engine", "precision", "images", "out"}`. The current version of the
+category is loaded as the detector loads it. Writes the maps and scores of the images, then answers as
+`peers/anomalib_engine.py` does; the first answer is `{"engine": ..., "arithmetic": ...}`.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flawstream.calibration import calibrate
 from flawstream.engines.choose import make_engine, quiet_torch
-from flawstream.fastflow.anomalib import read_anomalib
-from flawstream.fastflow.backbone import Backbone
-from flawstream.fastflow.head import FastFlowHead
+from flawstream.engines.protocol import arithmetic_of
 from flawstream.fastflow.score import score_images
 from flawstream.imaging.maps import upsample
-from schemas.manifest import FlowSpec, Int8Trial, ModelManifest
-from schemas.settings import DetectorSettings
-from training.steps.quantise import write_version
+from flawstream.registry.registry import Registry
+from flawstream.registry.versions import open_backbone
+from schemas.settings import DetectorSettings, ModelSettings
+from serving.model_store import ModelStore
 
-ENGINES = ("torch f32", "openvino f32", "openvino bf16", "ncnn f32", "openvino int8")
+TOP_FRACTION = 0.03
+_ANY_SIZE = 1 << 40
 
-_ANY_CALIBRATION = calibrate(np.arange(20.0), np.arange(20.0), 0.05, 0.03, "int8")
-"""Int8 is served where it is calibrated; only speed is measured here."""
-
-Images = NDArray[np.uint8]
 Grids = list[NDArray[np.float32]]
 
 
@@ -42,45 +35,29 @@ def maps_of(grids: Grids, side: int) -> NDArray[np.float32]:
     return np.stack([upsample([scale[row] for scale in likelihoods], (side, side)) for row in range(len(grids[0]))])
 
 
-def start(
-    name: str, backbone: Backbone, head: FastFlowHead, flow: FlowSpec, others: Images
-) -> Callable[[Images], Grids]:
-    """Start an engine as the service does, and load the head into it.
-
-    Args:
-        name: One of `ENGINES`.
-        backbone: The frozen network.
-        head: The flows.
-        flow: Their shape.
-        others: Images that ranges for int8 are taken from.
-    """
-    kind, precision = name.split()
-    said: dict[str, Any] = {"category": "bench", "version": "v1", "backbone": backbone.spec, "flow": flow}
-    files: Mapping[str, bytes] = MappingProxyType({})
-    if precision == "int8":
-        trial: dict[str, Any] = {"scope": "version", "kept": True, "calibration": _ANY_CALIBRATION}
-        said["int8"] = (Int8Trial.model_construct(**trial),)
-        files = write_version(backbone, head, others)
-    settings = {"engine": kind, "precision": "auto" if precision == "int8" else precision}
-    engine = make_engine(DetectorSettings.model_validate(settings), lambda: backbone)
-    quiet_torch(engine)
-    loaded = engine.load(head, ModelManifest.model_construct(**said), files.__getitem__)
-    return lambda images: engine.detect(images, [(loaded, np.arange(len(images)))])
-
-
-def main(name: str, folder: Path) -> None:
-    """Get ready, then answer."""
+def main(text: str) -> None:
+    """Load the version, then answer."""
+    job = json.loads(text)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    model = read_anomalib(folder / "checkpoint.pt")
-    images, others = np.split(np.load(folder / "images.npy"), 2)
-    backbone = model.make_backbone()
-    judge = start(name, backbone, model.make_head(backbone), model.flow, others)
-    side = backbone.spec.input_size
+    registry = Registry(job["root"])
+    manifest = registry.manifest(job["category"], registry.current(job["category"]) or "")
+    backbone = open_backbone(registry, manifest, ModelSettings(weights=job["weights"]))
+    settings = DetectorSettings.model_validate({"engine": job["engine"], "precision": job["precision"]})
+    engine = make_engine(settings, lambda: backbone)
+    quiet_torch(engine)
+    loaded = ModelStore(registry, engine, _ANY_SIZE).load(job["category"]).loaded
+    images = np.load(job["images"])
+    side = engine.spec.input_size
+
+    def judge(batch: NDArray[np.uint8]) -> Grids:
+        return engine.detect(batch, [(loaded, np.arange(len(batch)))])
+
     grids = judge(images)
-    np.save(folder / f"maps-{name}.npy", maps_of(grids, side))
-    np.save(folder / f"scores-{name}.npy", score_images(grids, 0.03))
-    print(json.dumps({"ready": name}), file=answers, flush=True)
+    np.save(Path(job["out"]) / "maps.npy", maps_of(grids, side))
+    np.save(Path(job["out"]) / "scores.npy", score_images(grids, TOP_FRACTION))
+    name = type(engine).__name__.removesuffix("Engine").lower()
+    print(json.dumps({"engine": name, "arithmetic": arithmetic_of(engine, manifest)}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         batch, seconds = images[: asked["batch"]], []
@@ -92,4 +69,4 @@ def main(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1])

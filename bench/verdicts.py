@@ -197,7 +197,10 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as name:
                     folder = Path(name)
                     write_cut(data, folder / "data", count, seed, asked.test_images)
-                    model = {"FLAWSTREAM_MODEL__PRESET": preset, "FLAWSTREAM_MODEL__WEIGHTS": _weights(preset, folder)}
+                    model = {
+                        "FLAWSTREAM_MODEL__PRESET": preset,
+                        "FLAWSTREAM_MODEL__WEIGHTS": weights_of(preset, folder),
+                    }
                     found = compare(folder, f"{set_name}-{count} {preset}", data.name, asked.engines, model)
                     manifest = _current(folder / "models", data.name)
                 rows += [_row(one, set_name, seed, expected_false_alarms(manifest.calibration)) for one in found]
@@ -206,8 +209,8 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
-def _weights(preset: PresetName, folder: Path) -> str:
-    """Name a preset's weights; write random ones where no package has any."""
+def weights_of(preset: PresetName, folder: Path) -> str:
+    """Name a preset's weights; write random ones into the folder where no package has any."""
     backbone = PRESETS[preset].fields["backbone"]
     if backbone in PACKAGED_BACKBONES:
         return "package"

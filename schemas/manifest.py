@@ -170,7 +170,8 @@ class Int8Trial(_Part):
     """How a version did when it was judged in int8, beside float32, on the same images. None of them set its ranges.
 
     Attributes:
-        scope: What was in int8: the convolutions of the flows, or of the backbone as well (`version`).
+        scope: What was in int8: the convolutions of the flows. Older manifests may have `version`, the backbone's as
+            well: such a graph is no longer served, and the version runs in float32 by its own calibration.
         kept: Whether it does no harm; then its graph lies beside the weights and may serve.
         normal_images: Held-out normal images that were scored.
         rank_correlation: Spearman's, of their scores in int8 and in float32.
@@ -261,12 +262,8 @@ class ModelManifest(_Part):
     @property
     def int8_trial(self) -> Int8Trial | None:
         """The trial whose graph may serve, if one may."""
-        return next((trial for trial in self.int8 if trial.kept and trial.calibration is not None), None)
-
-    @property
-    def int8_scope(self) -> Literal["flows", "version"] | None:
-        """What of the version may be judged in int8."""
-        return self.int8_trial.scope if self.int8_trial is not None else None
+        served = (trial for trial in self.int8 if trial.kept and trial.scope == "flows")
+        return next((trial for trial in served if trial.calibration is not None), None)
 
     def calibration_in(self, arithmetic: Arithmetic) -> Calibration:
         """Return the thresholds for an arithmetic.

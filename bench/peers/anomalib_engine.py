@@ -1,37 +1,64 @@
 """In anomalib's environment: its FastFlow in torch and exported to OpenVINO, timed when asked to.
 
+anomalib offers FastFlow for two convolutional backbones. Another is handed to it where it asks timm for `resnet18`,
+cut at the strides that were asked for; all else of the model, its norms, flows and maps, is built by anomalib.
+
 Run by `bench.engine`. Reads one JSON object a line, `{"how": "torch" | "openvino", "batch": B, "runs": N}`, and answers
 with one, `{"seconds": [...]}`; the first answer is `{"precision": ...}` once both are ready. Writes the first
 images' maps as `maps-torch.npy` and `maps-openvino.npy`. Knows nothing of flawstream.
 """
 
 import argparse
+import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import timm
 import torch
 from anomalib.deploy import OpenVINOInferencer
 from anomalib.models import Fastflow
 from numpy.typing import NDArray
+from timm import create_model
+
+OWN_BACKBONES = ("resnet18", "wide_resnet50_2")
 
 Judge = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
-def make_model(folder: Path, configuration: dict[str, object], side: int) -> Fastflow:
-    """Make anomalib's model with its own pre-processor, and give it the checkpoint's weights."""
-    lightning = Fastflow(
-        pre_trained=False,
-        pre_processor=Fastflow.configure_pre_processor(image_size=(side, side)),
-        post_processor=False,
-        **configuration,
-    )
-    lightning.model.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True))
+def make_model(configuration: dict[str, Any], checkpoint: Path | None) -> Fastflow:
+    """Make anomalib's model with its own pre-processor.
+
+    Args:
+        configuration: Arguments of Fastflow, and input_size and strides.
+        checkpoint: Has weights for it; without, it keeps the random ones that it is made with.
+    """
+    side, strides = configuration.pop("input_size"), configuration.pop("strides")
+
+    def create(_: str, **options: Any) -> torch.nn.Module:
+        stages = [int(math.log2(stride)) - 1 for stride in strides]
+        return create_model(configuration["backbone"], **options | {"pretrained": False, "out_indices": stages})
+
+    known = configuration["backbone"] in OWN_BACKBONES
+    patch = contextlib.nullcontext() if known else unittest.mock.patch.object(timm, "create_model", create)
+    with patch:
+        lightning = Fastflow(
+            pre_trained=False,
+            pre_processor=Fastflow.configure_pre_processor(image_size=(side, side)),
+            post_processor=False,
+            **configuration if known else configuration | {"backbone": "resnet18"},
+        )
+    assert lightning.model.feature_extractor.feature_info.reduction() == strides  # noqa: S101 - the same work as ours
+    if checkpoint is not None:
+        lightning.model.load_state_dict(torch.load(checkpoint, weights_only=True))
     return lightning.eval()
 
 
@@ -41,7 +68,7 @@ def to_float(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def in_torch(model: Fastflow) -> Judge:
-    """Give what judges images as anomalib does in torch."""
+    """Judge images as anomalib does in torch."""
 
     def judge(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -69,8 +96,9 @@ def in_openvino(model: Fastflow, folder: Path, side: int) -> tuple[Judge, str]:
 def main() -> None:
     """Get both ready, then answer."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="Has checkpoint.pt and images.npy.")
-    parser.add_argument("--configuration", required=True, help="Arguments of Fastflow as JSON, and input_size.")
+    parser.add_argument("--folder", type=Path, required=True, help="Has images.npy.")
+    parser.add_argument("--configuration", required=True, help="As JSON: `make_model`.")
+    parser.add_argument("--checkpoint", type=Path, help="The model's weights; random ones without.")
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
@@ -78,8 +106,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
     configuration = json.loads(arguments.configuration)
-    side = configuration.pop("input_size")
-    model = make_model(arguments.folder, configuration, side)
+    side = configuration["input_size"]
+    model = make_model(configuration, arguments.checkpoint)
     compiled, precision = in_openvino(model, arguments.folder, side)
     judges = {"torch": in_torch(model), "openvino": compiled}
     images = np.load(arguments.folder / "images.npy")

@@ -26,7 +26,7 @@ def array_normaliser(statistics: nn.Module) -> Callable[[Float32Array], Float32A
 
 
 def _layer_norm(norm: nn.LayerNorm) -> Callable[[Float32Array], Float32Array]:
-    factor, offset, epsilon = norm.weight.numpy(), norm.bias.numpy(), np.float32(norm.eps)
+    factor, offset, epsilon = norm.weight.detach().numpy(), norm.bias.detach().numpy(), np.float32(norm.eps)
 
     def run(features: Float32Array) -> Float32Array:
         centred = features - features.mean(axis=(1, 2, 3), keepdims=True)

@@ -77,7 +77,7 @@ class Engine(Protocol):
 
 def arithmetic_of(engine: Engine, manifest: ModelManifest) -> Arithmetic:
     """Return the arithmetic in which an engine computes a version; its thresholds must be from the same."""
-    return "int8" if engine.int8 and manifest.int8_scope is not None else engine.precision
+    return "int8" if engine.int8 and manifest.int8_trial is not None else engine.precision
 
 
 def run_heads(

@@ -4,7 +4,6 @@ import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,15 +17,15 @@ from flawstream.engines.ncnn import engine as ncnn_engine
 from flawstream.engines.ncnn.engine import NcnnEngine
 from flawstream.engines.openvino.compile import openvino_is_installed
 from flawstream.engines.openvino.engine import OpenvinoEngine
-from flawstream.engines.openvino.int8_graph import Int8Flows, Int8Graph
+from flawstream.engines.openvino.int8_graph import Int8Flows
 from flawstream.engines.protocol import Engine, Loaded
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.imaging.pixels import Pixels
-from schemas.manifest import FlowSpec, Int8Trial
+from schemas.manifest import Calibration, FlowSpec, Int8Trial
 from schemas.settings import ModelSettings
-from training.steps.quantise import write_flows, write_version
+from training.steps.quantise import write_flows
 
 Images = NDArray[np.uint8]
 Grids = list[NDArray[np.float32]]
@@ -54,6 +53,18 @@ def make_head(reference: Backbone, seed: int) -> FastFlowHead:
             if tensor.is_floating_point():
                 tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.2 * (1 + seed))
     return head.eval()
+
+
+def kept_trial(calibration: Calibration) -> Int8Trial:
+    return Int8Trial(
+        scope="flows",
+        kept=True,
+        normal_images=8,
+        rank_correlation=1,
+        alarms=0,
+        alarms_float32=0,
+        calibration=calibration,
+    )
 
 
 def make_images(count: int, seed: int = 0) -> Images:
@@ -322,26 +333,22 @@ def test_pixels_between_grey_levels_count(contract: type[EngineContract], weight
 
 @pytest.mark.skipif(not openvino_is_installed(), reason="OpenVINO is not installed")
 class Int8Contract(EngineContract):
-    """Versions with int8 graphs, of the flows and of all, and one without: as any others, but for what int8 loses."""
+    """Two versions with flows in int8 and one in float32: as any others, but for what int8 loses."""
 
     tolerance = 0.1
 
     @pytest.fixture(scope="class")
     @classmethod
     def loaded(cls, engine: Engine, reference: Backbone, heads: list[FastFlowHead]) -> list[Loaded]:
-        images = make_images(8, seed=7)
         with torch.no_grad():
-            features = reference(torch.from_numpy(images))
-        written: list[tuple[Literal["flows", "version"], dict[str, bytes]]] = [
-            ("flows", write_flows(heads[0], features)),
-            ("version", write_version(reference, heads[1], images)),
-        ]
+            features = reference(torch.from_numpy(make_images(8, seed=7)))
         found = []
-        for k, (scope, files) in enumerate(written):
-            trial = Int8Trial(scope=scope, kept=True, normal_images=8, rank_correlation=1, alarms=0, alarms_float32=0)
+        for k, head in enumerate(heads[:2]):
             manifest = make_manifest(f"category-{k}", "v1", spec=engine.spec, flow=FLOW)
-            found.append(engine.load(heads[k], manifest.model_copy(update={"int8": (trial,)}), files.__getitem__))
-        assert [type(version) for version in found] == [Int8Flows, Int8Graph]
+            int8 = (kept_trial(manifest.calibration),)
+            files = write_flows(head, features)
+            found.append(engine.load(head, manifest.model_copy(update={"int8": int8}), files.__getitem__))
+        assert [type(version) for version in found] == [Int8Flows, Int8Flows]
         return [*found, load(engine, heads[2], 2)]
 
     def test_version_that_another_replaced_is_judged_by_for_as_long_as_it_is_held(

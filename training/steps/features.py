@@ -80,14 +80,6 @@ class FeatureExtractor:
         for images in decode_batches(paths, self.form, self.limits):
             yield images, self._run(np.stack([image.pixels for image in images]))
 
-    def pixels(self, paths: Sequence[Path]) -> Pixels:
-        """Decode images to (B, S, S, 3).
-
-        Raises:
-            DatasetError: A file cannot be read or is not an image.
-        """
-        return np.stack([read_image(path, self.form, self.limits).pixels for path in paths])
-
 
 def decode_batches(paths: Sequence[Path], form: PixelForm, limits: LimitSettings) -> Iterator[list[DecodedImage]]:
     """Decode image files in batches, in order; the next batch is decoded while the caller processes one.

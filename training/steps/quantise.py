@@ -1,4 +1,4 @@
-"""An int8 graph of a trained version, and the proof that it scores as float32 does. No Ray in here.
+"""An int8 graph of a version's flows, and the proof that it scores as float32 does. No Ray in here.
 
 Ranges are taken from normal images that trained the flow; what is compared are held-out images, and test images where
 there are some. A graph that does harm is not kept, and the manifest says what was found (docs/decisions/0005).
@@ -6,11 +6,9 @@ there are some. A graph that does harm is not kept, and the manifest says what w
 Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,12 +17,10 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from flawstream.calibration import is_anomalous
-from flawstream.engines.openvino.int8_graph import int8_pays, write_int8
-from flawstream.engines.openvino.int8_versions import Int8Version, open_int8
-from flawstream.engines.openvino.quantise import fold_batch_norms, quantise
-from flawstream.fastflow.backbone import Backbone
+from flawstream.engines.openvino.int8_graph import Int8Flows, int8_pays, write_int8
+from flawstream.engines.openvino.int8_versions import open_int8
+from flawstream.engines.openvino.quantise import quantise
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from flawstream.imaging.pixels import Pixels
 from schemas.manifest import Calibration, EvaluationMetrics, Int8Trial
 from training.report.metrics import rate_interval
 from training.steps.features import FeatureExtractor
@@ -37,22 +33,18 @@ _FEWEST = 20
 """Held-out normal images; fewer prove nothing."""
 _RANGE_IMAGES = 32
 
-Scope = Literal["flows", "version"]
-
 
 @dataclass(frozen=True, slots=True)
 class Int8Candidate:
     """An int8 form of a version, written but not yet proven.
 
     Attributes:
-        scope: What is in int8.
         files: The graph, by name: what lies beside the weights if it is kept.
         loaded: The same, compiled: a head for the engine.
     """
 
-    scope: Scope
     files: Mapping[str, bytes]
-    loaded: Int8Version
+    loaded: Int8Flows
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +67,10 @@ class Judged:
 def make_candidates(
     extractor: FeatureExtractor, head: FastFlowHead, normal: Sequence[Path], held_out_images: int
 ) -> list[Int8Candidate]:
-    """Make int8 forms of a version, the furthest-reaching first.
+    """Make int8 forms of a version: one, of its flows.
 
-    The whole version is tried where its features are taken as they are or normalised by image: white features enlarge
-    what a quantised backbone loses beyond any use (docs/decisions/0005).
+    The backbone stays in float32: white features enlarge what a quantised one loses beyond any use
+    (docs/decisions/0005).
 
     Args:
         extractor: The backbone.
@@ -97,12 +89,8 @@ def make_candidates(
     chosen = normal
     if len(normal) > _RANGE_IMAGES:
         chosen = [normal[index] for index in np.linspace(0, len(normal) - 1, _RANGE_IMAGES).round().astype(int)]
-    files: dict[Scope, dict[str, bytes]] = {}
-    convolutional = not extractor.spec.blocks
-    if convolutional and all(isinstance(one, nn.LayerNorm | nn.Identity) for one in head.statistics):
-        files["version"] = write_version(extractor.backbone, head, extractor.pixels(chosen))
-    files["flows"] = write_flows(head, _all_features(extractor, chosen))
-    return [Int8Candidate(scope, made, open_int8(scope, head, made, extractor.spec)) for scope, made in files.items()]
+    files = write_flows(head, _all_features(extractor, chosen))
+    return [Int8Candidate(files, open_int8(head, files, extractor.spec))]
 
 
 def choose_int8(
@@ -120,13 +108,13 @@ def choose_int8(
     """
     trials: list[Int8Trial] = []
     for candidate, found in zip(candidates, judged, strict=True):
-        trials.append(_compare(candidate.scope, found, exact))
+        trials.append(_compare(found, exact))
         if trials[-1].kept:
             return tuple(trials), candidate.files
     return tuple(trials), {}
 
 
-def _compare(scope: Scope, int8: Judged, exact: Judged) -> Int8Trial:
+def _compare(int8: Judged, exact: Judged) -> Int8Trial:
     """Hold int8 against float32, each judged by the threshold that its own scores set."""
     threshold = exact.calibration.threshold
     verdicts, exact_verdicts = (is_anomalous(one.held_out, one.calibration.threshold) for one in (int8, exact))
@@ -143,7 +131,7 @@ def _compare(scope: Scope, int8: Judged, exact: Judged) -> Int8Trial:
         and (auroc is None or exact_auroc is None or exact_auroc - auroc <= MOST_AUROC_LOSS)
     )
     return Int8Trial(
-        scope=scope,
+        scope="flows",
         kept=bool(harmless),
         normal_images=len(exact.held_out),
         rank_correlation=rank,
@@ -171,31 +159,8 @@ def write_flows(head: FastFlowHead, features: list[Tensor]) -> dict[str, bytes]:
     flows = _Flows(FoldedHead(head, by_index=True))
     with torch.inference_mode():
         normalised = [statistics(scale) for statistics, scale in zip(flows.head.statistics, features, strict=True)]
-    quantise(flows, lambda: flows(*normalised), _is_spatial_or_dense)
+    quantise(flows, lambda: flows(*normalised))
     return write_int8(flows, [tuple(scale.shape[1:]) for scale in features], torch.float32)
-
-
-def write_version(backbone: Backbone, head: FastFlowHead, images: Pixels) -> dict[str, bytes]:
-    """Write a backbone and a head as one int8 graph, from pixels to grids.
-
-    Args:
-        backbone: Left as it is, as is the head.
-        head: Trained.
-        images: (B, S, S, 3), which ranges are taken from.
-
-    Returns:
-        The files by name.
-    """
-    whole = _Version(copy.deepcopy(backbone).cpu(), FoldedHead(head, by_index=True))
-    pixels = torch.from_numpy(images)
-    fold_batch_norms(whole.backbone, lambda: whole.backbone(pixels[:1]))
-    quantise(whole, lambda: whole(pixels), _is_spatial_or_dense)
-    return write_int8(whole, [images.shape[1:]], pixels.dtype)
-
-
-def _is_spatial_or_dense(convolution: nn.Conv2d) -> bool:
-    """Choose all but the first of a network, which sees pixels, and those of a channel each: little work, much loss."""
-    return convolution.groups == 1 and convolution.in_channels > 3  # noqa: PLR2004 - red, green, blue
 
 
 class _Flows(nn.Module):
@@ -207,18 +172,6 @@ class _Flows(nn.Module):
 
     def forward(self, *normalised: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.head.score(list(normalised)))
-
-
-class _Version(nn.Module):
-    """Pixels in, anomaly grids out, and behind them the features, where the graph can be cut."""
-
-    def __init__(self, backbone: Backbone, head: FoldedHead) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = self.backbone(images)
-        return (*self.head(features), *features)
 
 
 def _all_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> list[Tensor]:

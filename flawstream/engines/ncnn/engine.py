@@ -22,7 +22,7 @@ from flawstream.engines.ncnn.graphs import NcnnGraph, backbone_graphs, flow_grap
 from flawstream.engines.numpy_whitening import array_normaliser
 from flawstream.engines.openvino.compile import ImageGraph, openvino_is_installed
 from flawstream.engines.openvino.int8_graph import Int8Flows
-from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart, load_int8
+from flawstream.engines.openvino.int8_versions import load_int8
 from flawstream.engines.protocol import Float32Array, Read, empty_grids, fill_rows, no_files
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
@@ -61,7 +61,7 @@ class NcnnEngine:
         else:
             self._backbone = _BackboneGraphs(backbone, self._threads)
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Head | Int8Version":
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Head | Int8Flows":
         """Fold a head, convert it to ncnn graphs and run them once."""
         if self.int8 and (version := load_int8(head, manifest, read)) is not None:
             return version
@@ -73,13 +73,13 @@ class NcnnEngine:
         return loaded
 
     def detect(
-        self, images: Pixels, heads: Sequence[tuple["_Head | Int8Version", NDArray[np.int64]]]
+        self, images: Pixels, heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]
     ) -> list[Float32Array]:
         """Run backbone and head, each image on one thread; see `Engine`."""
         with self._batches_lock:
             self._batches += 1
         try:
-            return detect_apart(np.ascontiguousarray(images), heads, self.spec, self._detect)
+            return self._detect(np.ascontiguousarray(images), heads)
         finally:
             with self._batches_lock:
                 self._batches -= 1

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from flawstream.engines.openvino.compile import CompiledModule
 from flawstream.engines.openvino.int8_graph import Int8Flows
-from flawstream.engines.openvino.int8_versions import Int8Version, detect_apart, load_int8
+from flawstream.engines.openvino.int8_versions import load_int8
 from flawstream.engines.protocol import Read, no_files, run_heads
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
@@ -52,7 +52,7 @@ class OpenvinoEngine:
             backbone, [form.shape], dtype=getattr(torch, form.dtype), precision=precision, threads=threads
         )
 
-    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Run | Int8Version":
+    def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Run | Int8Flows":
         """Fold a head, compile it and run it once."""
         if self.int8 and (version := load_int8(head, manifest, read)) is not None:
             return version
@@ -72,14 +72,9 @@ class OpenvinoEngine:
         return run
 
     def detect(
-        self, images: Pixels, heads: Sequence[tuple["_Run | Int8Version", NDArray[np.int64]]]
-    ) -> list[NDArray[np.float32]]:
-        """Run the backbone, then each head on its rows; see `Engine`."""
-        return detect_apart(images, heads, self.spec, self._detect)
-
-    def _detect(
         self, images: Pixels, heads: Sequence[tuple["_Run | Int8Flows", NDArray[np.int64]]]
     ) -> list[NDArray[np.float32]]:
+        """Run the backbone, then each head on its rows; see `Engine`."""
         return run_heads(self._backbone(images), heads, self.spec)
 
 

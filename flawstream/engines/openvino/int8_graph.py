@@ -1,7 +1,9 @@
-"""Int8 graphs that lie beside a model version: written as OpenVINO IR, run image by image on a CPU. Extra `openvino`.
+"""The flows of a model version as an int8 graph: OpenVINO IR beside the weights, run image by image on a CPU.
 
-What is not in int8 in them, the state between a flow's steps above all, is computed in bfloat16 where the CPU has it.
-Knows no category: whether a version may be judged so is `training.steps.quantise`'s to find out.
+What is not in int8 in it, the state between a flow's steps above all, is computed in bfloat16 where the CPU has it.
+Whether a version may be judged so is `training.steps.quantise`'s to find out. Needs the extra `openvino`.
+
+Shape legend: B images, C channels, H W height and width of a scale's grid, s a scale.
 """
 
 import os
@@ -10,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from flawstream.engines.openvino.compile import convert, memory_errors, openvino
 from flawstream.fastflow.head import FastFlowHead
 
 GRAPH_FILE, CONSTANTS_FILE = "int8.xml", "int8.bin"
-"""What a version has beside its weights where it may be judged in int8."""
+"""What a version has beside its weights where its flows may run in int8."""
 
 _Way = Callable[[Sequence[NDArray[np.generic]]], Sequence[NDArray[np.float32]]]
 
@@ -67,14 +69,11 @@ def write_int8(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torc
 
 
 class Int8Graph:
-    """A written graph, compiled. Threads that call it at once wait for one another.
+    """A written graph, compiled: features of each scale in, grids out. Concurrent calls wait for one another.
 
-    It takes one image: several are judged side by side, on a thread each. A lone one is judged by all threads, layer by
-    layer or scale by scale, whichever was faster lately: that depends on how near the cores are to one another, and
-    changes on a virtual machine while it runs.
-
-    Inputs are features of each scale, and outputs its grid; or the input is an image, and behind the grids the features
-    of each scale come out, so that the graph can be cut there.
+    It takes one image: a batch has one image on each thread. A batch of one runs on all threads, layer by layer or
+    scale by scale, whichever was faster lately: that depends on how near the cores are to one another, and changes on
+    a virtual machine while it runs.
 
     Args:
         files: What `write_int8` gave.
@@ -94,21 +93,19 @@ class Int8Graph:
         threads = threads or os.cpu_count() or 1
         bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         config = {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32", "INFERENCE_NUM_THREADS": threads}
-        whole, chain, flows = cut(graph)
-        self._shapes = [tuple(place.shape)[1:] for place in whole.outputs]
-        compiled_whole = core.compile_model(whole, "CPU", config | {"NUM_STREAMS": 1})
-        self._alone: _Way = lambda inputs: list(compiled_whole(inputs).values())
+        self._shapes = [tuple(place.shape)[1:] for place in graph.outputs]
+        compiled_whole = core.compile_model(graph, "CPU", config | {"NUM_STREAMS": 1})
+        self._one_image: _Way = lambda inputs: list(compiled_whole(inputs).values())
+        flows = cut(graph)
         if 1 < threads <= len(flows):
-            every = config | {"NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
-            single = every | {"INFERENCE_NUM_THREADS": 1}
-            compiled_chain = [core.compile_model(part, "CPU", single if k else every) for k, part in enumerate(chain)]
-            compiled_flows = [core.compile_model(part, "CPU", single) for part in flows]
-            self._alone = Faster(self._alone, _Wave(compiled_chain, compiled_flows, threads=threads))
-        self._beside: Any = None
+            single = config | {"NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False, "INFERENCE_NUM_THREADS": 1}
+            compiled_flows = [core.compile_model(flow, "CPU", single) for flow in flows]
+            self._one_image = Faster(self._one_image, _ScaleByScale(compiled_flows, threads=threads))
+        self._batch: Any = None
         if threads > 1:
-            compiled = core.compile_model(whole, "CPU", config | {"NUM_STREAMS": threads})
-            self._beside = openvino.AsyncInferQueue(compiled, threads)
-            self._beside.set_callback(_take)
+            compiled = core.compile_model(graph, "CPU", config | {"NUM_STREAMS": threads})
+            self._batch = openvino.AsyncInferQueue(compiled, threads)
+            self._batch.set_callback(_take)
 
     def __call__(self, *inputs: NDArray[np.generic]) -> list[NDArray[np.float32]]:
         """Run the graph; every input and output has the batch dimension first, of any size.
@@ -119,15 +116,15 @@ class Int8Graph:
         count = len(inputs[0])
         found = [np.empty((count, *shape), np.float32) for shape in self._shapes]
         with self._turn, memory_errors():
-            if count == 1 or self._beside is None:
+            if count == 1 or self._batch is None:
                 for row in range(count):
-                    results = self._alone([values[row : row + 1] for values in inputs])
+                    results = self._one_image([values[row : row + 1] for values in inputs])
                     for index, whole in enumerate(found):
                         whole[row] = results[index][0]
             else:
                 for row in range(count):
-                    self._beside.start_async([values[row : row + 1] for values in inputs], (found, row))
-                self._beside.wait_all()
+                    self._batch.start_async([values[row : row + 1] for values in inputs], (found, row))
+                self._batch.wait_all()
         return found
 
 
@@ -157,29 +154,18 @@ class Faster:
         return results
 
 
-class _Wave:
-    """A lone image on few threads: the flow of a scale runs beside the rest of the backbone, each part on one thread.
+class _ScaleByScale:
+    """One image with a thread for the flow of each scale.
 
-    A layer that threads share costs them a meeting, and there are some two hundred; here they meet once a scale. What
-    leads to the first scale's features, beside which there is nothing to run, has all threads.
+    Threads that share a layer wait for one another at its end, and a flow has dozens of layers; so they wait once.
     """
 
-    def __init__(self, chain: Sequence[Any], flows: Sequence[Any], *, threads: int) -> None:
-        self._chain, self._flows = chain, flows
+    def __init__(self, flows: Sequence[Any], *, threads: int) -> None:
+        self._flows = flows
         self._pool = ThreadPoolExecutor(threads, "int8")
 
     def __call__(self, inputs: Sequence[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
-        if not self._chain:
-            return list(self._pool.map(_run, self._flows, inputs))
-        found = self._pool.submit(self._run_chain, inputs[0]).result()
-        return [flow.result() for flow in found]
-
-    def _run_chain(self, values: NDArray[np.generic]) -> list["Future[NDArray[np.float32]]"]:
-        found = []
-        for part, flow in zip(self._chain, self._flows, strict=True):
-            values = _run(part, values)
-            found.append(self._pool.submit(_run, flow, values))
-        return found
+        return list(self._pool.map(_run, self._flows, inputs))
 
 
 def _run(compiled: Any, values: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -187,63 +173,16 @@ def _run(compiled: Any, values: NDArray[np.generic]) -> NDArray[np.float32]:
     return result
 
 
-def cut(graph: Any) -> tuple[Any, list[Any], list[Any]]:
-    """Cut a graph at the features of each scale.
+def cut(graph: Any) -> list[Any]:
+    """Cut a graph of flows into one graph for each scale.
 
     Args:
         graph: An `openvino.Model` as `Int8Graph` takes it.
-
-    Returns:
-        The graph without outputs of features; the parts of its backbone, each from one scale's features to the next's,
-        none where features are the inputs; and the flow of each scale.
     """
     import openvino  # noqa: PLC0415 - an optional extra
 
-    if len(graph.inputs) == len(graph.outputs):
-        results, places = graph.get_results(), graph.get_parameters()
-        flows = [openvino.Model([result], [place]) for result, place in zip(results, places, strict=True)]
-        return graph, [], flows
-    scales = len(graph.outputs) // 2
-
-    def part(result: int, after: int | None) -> Any:
-        """Give what leads to a result from the features of a scale, or from the image."""
-        copy = graph.clone()
-        places = copy.get_parameters()
-        results = copy.get_results()
-        if after is not None:
-            features = results[scales + after].input_value(0)
-            place = openvino.opset13.parameter(features.partial_shape, features.element_type)
-            for reader in features.get_target_inputs():
-                reader.replace_source_output(place.output(0))
-            places = [place]
-        return openvino.Model([results[result]], places)
-
-    whole = graph.clone()
-    flows = [part(scale, scale) for scale in range(scales)]
-    for result, flow in zip(whole.get_results()[scales:], flows, strict=True):
-        _lay_out_in_planes(result.input_value(0), flow)
-    return (
-        openvino.Model(whole.get_results()[:scales], whole.get_parameters()),
-        [part(scales + scale, scale - 1 if scale else None) for scale in range(scales)],
-        flows,
-    )
-
-
-def _lay_out_in_planes(features: Any, flow: Any) -> None:
-    """Have a scale's flow read its features channel by channel, as it works on them.
-
-    Convolutions in int8 leave the channels of a position side by side. OpenVINO would change that inside the flow, at
-    7 ns a value; two transpositions take a tenth. Nothing changes for what else reads the features.
-    """
-    from openvino import opset13  # noqa: PLC0415 - an optional extra
-
-    names = {operation.get_friendly_name() for operation in flow.get_ops()}
-    readers = [place for place in features.get_target_inputs() if place.get_node().get_friendly_name() in names]
-    _, channels, height, width = features.get_shape()
-    rows = opset13.reshape(opset13.transpose(features, [0, 2, 3, 1]), [1, height * width, channels], special_zero=False)
-    planes = opset13.reshape(opset13.transpose(rows, [0, 2, 1]), [1, channels, height, width], special_zero=False)
-    for place in readers:
-        place.replace_source_output(planes.output(0))
+    results, places = graph.get_results(), graph.get_parameters()
+    return [openvino.Model([result], [place]) for result, place in zip(results, places, strict=True)]
 
 
 def _take(request: Any, place: tuple[list[NDArray[np.float32]], int]) -> None:

@@ -19,8 +19,6 @@ from torch.nn import functional
 _SMALLEST = 1e-8
 _STEPS_SIGNED, _STEPS_UNSIGNED = 127, 255
 
-Choice = Callable[[nn.Conv2d], bool]
-
 
 class QuantisedConv(nn.Module):
     """A convolution of int8 weights and int8 inputs. Inputs outside the calibrated range are clipped.
@@ -52,13 +50,12 @@ class QuantisedConv(nn.Module):
         return functional.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def quantise(module: nn.Module, run: Callable[[], object], choose: Choice) -> int:
-    """Replace convolutions of a module by int8 convolutions.
+def quantise(module: nn.Module, run: Callable[[], object]) -> int:
+    """Replace the convolutions of a module by int8 convolutions.
 
     Args:
         module: Changed in place.
         run: Runs the module on representative inputs; called once.
-        choose: Selects the convolutions.
 
     Returns:
         The number of replaced convolutions.
@@ -73,54 +70,12 @@ def quantise(module: nn.Module, run: Callable[[], object], choose: Choice) -> in
 
     with ExitStack() as hooks:
         for child in module.modules():
-            if isinstance(child, nn.Conv2d) and choose(child):
+            if isinstance(child, nn.Conv2d):
                 hooks.callback(child.register_forward_pre_hook(observe_range).remove)
         with torch.inference_mode():
             run()
     _replace(module, {convolution: QuantisedConv(convolution, *range_) for convolution, range_ in ranges.items()})
     return len(ranges)
-
-
-def fold_batch_norms(module: nn.Module, run: Callable[[], object]) -> None:
-    """Fold batch norms into the convolutions before them, exactly, so that the compiler recognises int8 convolutions.
-
-    Args:
-        module: Changed in place; in evaluation mode.
-        run: Runs the module once, to find the convolution before each batch norm.
-    """
-    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-
-    def note_output(convolution: nn.Module, _: object, output: Tensor) -> None:
-        assert isinstance(convolution, nn.Conv2d)  # noqa: S101 - hooked below
-        outputs[id(output)] = convolution, output  # the reference keeps its id unique
-
-    def note_input(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101 - hooked below
-        if id(inputs[0]) in outputs:
-            pairs.append((outputs[id(inputs[0])][0], norm))
-
-    with ExitStack() as hooks:
-        for child in module.modules():
-            if isinstance(child, nn.Conv2d):
-                hooks.callback(child.register_forward_hook(note_output).remove)
-            elif type(child) is nn.BatchNorm2d:
-                hooks.callback(child.register_forward_pre_hook(note_input).remove)
-        with torch.inference_mode():
-            run()
-    for convolution, norm in pairs:
-        _fold(convolution, norm)
-    _replace(module, {norm: nn.Identity() for _, norm in pairs})
-
-
-@torch.no_grad()
-def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None  # noqa: S101 - timm's batch norms track statistics
-    assert norm.running_var is not None  # noqa: S101 - the same
-    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    bias = 0 if convolution.bias is None else convolution.bias
-    convolution.bias = nn.Parameter((bias - norm.running_mean) * gain + norm.bias, requires_grad=False)
-    convolution.weight = nn.Parameter(convolution.weight * gain[:, None, None, None], requires_grad=False)
 
 
 def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

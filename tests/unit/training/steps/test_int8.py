@@ -1,4 +1,4 @@
-"""Int8 graphs of a version: what training finds of them, what is kept, and what they give once written and read.
+"""Int8 graphs of flows: what training finds of them, what is kept, and what they give once written and read.
 
 They run on any CPU that OpenVINO runs on; without instructions for int8 they are slow, and not used (`int8_pays`).
 """
@@ -22,19 +22,18 @@ from flawstream.engines.openvino.int8_graph import (
     Faster,
     Int8Flows,
     Int8Graph,
-    cut,
 )
 from flawstream.engines.protocol import arithmetic_of
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from schemas.manifest import EvaluationMetrics, FlowSpec, Int8Trial
+from schemas.manifest import EvaluationMetrics, FlowSpec, Int8Trial, ModelManifest, Normalisation
 from schemas.settings import LimitSettings, ModelSettings
 from training.datasets.samples import Sample
 from training.pipeline import EvaluatedVersion, EvaluationData, evaluate_version
 from training.steps import quantise as int8
 from training.steps.evaluate import ImageScorer
 from training.steps.features import FeatureExtractor
-from training.steps.quantise import Judged, choose_int8, make_candidates, write_flows, write_version
+from training.steps.quantise import Judged, choose_int8, make_candidates, write_flows
 
 pytestmark = pytest.mark.skipif(not openvino_is_installed(), reason="OpenVINO is not installed")
 
@@ -127,10 +126,13 @@ def test_flows_that_judge_as_float32_does_are_kept_with_the_proof_and_thresholds
 
 
 @pytest.mark.usefixtures("on_a_cpu_for_int8")
-def test_white_features_are_never_tried_with_a_backbone_in_int8(extractor: FeatureExtractor, paths: list[Path]) -> None:
-    head = make_head(extractor, FLOW.model_copy(update={"normalisation": "statistics"}))
-    candidates = make_candidates(extractor, head, paths[::2], COUNT // 2)
-    assert [candidate.scope for candidate in candidates] == ["flows"]
+@pytest.mark.parametrize("normalisation", ["statistics", "layer_norm", "none"])
+def test_backbone_stays_in_float32(
+    extractor: FeatureExtractor, paths: list[Path], normalisation: Normalisation
+) -> None:
+    head = make_head(extractor, FLOW.model_copy(update={"normalisation": normalisation}))
+    [candidate] = make_candidates(extractor, head, paths[::2], COUNT // 2)
+    assert isinstance(candidate.loaded, Int8Flows)
 
 
 @pytest.mark.usefixtures("on_a_cpu_for_int8")
@@ -140,13 +142,13 @@ def test_graphs_that_do_harm_are_told_and_not_kept(
     head = make_head(extractor)
     monkeypatch.setattr(int8, "quantise", _coarsely)
     found = judge(extractor, head, paths)
-    assert [(trial.scope, trial.kept) for trial in found.int8] == [("version", False), ("flows", False)]
+    assert [(trial.scope, trial.kept) for trial in found.int8] == [("flows", False)]
     assert not found.int8_files
 
 
-def _coarsely(module: torch.nn.Module, run: object, choose: object) -> int:
+def _coarsely(module: torch.nn.Module, run: object) -> int:
     """Ruin every convolution, as ranges far from the truth would."""
-    del run, choose
+    del run
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for one in module.modules():
@@ -177,8 +179,8 @@ def judged(held_out: np.ndarray, defective: Sequence[float] = ()) -> Judged:
 
 
 def the_trial(int8_form: Judged, exact: Judged) -> Int8Trial:
-    """Compare one candidate; only its scope and files matter."""
-    candidate = int8.Int8Candidate("flows", {"graph": b""}, None)  # type: ignore[arg-type]
+    """Compare one candidate; only its files matter."""
+    candidate = int8.Int8Candidate({"graph": b""}, None)  # type: ignore[arg-type]
     (trial,), files = choose_int8([candidate], [int8_form], exact)
     assert bool(files) is trial.kept
     return trial
@@ -217,8 +219,20 @@ def test_version_of_before_that_has_no_thresholds_of_int8_is_served_in_float32()
     trial = the_trial(judged(NORMAL_SCORES), judged(NORMAL_SCORES))
     old = make_manifest().model_copy(update={"int8": (trial.model_copy(update={"calibration": None}),)})
     assert trial.kept
-    assert old.int8_scope is None
-    assert old.model_copy(update={"int8": (trial,)}).int8_scope == "flows"
+    assert old.int8_trial is None
+    assert old.model_copy(update={"int8": (trial,)}).int8_trial == trial
+
+
+def test_older_version_with_a_backbone_in_int8_is_read_and_served_in_float32(extractor: FeatureExtractor) -> None:
+    trial = the_trial(judged(NORMAL_SCORES), judged(NORMAL_SCORES)).model_copy(update={"scope": "version"})
+    written = make_manifest(spec=extractor.spec, flow=FLOW).model_copy(update={"int8": (trial,)}).model_dump_json()
+    old = ModelManifest.model_validate_json(written)
+    engine = OpenvinoEngine(extractor.backbone, int8=True)
+    assert arithmetic_of(engine, old) == "float32"
+    assert old.calibration_in("int8") == old.calibration
+    assert old.serving_metrics == old.metrics
+    loaded = engine.load(make_head(extractor), old)  # without the files of the graph
+    assert not isinstance(loaded, Int8Flows)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -233,35 +247,6 @@ def test_images_are_judged_each_for_itself_in_their_order(
         assert grid.shape == other.shape
         assert grid.dtype == np.float32
         np.testing.assert_allclose(grid, other, rtol=0.1, atol=0.02 * float(other.max()))
-
-
-def test_whole_version_maps_pixels_to_grids(extractor: FeatureExtractor, paths: list[Path]) -> None:
-    head = make_head(extractor)
-    images = extractor.pixels(paths[:6])
-    found = Int8Graph(write_version(extractor.backbone, head, images))(images)
-    with torch.inference_mode():
-        exact = [grid.numpy() for grid in FoldedHead(head)(extractor.backbone(torch.from_numpy(images)))]
-    for grid, other in zip(found, exact, strict=True):
-        assert grid.shape == other.shape
-        assert np.corrcoef(grid.ravel(), other.ravel())[0, 1] > 0.9
-
-
-def test_graph_with_features_in_planes_gives_what_it_gave(extractor: FeatureExtractor, paths: list[Path]) -> None:
-    openvino = pytest.importorskip("openvino")
-    images = extractor.pixels(paths[:1])
-    files = write_version(extractor.backbone, make_head(extractor), images)
-    core = openvino.Core()
-    graph = core.read_model(files[GRAPH_FILE], files[CONSTANTS_FILE])
-    scales = len(graph.outputs) // 2
-    whole, _, _ = cut(graph)
-    before, after = (
-        [operation.get_type_name() for operation in one.get_ops()].count("Transpose") for one in (graph, whole)
-    )
-    assert after - before == 2 * scales
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}
-    found, expected = (list(core.compile_model(one, "CPU", exact)(images).values()) for one in (whole, graph))
-    for grid, other in zip(found, expected[:scales], strict=True):
-        np.testing.assert_allclose(grid, other, rtol=1e-4, atol=1e-5)
 
 
 def test_damaged_graph_is_an_error_and_no_crash(extractor: FeatureExtractor) -> None:
@@ -309,12 +294,13 @@ def test_of_two_ways_the_one_that_is_faster_now_is_taken() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads_gives_the_same(extractor: FeatureExtractor, paths: list[Path], threads: int) -> None:
-    """Two threads judge a lone image scale by scale as well, more share its layers."""
+    """Two threads judge a batch of one scale by scale as well, more share its layers."""
     head = make_head(extractor)
-    images = extractor.pixels(paths[:3])
-    files = write_version(extractor.backbone, head, images)
-    graph, expected = Int8Graph(files, threads), Int8Graph(files, 1)(images)
+    [(_, tensors)] = list(extractor.batches(paths[:3]))
+    features = [scale.numpy() for scale in tensors]
+    files = write_flows(head, tensors)
+    flows, expected = Int8Flows(head, files, threads), Int8Flows(head, files, 1)(features)
     for _ in range(3):  # both ways
         for row in range(3):
-            for grid, other in zip(graph(images[row : row + 1]), expected, strict=True):
+            for grid, other in zip(flows([scale[row : row + 1] for scale in features]), expected, strict=True):
                 np.testing.assert_allclose(grid[0], other[row], rtol=0.05, atol=0.01 * float(other.max()))
