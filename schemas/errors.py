@@ -8,7 +8,7 @@ from typing import ClassVar
 
 
 class Reason(StrEnum):
-    """Why an image ended as a dead letter: a closed set."""
+    """Why an image is a dead letter: a closed set."""
 
     MALFORMED = "malformed"
     UNDECODABLE = "undecodable"
@@ -35,7 +35,7 @@ class ConfigError(FlawstreamError):
 
 
 class MessageError(FlawstreamError):
-    """This input can never succeed: it is refused, and on the stream it becomes a dead letter.
+    """The input can never succeed: it is refused; an entry on the stream becomes a dead letter.
 
     Attributes:
         reason: The code that goes on the wire.
@@ -53,7 +53,7 @@ class MessageError(FlawstreamError):
 
 
 class TransientError(FlawstreamError):
-    """May succeed later: the entry stays pending and is tried again."""
+    """May succeed later: the entry stays pending and is retried."""
 
     code = "transient"
 
@@ -83,7 +83,7 @@ class ModelUnavailableError(TransientError):
 
 
 class DetectorDiedError(FlawstreamError):
-    """The process that judged a batch ended meanwhile: of the batch, perhaps."""
+    """The process that judged a batch died, perhaps because of an image in it."""
 
     code = "detector_died"
 
@@ -107,7 +107,7 @@ class UnknownCategoryError(RegistryError):
 
 
 class WeightsError(FlawstreamError):
-    """Backbone weights cannot be had."""
+    """Backbone weights cannot be found or loaded."""
 
     code = "weights"
 
@@ -119,6 +119,6 @@ class DatasetError(FlawstreamError):
 
 
 class ShapeError(FlawstreamError, ValueError):
-    """An array has another shape than its caller promised: our bug."""
+    """An array does not have the shape that was promised: our bug."""
 
     code = "shape"

@@ -8,13 +8,13 @@ from schemas.settings import RedisSettings
 
 
 class StreamKeys(BaseModel):
-    """The three streams of one shard, and the group that its workers form.
+    """The key names of one shard, and the consumer group of its workers.
 
-    The keys of a shard have the hash tag `{<shard>}`, so that a cluster keeps them on one server and one script can
-    end an image.
+    The keys of a shard have the hash tag `{<shard>}`, so that a cluster keeps them on one server, where one script can
+    complete an entry.
 
     Attributes:
-        prefix: What every key starts with.
+        prefix: Prefix of every key.
         shard: The shard's number; absent: the streams are not sharded.
     """
 
@@ -25,36 +25,36 @@ class StreamKeys(BaseModel):
 
     @property
     def images(self) -> str:
-        """Name the stream that producers write and workers read."""
+        """Return the name of the stream that producers write and workers read."""
         return f"{self._base}:images"
 
     @property
     def results(self) -> str:
-        """Name the stream that workers write and consumers read."""
+        """Return the name of the stream of results."""
         return f"{self._base}:results"
 
     @property
     def dead(self) -> str:
-        """Name the stream of the refused."""
+        """Return the name of the stream of dead letters."""
         return f"{self._base}:dead"
 
     @property
     def counters(self) -> str:
-        """Name the hash that counts what was refused, recognised as a duplicate, or trimmed."""
+        """Return the name of the hash that counts refusals, duplicates and trimmed results."""
         return f"{self._base}:counters"
 
     @property
     def image_bytes(self) -> str:
-        """Name the key that remembers for a moment how many bytes the images take."""
+        """Return the name of the key that caches how many bytes the images stream takes."""
         return f"{self.images}:bytes"
 
     @property
     def group(self) -> str:
-        """Name the consumer group of the workers on the images stream."""
+        """Return the name of the workers' consumer group on the images stream."""
         return "workers"
 
     def seen(self, message_id: str) -> str:
-        """Name the key that remembers a pushed id for a while."""
+        """Return the name of the key that remembers a pushed id for a while."""
         return f"{self._base}:seen:{message_id}"
 
     @property
@@ -63,13 +63,13 @@ class StreamKeys(BaseModel):
 
 
 def all_keys(redis: RedisSettings) -> tuple[StreamKeys, ...]:
-    """Give the keys of every shard, in order; of the one set of streams where they are not sharded."""
+    """Return the keys of every shard, in order; one element where the streams are not sharded."""
     if not redis.shards:
         return (StreamKeys(prefix=redis.prefix),)
     return tuple(StreamKeys(prefix=redis.prefix, shard=shard) for shard in range(redis.shards))
 
 
 def keys_of(redis: RedisSettings, message_id: str) -> StreamKeys:
-    """Give the keys of the shard that an image goes to: always the same one for an id, so that duplicates meet."""
+    """Return the keys of the shard of an image id: always the same one, so that duplicates are recognised."""
     shards = all_keys(redis)
     return shards[crc32(message_id.encode()) % len(shards)]

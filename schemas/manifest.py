@@ -1,4 +1,4 @@
-"""What training writes beside the weights and serving loads: all that is needed to run and to judge a model version."""
+"""The manifest of a model version: written by training beside the weights, loaded by serving."""
 
 from typing import Literal, Self
 
@@ -12,10 +12,10 @@ MANIFEST_FORMAT = 2
 """Raised when fields are added that older programs do not know. Older formats are read; 2 calibrates int8 apart."""
 
 Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
-"""In what an engine computes convolutions. Scores of one are not scores of another: each has its own thresholds."""
+"""In what an engine computes convolutions. Scores of two arithmetics differ: each has its own thresholds."""
 
 Normalisation = Literal["statistics", "layer_norm", "none"]
-"""What stands before each flow: `flawstream.fastflow.normalisation`."""
+"""How features are normalised before each flow: `flawstream.fastflow.normalisation`."""
 
 
 class _Part(BaseModel):
@@ -23,18 +23,18 @@ class _Part(BaseModel):
 
 
 class BackboneSpec(_Part):
-    """The frozen network whose features a flow was trained on. Specs of one `identity` share a backbone when serving.
+    """The frozen network whose features a flow was trained on. Versions of one `identity` share it when served.
 
     Attributes:
         name: timm's name.
-        weights: Where they came from: `package`, `timm`, `anomalib` (they lie beside the version), or a file's name.
-        weights_sha256: Of the tensors that are used, in order.
-        strides: Of each scale, pixels: what stages were chosen by.
+        weights: Their source: `package`, `timm`, `anomalib` (a file beside the version), or a file's name.
+        weights_sha256: Digest of the tensors that are used, in order.
+        strides: Stride of each scale in pixels, by which stages are chosen.
         channels: Channels of each scale.
         input_size: Side in pixels.
         mean: Per colour channel, of pixels in [0, 1].
         std: Per colour channel, of pixels in [0, 1].
-        blocks: Blocks by index from 0, one a scale, where they were chosen and not stages.
+        blocks: Blocks by index from 0, one a scale, where they are chosen in place of stages.
         resize: How images are resized to the input size.
     """
 
@@ -51,34 +51,34 @@ class BackboneSpec(_Part):
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Give what makes it this backbone and no other: network, input size, resize, layers and weights."""
+        """Return what distinguishes backbones: network, input size, resize, layers and weights."""
         return self.name, self.input_size, self.resize, self.strides, self.blocks, self.weights_sha256
 
     @property
     def summary(self) -> str:
-        """Describe in words what `identity` compares."""
+        """Describe `identity` in words."""
         size = f"{self.input_size} px (resize {self.resize})"
         return f"{self.name} at {size} with {self.layers} and weights {self.weights_sha256[:12]}"
 
     @property
     def layers(self) -> str:
-        """Say in words which layers give the features."""
+        """Describe in words which layers compute the features."""
         kind, chosen = ("blocks", self.blocks) if self.blocks else ("strides", self.strides)
         return f"{kind} {', '.join(map(str, chosen))}"
 
     @property
     def grid_sizes(self) -> tuple[int, ...]:
-        """Give the side of each scale's feature map."""
+        """Return the side of each scale's feature map."""
         return tuple(self.input_size // stride for stride in self.strides)
 
     @property
     def feature_shapes(self) -> list[tuple[int, int, int]]:
-        """Give (channels, height, width) of each scale's features."""
+        """Return (channels, height, width) of each scale's features."""
         return [(count, side, side) for count, side in zip(self.channels, self.grid_sizes, strict=True)]
 
 
 class FlowSpec(_Part):
-    """The shape of the flows, one a stage, and what stands before them."""
+    """The shape of the flows, one a scale, and the normalisation before them."""
 
     steps: int
     hidden_ratio: float
@@ -88,7 +88,7 @@ class FlowSpec(_Part):
 
     @classmethod
     def of(cls, settings: ModelSettings) -> Self:
-        """Take what training's settings say."""
+        """Make the spec from training's settings."""
         return cls(
             steps=settings.flow_steps,
             hidden_ratio=settings.hidden_ratio,
@@ -98,13 +98,13 @@ class FlowSpec(_Part):
 
 
 class Calibration(_Part):
-    """What held-out normal images scored. None of them trained the flow.
+    """Thresholds and scores from held-out normal images, none of which trained the flow.
 
     Attributes:
-        arithmetic: In what the engine computed that scored them.
-        top_fraction: How the image score was taken from the map; 0 means the maximum.
+        arithmetic: That of the engine which scored them.
+        top_fraction: The image score is the mean of this share of the map's highest values; 0 means the maximum.
         scores: Image scores, ascending.
-        false_alarm_rate: What was asked for.
+        false_alarm_rate: The rate that was asked for.
         threshold: An image score above it is anomalous.
         pixel_threshold: A map value above it is an anomalous pixel.
     """
@@ -118,12 +118,12 @@ class Calibration(_Part):
 
 
 class DefectMetrics(_Part):
-    """How the version did on one kind of defect.
+    """Metrics of the version on one kind of defect.
 
     Attributes:
         defect: The kind.
         images: Test images that show it.
-        image_auroc: Of these images against all normal ones; absent without normal ones.
+        image_auroc: AUROC of these images against all normal ones; absent without normal ones.
         recall: Share of these images above the threshold.
         intervals: As in `EvaluationMetrics`.
     """
@@ -136,7 +136,7 @@ class DefectMetrics(_Part):
 
 
 class EvaluationMetrics(_Part):
-    """How the version did on the test folder, if there was one. All are shares in [0, 1].
+    """Metrics of the version on the test folder, if there was one. All are shares in [0, 1].
 
     Attributes:
         image_auroc: Area under the ROC curve of image scores; absent without both classes, like the next two.
@@ -167,23 +167,23 @@ class EvaluationMetrics(_Part):
 
 
 class Int8Trial(_Part):
-    """How a version did when it was judged in int8, beside float32, on the same images. None of them set its ranges.
+    """A version judged in int8 beside float32, on the same images. None of them set the int8 ranges.
 
     Attributes:
         scope: What was in int8: the convolutions of the flows. Older manifests may have `version`, the backbone's as
             well: such a graph is no longer served, and the version runs in float32 by its own calibration.
-        kept: Whether it does no harm; then its graph lies beside the weights and may serve.
+        kept: Whether it does no harm: its graph is then a file beside the weights, and may serve.
         normal_images: Held-out normal images that were scored.
-        rank_correlation: Spearman's, of their scores in int8 and in float32.
-        alarms: Share of them above float32's threshold in int8: what a threshold that is not its own would do.
+        rank_correlation: Spearman's, between their scores in int8 and in float32.
+        alarms: Share of them above float32's threshold in int8: what one threshold for both would do.
         alarms_float32: Share of them above that threshold in float32.
         changed_verdicts: How many of them get another verdict, each arithmetic judged by its own threshold.
         lost_defects: How many defective test images float32 finds and int8 does not, each by its own threshold; absent
             without defective test images.
-        image_auroc: Of test images, in int8; absent without both classes, like the next.
+        image_auroc: AUROC of test images in int8; absent without both classes, like the next.
         image_auroc_float32: The same in float32.
-        calibration: Thresholds and scores in int8. A version without, of format 1, is not served in int8.
-        metrics: What the version did on test images in int8.
+        calibration: Thresholds and scores in int8. Absent in format 1: the version is not served in int8.
+        metrics: Metrics of the version on test images in int8.
     """
 
     scope: Literal["flows", "version"]
@@ -201,7 +201,7 @@ class Int8Trial(_Part):
 
 
 class TrainingRecord(_Part):
-    """What the version was trained on and how."""
+    """The data and settings that the version was trained with."""
 
     dataset_sha256: str
     train_images: int
@@ -217,16 +217,16 @@ class TrainingRecord(_Part):
 
 
 class ImportRecord(_Part):
-    """Where an imported version is from. What trained it, and how, its checkpoint does not tell.
+    """Origin of an imported version. Its checkpoint does not say how it was trained, or on what.
 
     Attributes:
         source: The program that trained it.
-        checkpoint_sha256: Of the file.
-        dataset_sha256: Of the images that calibrated it.
+        checkpoint_sha256: Digest of the file.
+        dataset_sha256: Digest of the images that calibrated it.
         calibration_images: Their number.
         train_images: Unknown.
         seed: Unknown.
-        duration_s: What importing took.
+        duration_s: Duration of the import.
     """
 
     source: Literal["anomalib"]
@@ -239,7 +239,7 @@ class ImportRecord(_Part):
 
 
 class ModelManifest(_Part):
-    """One immutable model version. `calibration` and `metrics` are of its weights; an int8 graph beside has its own."""
+    """One immutable model version. `calibration` and `metrics` are those of its weights; an int8 graph has its own."""
 
     format: int = MANIFEST_FORMAT
     category: Category
@@ -256,17 +256,17 @@ class ModelManifest(_Part):
 
     @property
     def model(self) -> str:
-        """Name the version as results do."""
+        """Return `category@version`, as in results."""
         return f"{self.category}@{self.version}"
 
     @property
     def int8_trial(self) -> Int8Trial | None:
-        """The trial whose graph may serve, if one may."""
+        """Return the trial whose graph may serve, if any."""
         served = (trial for trial in self.int8 if trial.kept and trial.scope == "flows")
         return next((trial for trial in served if trial.calibration is not None), None)
 
     def calibration_in(self, arithmetic: Arithmetic) -> Calibration:
-        """Return the thresholds for an arithmetic.
+        """Return the calibration of an arithmetic.
 
         Raises:
             RegistryError: The version was not calibrated in it: scores of one arithmetic have no threshold in another.
@@ -284,6 +284,6 @@ class ModelManifest(_Part):
 
     @property
     def serving_metrics(self) -> EvaluationMetrics:
-        """What the version did on test images in the arithmetic that serves it where it was trained."""
+        """Return the metrics in the arithmetic that serves the version where it was trained."""
         trial = self.int8_trial
         return trial.metrics if trial is not None and trial.metrics is not None else self.metrics

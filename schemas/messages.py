@@ -1,4 +1,4 @@
-"""What travels on the streams: an image going in, a result or a dead letter coming out.
+"""The messages on the streams: images in, results and dead letters out.
 
 Knows no encoding: `schemas.wire` turns these into the flat fields of a stream entry and back.
 """
@@ -21,7 +21,7 @@ PixelCount = Annotated[int, Field(ge=0)]
 
 
 class Verdict(StrEnum):
-    """What downstream quality control acts on."""
+    """Whether an image shows a defect: what quality control acts on."""
 
     NORMAL = "normal"
     ANOMALOUS = "anomalous"
@@ -51,7 +51,7 @@ class ImageMessage(_Message):
         image_ref: A key or URL instead of the bytes.
         captured_at: When the camera took it.
         traceparent: W3C trace context.
-        extra: Fields of the producer that mean nothing here and are handed through to the result.
+        extra: Other fields of the producer, copied to the result.
     """
 
     id: MessageId
@@ -85,7 +85,7 @@ class AnomalyMap(_Message):
     """An anomaly map as bytes.
 
     Attributes:
-        codec: How `data` is to be read.
+        codec: The encoding of `data`.
         shape: (height, width) in pixels of the map once decoded.
         grids: (height, width) of each native grid; empty for all codecs but `grid-f16`.
         data: The bytes.
@@ -98,15 +98,15 @@ class AnomalyMap(_Message):
 
 
 class DetectionResult(_Message):
-    """The answer to one image.
+    """The published judgement of one image.
 
     Attributes:
         id: As in the image message.
         category: As in the image message.
         score: Image score in the log domain, nats per channel, higher is more anomalous.
-        p_value: Share of held-out normal images at least as anomalous, in (0, 1]; conformal.
-        threshold: `score` above it makes the verdict `anomalous`.
-        verdict: What to do with the part.
+        p_value: Share of held-out normal images that score at least as high, in (0, 1]; conformal.
+        threshold: `score` above it is anomalous.
+        verdict: `score` against `threshold`.
         model: `category@version`.
         map: The anomaly map, at the model's input size.
         boxes: Where the map is above the pixel threshold, in pixels of the original image.
@@ -114,7 +114,7 @@ class DetectionResult(_Message):
         captured_at: As in the image message.
         queued_ms: From the entry's arrival on the server to the worker's first look at it.
         decode_ms: Bytes to pixels.
-        detect_ms: In the detector, waiting for its batch included.
+        detect_ms: In the detector, its queue included.
         total_ms: From the entry's arrival on the server to publishing.
         traceparent: As in the image message.
         extra: As in the image message.
@@ -140,14 +140,14 @@ class DetectionResult(_Message):
 
 
 class DeadLetter(_Message):
-    """An image that can never be judged, with all that is needed to see why and to send it again.
+    """An image that can never be judged, with all that is needed to find out why and to replay it.
 
     Attributes:
         fields: The original entry's fields, untouched.
         reason: One of a closed set.
         detail: What was wrong, where, and what to do.
-        deliveries: How often a worker was given the entry.
-        failed_at: When it was given up.
+        deliveries: How often the entry was delivered.
+        failed_at: When it became a dead letter.
         entry_id: The entry's id on the images stream.
     """
 

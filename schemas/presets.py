@@ -12,7 +12,7 @@ class Preset:
 
     Attributes:
         fields: What it sets of `ModelSettings`; all else keeps its default.
-        paper_added_parameters: What the paper's table 1 gives beside the backbone, of those it has.
+        paper_added_parameters: Parameters besides the backbone's by the paper's table 1; absent: not in the paper.
     """
 
     fields: dict[str, Any]
@@ -33,6 +33,6 @@ PRESETS: dict[PresetName, Preset] = {
     "efficientnet_lite2": Preset({"backbone": "tf_efficientnet_lite2"}),
 }
 """Source: FastFlow, sections 4.1 and 4.2 and table 6. What the paper leaves open is as in public re-implementations:
-docs/reference/presets.md tells where, and what follows."""
+docs/reference/presets.md names them, and the consequences."""
 
 assert set(PRESETS) == set(get_args(PresetName))  # noqa: S101 - one name a preset

@@ -1,6 +1,6 @@
-"""References to images, as text: read strictly, so that what is compared with the allow-list is what is fetched.
+"""References to images, parsed strictly, so that what is compared with the allow-list is what is fetched.
 
-Nothing is corrected: a reference that two programs might read in two ways is refused. Knows no network and no storage.
+Nothing is corrected: a reference that two programs might parse differently is refused. Knows no network and no storage.
 """
 
 import re
@@ -29,14 +29,14 @@ _LONGEST_SHOWN = 200
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Where an image is, taken apart.
+    """The parts of a reference.
 
     Attributes:
         scheme: `key`, `s3`, `http` or `https`.
-        host: Lower case, ASCII, no trailing dot; an IPv6 address without brackets; of `s3` the bucket.
+        host: Lower case, ASCII, no trailing dot; an IPv6 address without brackets; the bucket of `s3`.
         port: Of `http` and `https`, never absent; 0 for the others.
-        path: From the slash behind the host; of `s3` without that slash; of `key` the whole key.
-        query: Of `http` and `https`, without its question mark. It may hold a secret and is never shown.
+        path: From the slash after the host on; for `s3` without that slash; for `key` the whole key.
+        query: Of `http` and `https`, without its question mark. It may contain a secret and is never shown.
     """
 
     scheme: Literal["key", "s3", "http", "https"]
@@ -46,12 +46,12 @@ class Reference:
     query: str = field(default="", repr=False)
 
     def is_below(self, allowed: "Reference") -> bool:
-        """Tell whether an entry of the allow-list, read by `parse_allowed`, covers this."""
+        """Return whether an entry of the allow-list, parsed by `parse_allowed`, covers this."""
         same_place = (self.scheme, self.host, self.port) == (allowed.scheme, allowed.host, allowed.port)
         return same_place and self.path.startswith(allowed.path) and self.path != allowed.path
 
     def __str__(self) -> str:
-        """Show where it is, never the query."""
+        """Return the reference without its query."""
         return shorten(f"{self.scheme}:{self.path}" if self.scheme == "key" else f"{self._base()}{self.path}")
 
     def _base(self) -> str:
@@ -62,11 +62,10 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
-    """Read a reference.
+    """Parse a reference.
 
     Raises:
-        ValueError: It is none, or one that could be read in two ways. The text does not repeat it: it may hold a
-            secret.
+        ValueError: It is not a reference, or ambiguous. The error's text does not repeat it: it may contain a secret.
     """
     if len(text) > MAX_REFERENCE_CHARS:
         raise ValueError(f"it has {len(text):,} characters and {MAX_REFERENCE_CHARS:,} are allowed")
@@ -85,16 +84,16 @@ def parse_reference(text: str) -> Reference:
 
 
 def parse_allowed(text: str) -> Reference:
-    """Read an entry of the allow-list: everything below it is allowed.
+    """Parse an entry of the allow-list: everything below it is allowed.
 
     Raises:
-        ValueError: It is no such entry.
+        ValueError: It is not a valid entry.
     """
     allowed = parse_reference(text)
     if allowed.scheme == "key":
         if not allowed.path:
             raise ValueError("it allows every key of the server; name what the keys start with, as in key:frames:")
-    elif not text.endswith("/"):  # else it would allow https://host/images-of-others too; a query does not end so
+    elif not text.endswith("/"):  # else it would allow https://host/images-of-others too
         raise ValueError("it must end with a slash, as in https://host/images/ or s3://bucket/folder/")
     elif allowed.query:
         raise ValueError("it has a query; leave out everything from the question mark on")
@@ -102,7 +101,7 @@ def parse_allowed(text: str) -> Reference:
 
 
 def shorten(text: str) -> str:
-    """Cut what came from outside to a length that fits a log, and to characters that can be printed."""
+    """Shorten a text from outside for a log, and replace characters that cannot be printed."""
     printable = "".join(char if char.isprintable() else "?" for char in text[: _LONGEST_SHOWN + 1])
     return printable if len(printable) <= _LONGEST_SHOWN else f"{printable[:_LONGEST_SHOWN]}..."
 
@@ -140,7 +139,7 @@ def _parse_http(scheme: Literal["http", "https"], text: str) -> Reference:
 
 
 def _refuse_detours(path: str) -> None:
-    """Refuse what a server might turn into a path that is not below the allowed one."""
+    """Refuse paths that a server might resolve to one outside the allowed prefix."""
     if "//" in path:
         raise ValueError("its path has doubled slashes")
     if any(segment.partition(";")[0] in (".", "..") for segment in path.split("/")):  # Tomcat drops what follows a `;`

@@ -1,7 +1,7 @@
-"""Messages to and from the flat fields of a stream entry.
+"""Converts messages to and from the flat fields of a stream entry.
 
-Plain `XADD key * field value ...` from any Redis client must be enough, so every value is text or raw bytes and no
-field is required but `category` and an image. Knows no transport: it takes and gives mappings of bytes.
+Plain `XADD key * field value ...` from any Redis client must be enough, so every value is text or raw bytes and only
+`category` and an image are required. Knows no transport, only mappings of bytes.
 """
 
 import json
@@ -19,7 +19,7 @@ from schemas.settings import LimitSettings
 Fields = Mapping[bytes, bytes]
 
 MAX_FIELDS = 1000
-"""Most fields of an entry: a script at the server can hand on no more than some 4,000."""
+"""Most fields of an entry: a script at the server can pass some 4,000 at most to a command."""
 
 _IMAGE_FIELDS = ("id", "category", "image", "image_ref", "captured_at", "traceparent")
 _RESULT_FIELDS = frozenset(DetectionResult.model_fields) - {"extra"} | {"map_codec", "map_shape", "map_grids"}
@@ -29,7 +29,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def parse_image(entry_id: str, fields: Fields, limits: LimitSettings) -> ImageMessage:
-    """Read an image message, refusing what is too large before anything is looked into.
+    """Parse an image message; what is too large is refused before anything is parsed.
 
     Args:
         entry_id: The entry's id on the stream; it is the message's id where the producer gave none.
@@ -37,10 +37,10 @@ def parse_image(entry_id: str, fields: Fields, limits: LimitSettings) -> ImageMe
         limits: What is too large.
 
     Raises:
-        MessageError: `too_large` or `malformed`. Whether a reference may be followed is not asked here.
+        MessageError: `too_large` or `malformed`. A reference is not checked against the allow-list here.
     """
     _refuse_oversized(fields, limits)
-    known, extra = _sort_fields(fields)
+    known, extra = _split_fields(fields)
     known["id"] = known.get("id") or entry_id
     if not _TRACEPARENT.fullmatch(known.get("traceparent", "")):
         known.pop("traceparent", None)  # W3C Trace Context 3.2: a malformed header is ignored, never an error
@@ -55,7 +55,7 @@ def parse_image(entry_id: str, fields: Fields, limits: LimitSettings) -> ImageMe
             known["image"] = image
         case (None, image_ref):
             known["image_ref"] = image_ref
-        case _:  # which of the two was meant, nobody can tell
+        case _:  # ambiguous
             raise MessageError(Reason.MALFORMED, "field image and field image_ref are both there; send one of them")
     try:
         return ImageMessage(**known, extra=extra)
@@ -64,7 +64,7 @@ def parse_image(entry_id: str, fields: Fields, limits: LimitSettings) -> ImageMe
 
 
 def image_fields(message: ImageMessage) -> dict[bytes, bytes]:
-    """Write an image message as a producer does."""
+    """Return an image message as fields, as a producer writes them."""
     fields = {name.encode(): value for name, value in message.extra.items()}
     fields[b"id"] = message.id.encode()
     fields[b"category"] = message.category.encode()
@@ -77,7 +77,7 @@ def image_fields(message: ImageMessage) -> dict[bytes, bytes]:
 
 
 def result_fields(result: DetectionResult) -> dict[bytes, bytes]:
-    """Write a result. A producer's extra field that has the name of one of ours gives way to ours."""
+    """Return a result as fields. Ours replace extra fields of the producer that have the same name."""
     fields = {name.encode(): value for name, value in result.extra.items() if name not in _RESULT_FIELDS}
     for name in ("id", "category", "verdict", "model"):
         fields[name.encode()] = str(getattr(result, name)).encode()
@@ -98,7 +98,7 @@ def result_fields(result: DetectionResult) -> dict[bytes, bytes]:
 
 
 def parse_result(fields: Fields) -> DetectionResult:
-    """Read a result.
+    """Parse a result.
 
     Raises:
         MessageError: `malformed`.
@@ -126,7 +126,7 @@ def parse_result(fields: Fields) -> DetectionResult:
 
 
 def dead_letter_fields(letter: DeadLetter) -> dict[bytes, bytes]:
-    """Write a dead letter: the original fields as they were, ours behind a prefix of their own."""
+    """Return a dead letter as fields: the original ones unchanged, ours with a prefix."""
     ours = {
         "reason": letter.reason.value,
         "detail": letter.detail,
@@ -138,7 +138,7 @@ def dead_letter_fields(letter: DeadLetter) -> dict[bytes, bytes]:
 
 
 def parse_dead_letter(fields: Fields) -> DeadLetter:
-    """Read a dead letter.
+    """Parse a dead letter.
 
     Raises:
         MessageError: `malformed`.
@@ -157,8 +157,8 @@ def parse_dead_letter(fields: Fields) -> DeadLetter:
         raise MessageError(Reason.MALFORMED, f"not a dead letter of flawstream: {error}") from error
 
 
-def _sort_fields(fields: Fields) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Tell the fields that mean something from those that are handed through."""
+def _split_fields(fields: Fields) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Split fields into those of `ImageMessage` and extra ones."""
     known: dict[str, Any] = {}
     extra: dict[str, bytes] = {}
     for key, value in fields.items():
@@ -210,7 +210,7 @@ def _text(name: str, value: bytes) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    """Say which fields are wrong without repeating what may be megabytes of somebody's bytes."""
+    """Return which fields are wrong, with at most the start of their values, which may be megabytes."""
     return "; ".join(
         f"field {'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {str(problem['input'])[:64]!r}"
         for problem in error.errors(include_url=False, include_context=False)

@@ -1,8 +1,8 @@
-"""Access rules for the server's users: what each role needs, and nothing else. Knows no server and no password.
+"""Access rules (ACL) for the server's users: what each role needs, and nothing else. Knows no server and no password.
 
-A rule is `user` and selectors, which Redis 7 and Valkey have: each grants its commands on its own keys only, so that a
-producer's SET is good for the keys that remember ids and for no stream. Scripts run with their caller's rights, so
-whoever runs a script is granted what it calls.
+A rule has selectors (Redis 7, Valkey): each grants its commands on its own keys only, so that a producer may SET the
+keys that remember ids, and no stream. Scripts run with their caller's rights, so a role is granted all that its
+scripts call.
 """
 
 import re
@@ -16,16 +16,16 @@ from schemas.keys import StreamKeys
 HASH_PLACEHOLDER = "<sha256-of-the-password-in-hex>"
 
 _SAFE = re.compile(r"[A-Za-z0-9._:@/{}*?\[\]\\^-]+")
-"""A rule is cut at blanks, and quotes mean different things to a shell, to redis-cli and to an ACL file."""
+"""Blanks separate the parts of a rule, and a shell, redis-cli and an ACL file each read quotes differently."""
 _USER = re.compile(r"[A-Za-z0-9._@-]+")
 _SCRIPTS = "eval evalsha"
 _CONNECTION = "ping select client|setinfo"
 _CLUSTER = "asking cluster|nodes cluster|shards cluster|slots command"
-"""Clients of different languages learn a cluster's layout by one or the other of these."""
+"""Each client library asks for a cluster's layout by one of these."""
 
 
 class Role(StrEnum):
-    """Whose rights."""
+    """The role that a user of the server has."""
 
     PRODUCER = "producer"
     WORKER = "worker"
@@ -36,7 +36,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Grant:
-    """Commands, and on which keys: names of `StreamKeys`, blanks between; none where the commands have no keys."""
+    """Commands, and the keys they may use: names of `StreamKeys`, separated by blanks; empty for commands without."""
 
     commands: str
     keys: str = ""
@@ -82,13 +82,13 @@ _GRANTS = {
 
 
 def access_rules(role: Role, prefix: str, shards: int = 0, references: Sequence[str] = ()) -> str:
-    """Write what a role may do, as `ACL SETUSER` and ACL files take it.
+    """Return the rules of a role, in the form of `ACL SETUSER` and of ACL files.
 
     Args:
-        role: Whose rights.
-        prefix: What every key starts with (`redis.prefix`).
-        shards: Sets of streams (`redis.shards`); of more there may be later, up to the next power of ten.
-        references: What keys start with that images are fetched from by reference; for those who fetch.
+        role: The role.
+        prefix: Prefix of every key (`redis.prefix`).
+        shards: Sets of streams (`redis.shards`); the rules allow more later, up to the next power of ten.
+        references: Prefixes of the keys that images are fetched from by reference; for workers only.
 
     Raises:
         ConfigError: A name has characters that no rule can hold.
@@ -105,13 +105,13 @@ def access_rules(role: Role, prefix: str, shards: int = 0, references: Sequence[
 
 
 def user_line(user: str, rules: str, password_sha256: str | None = None, *, acl_file: bool = False) -> str:
-    """Write a user with its rules as one line, for `redis-cli` or for an ACL file.
+    """Return a user and its rules as one line, for `redis-cli` or for an ACL file.
 
     Args:
-        user: Its name.
-        rules: What `access_rules` gave.
+        user: The user's name.
+        rules: From `access_rules`.
         password_sha256: In hex; absent: a placeholder to be replaced.
-        acl_file: Write the form that the server's `aclfile` has.
+        acl_file: Return the form of the server's `aclfile`.
 
     Raises:
         ConfigError: The name has characters that no rule can hold.
@@ -133,7 +133,7 @@ def _suffixes(names: str) -> list[str]:
 
 
 def _bases(prefix: str, shards: int) -> list[str]:
-    """Give what keys start with; a shard is digits, so that no id which a producer makes up looks like one."""
+    """Return patterns of the prefixes of keys; a shard is digits only, so that no producer's id can look like one."""
     literal = _literal(prefix)
     if not shards:
         return [literal]
@@ -142,9 +142,9 @@ def _bases(prefix: str, shards: int) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Write a text so that a pattern means it and nothing else."""
+    """Escape a text so that a pattern matches it alone."""
     if not _SAFE.fullmatch(text):
         raise ConfigError(
-            f"{text!r} cannot stand in an access rule; use letters, digits and any of . _ - : @ / {{ }} in key names"
+            f"{text!r} cannot be part of an access rule; use letters, digits and any of . _ - : @ / {{ }} in key names"
         )
     return re.sub(r"[*?\[\]\\]", r"\\\g<0>", text)

@@ -145,7 +145,7 @@ class StreamReader(Protocol):
         """Release entries: their delivery to this consumer does not count.
 
         Args:
-            ids: Theirs.
+            ids: Ids of the entries.
             at_once: Whether they may be claimed at once, or only after the idle time of any other entry.
 
         Raises:

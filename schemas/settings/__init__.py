@@ -1,4 +1,4 @@
-"""The settings: one file a section, and the tree that holds them.
+"""The settings: one file a section, and the tree of all sections.
 
 A part of the program receives its section and never the tree. Nothing is read at import.
 """

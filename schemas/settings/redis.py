@@ -61,7 +61,7 @@ class RedisSettings(Section):
     @classmethod
     def _url_holds_no_password(cls, url: str) -> str:
         if urlsplit(url).password:  # the URL is printed and logged
-            raise ValueError("a password must not stand in the URL; put it into redis.password")
+            raise ValueError("a password must not be in the URL; put it into redis.password")
         return url
 
     @model_validator(mode="after")

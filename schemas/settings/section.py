@@ -1,4 +1,4 @@
-"""What every section of the settings shares."""
+"""The base classes of the sections of the settings."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A section: frozen, without unknown fields, and its values never in an error, as one may be a password."""
+    """A section: frozen, refuses unknown fields, and never shows values in errors, as one may be a password."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 

@@ -30,7 +30,7 @@ ENV_PREFIX = "FLAWSTREAM_"
 _SERVICE_LINK = re.compile(
     r"_SERVICE_HOST=|_SERVICE_PORT(_\w+)?=\d+$|_PORT(_\d+_(TCP|UDP|SCTP))?=\w+://|_PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)="
 )
-"""What Kubernetes puts into every pod's environment for a Service whose name starts with flawstream: none of ours."""
+"""Variables that Kubernetes sets in every pod for a Service whose name starts with flawstream: not settings."""
 
 
 class Settings(BaseSettings):
@@ -67,19 +67,19 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the environment above what is handed in, which is what the YAML file said."""
+        """Give the environment priority over the arguments, which come from the YAML file."""
         del settings_cls, dotenv_settings, file_secret_settings
         return env_settings, init_settings
 
 
 def load_settings(path: Path | None = None) -> Settings:
-    """Read the settings, the environment's word over the file's.
+    """Load the settings; the environment has priority over the file.
 
     Args:
         path: A YAML file of sections; absent: `FLAWSTREAM_CONFIG` names one, or none is read.
 
     Raises:
-        ConfigError: A file that cannot be read, a name nobody knows, or a value out of bounds.
+        ConfigError: The file cannot be read, a name is unknown, or a value is out of bounds.
     """
     _refuse_unknown_sections()
     named = path or os.environ.get(f"{ENV_PREFIX}CONFIG")
@@ -102,11 +102,11 @@ def load_settings(path: Path | None = None) -> Settings:
 
 
 def settings_problems(error: ValidationError, *section: str) -> str:
-    """Say which fields are wrong and why, never with their values: one may be a password.
+    """Return which fields are wrong and why, never with their values: one may be a password.
 
     Args:
-        error: What pydantic found.
-        *section: The section's name, where a section alone was read.
+        error: pydantic's error.
+        *section: The section's name, where only a section was loaded.
     """
     return "; ".join(
         f"{'.'.join(map(str, (*section, *problem['loc'])))}: {problem['msg']}"
@@ -115,7 +115,7 @@ def settings_problems(error: ValidationError, *section: str) -> str:
 
 
 def _refuse_unknown_sections() -> None:
-    """pydantic-settings drops a variable whose section has a typo without a word."""
+    """Raise for a variable whose section has a typo: pydantic-settings silently ignores it."""
     known = set(Settings.model_fields) | {"config"}
     for name, value in os.environ.items():
         if name.upper().startswith(ENV_PREFIX) and not _SERVICE_LINK.search(f"{name}={value}"):

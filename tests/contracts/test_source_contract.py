@@ -19,7 +19,7 @@ from schemas.settings import RedisSettings
 from workers.references.http import HttpSource
 from workers.references.key import KeySource
 from workers.references.s3 import S3Source
-from workers.references.source import PassingError, Source
+from workers.references.source import RetryableError, Source
 
 pytestmark = pytest.mark.anyio
 
@@ -81,7 +81,7 @@ class SourceContract:
         assert await world.source.read(await world.put("a", png(7))) == png(7)
 
     async def test_a_place_that_does_not_answer_says_nothing_of_the_reference(self, world: World) -> None:
-        with pytest.raises((PassingError, StreamUnavailableError)):
+        with pytest.raises((RetryableError, StreamUnavailableError)):
             await world.cut_off.read(world.nothing())
 
     async def test_it_may_be_closed_unused_and_twice(self, world: World) -> None:

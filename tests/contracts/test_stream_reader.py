@@ -108,7 +108,7 @@ class StreamReaderContract:
         assert [entry.entry_id for entry in await reader.read(8, 1)] == ids[:1]
         assert [entry.entry_id for entry in await reader.read(8, size_bytes + 1)] == ids[1:]
 
-    async def test_entries_that_are_touched_are_not_claimed(self, world: World) -> None:
+    async def test_entries_with_a_heartbeat_are_not_claimed(self, world: World) -> None:
         ids = await world.add(2)
         first = world.reader("a")
         await first.read(8, PLENTY_BYTES)
@@ -117,7 +117,7 @@ class StreamReaderContract:
         claimed = await world.reader("b", claim_idle_ms=50).claim(8)
         assert [entry.entry_id for entry in claimed] == ids[1:]
 
-    async def test_touching_counts_no_delivery_and_takes_nothing_from_its_new_owner(self, world: World) -> None:
+    async def test_heartbeat_counts_no_delivery_and_takes_nothing_from_its_new_owner(self, world: World) -> None:
         ids = await world.add(1)
         first, second = world.reader("a"), world.reader("b", claim_idle_ms=_ALWAYS_IDLE_MS)
         await first.read(8, PLENTY_BYTES)
@@ -128,7 +128,7 @@ class StreamReaderContract:
         (entry,) = await world.reader("c", claim_idle_ms=50).claim(8)
         assert (entry.entry_id, entry.deliveries) == (ids[0], 3)
 
-    async def test_touching_what_is_not_pending_does_nothing(self, world: World) -> None:
+    async def test_heartbeat_of_what_is_not_pending_does_nothing(self, world: World) -> None:
         await world.reader("a").heartbeat(["1-1"])
         await world.reader("a").heartbeat([])
 
@@ -199,7 +199,7 @@ class RedisWorld:
         return {one["name"].decode() for one in found}
 
     async def pass_time(self, duration_ms: int) -> None:
-        """Let the pending entries look as if nobody had touched them for so long."""
+        """Add to the idle time of the pending entries."""
         pending: Any = await self.client.xpending_range(self.keys.images, self.keys.group, "-", "+", 100)
         for one in pending:
             await self.client.xclaim(
@@ -252,7 +252,7 @@ class TestRedisStreamReader(StreamReaderContract):
         ids = await world.add(1)
         assert [entry.entry_id for entry in await reader.read(8, PLENTY_BYTES)] == ids
 
-    async def test_consumers_are_forgotten_only_when_long_gone_and_empty(self, world: RedisWorld) -> None:
+    async def test_consumers_are_removed_only_when_long_gone_and_empty(self, world: RedisWorld) -> None:
         await world.add(1)
         await world.reader("busy").read(1, PLENTY_BYTES)
         await world.reader("gone").read(1, PLENTY_BYTES)
@@ -260,12 +260,12 @@ class TestRedisStreamReader(StreamReaderContract):
         await keeper.read(1, PLENTY_BYTES)
         await keeper.remove_stale_consumers()
         assert await world.consumers() == {"busy", "gone", "keeper"}
-        forget = Script(world.client, "remove_stale_consumers.lua")
+        remove_stale = Script(world.client, "remove_stale_consumers.lua")
         await asyncio.sleep(0.002)  # the server counts whole milliseconds
-        await forget(keys=[world.keys.images], args=[world.keys.group, "keeper", 0])
+        await remove_stale(keys=[world.keys.images], args=[world.keys.group, "keeper", 0])
         assert await world.consumers() == {"busy", "keeper"}
 
-    async def test_forgetting_where_there_is_no_group_does_nothing(self, world: RedisWorld) -> None:
+    async def test_removing_stale_consumers_where_there_is_no_group_does_nothing(self, world: RedisWorld) -> None:
         await world.reader("a").remove_stale_consumers()
 
     async def test_what_came_before_the_first_worker_is_not_lost(self, world: RedisWorld) -> None:

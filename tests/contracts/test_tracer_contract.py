@@ -7,14 +7,14 @@ import pytest
 from helpers.otlp_receiver import receiving
 
 from flawstream.telemetry.choose_tracer import open_tracer
-from flawstream.telemetry.traces import NO_TRACER, Attributes, Stage, Tracer
+from flawstream.telemetry.traces import NO_TRACER, Attributes, Span, Tracer
 from schemas.settings import TracingSettings
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SAMPLED, NOT_SAMPLED = (f"00-{TRACE}-b7ad6b7169203331-{flags}" for flags in ("01", "00"))
 MALFORMED = ("", "x", "00-0-0-01", f"00-{'0' * 32}-{'0' * 16}-01", "\N{SNOWMAN}")
 ABOUT: Attributes = {"image_id": "part-7", "category": "bottle", "deliveries": 1, "score": 0.5}
-WHOLE, PART = Stage("image", 1_000, 9_000), Stage("decode", 2_000, 3_000)
+WHOLE, PART = Span("image", 1_000, 9_000), Span("decode", 2_000, 3_000)
 
 
 class TracerContract:

@@ -115,7 +115,7 @@ class FakeReader:
 
     def __init__(self, stream: FakeStream, consumer: str = "a", *, claim_idle_ms: int = 60_000) -> None:
         self.failures: list[Exception] = []
-        self.touched: list[list[str]] = []
+        self.heartbeats: list[list[str]] = []
         self.on_idle: Callable[[], object] = lambda: None
         self._stream = stream
         self._consumer = consumer
@@ -139,32 +139,34 @@ class FakeReader:
             self.on_idle()
         return [self._stream.give(entry, self._consumer) for entry in taken]
 
-    async def claim(self, max_entries: int, held: Collection[str] = ()) -> list[Entry]:
+    async def claim(self, max_entries: int, in_flight: Collection[str] = ()) -> list[Entry]:
         await asyncio.sleep(0)
         idle = [
             pending
             for key, pending in sorted(self._stream.pending.items())
-            if key > self._claimed and key not in held and self._stream.clock.now() - pending.since >= self._claim_idle
+            if key > self._claimed
+            and key not in in_flight
+            and self._stream.clock.now() - pending.since >= self._claim_idle
         ]
         claimed = [self._stream.give(pending.entry, self._consumer) for pending in idle[:max_entries]]
         self._claimed = claimed[-1].entry_id if len(claimed) == max_entries else ""
         return claimed
 
-    async def heartbeat(self, held: Collection[str]) -> None:
-        self.touched.append(sorted(held))
-        for pending in self._ours(held):
+    async def heartbeat(self, in_flight: Collection[str]) -> None:
+        self.heartbeats.append(sorted(in_flight))
+        for pending in self._ours(in_flight):
             pending.since = self._stream.clock.now()
 
-    async def release(self, held: Collection[str], *, at_once: bool = True) -> None:
-        for pending in self._ours(held):
+    async def release(self, ids: Collection[str], *, at_once: bool = True) -> None:
+        for pending in self._ours(ids):
             pending.entry = replace(pending.entry, deliveries=pending.entry.deliveries - 1)
             pending.since = self._stream.clock.now() - (self._claim_idle if at_once else timedelta())
 
     async def remove_stale_consumers(self) -> None:
         """Consumers leave no trace here."""
 
-    def _ours(self, held: Collection[str]) -> list["_Pending"]:
-        found = (self._stream.pending.get(key) for key in held)
+    def _ours(self, ids: Collection[str]) -> list["_Pending"]:
+        found = (self._stream.pending.get(key) for key in ids)
         return [pending for pending in found if pending is not None and pending.consumer == self._consumer]
 
 

@@ -281,7 +281,7 @@ async def test_name_that_leads_to_a_forbidden_address_is_never_connected_to(
     camera: Camera, fetchers: Fetchers, address: str
 ) -> None:
     fetcher = fetchers(camera.url("/images/", "cam.test"))
-    fetcher._sources["http"] = source = HttpSource(1 << 16, 5.0, 1, names=Names(address))  # noqa: SLF001
+    fetcher._sources["http"] = source = HttpSource(1 << 16, 5.0, 1, resolver=Names(address))  # noqa: SLF001
     reason, detail = await refusal(fetcher, camera.url(f"/images/1?{SECRET}", "cam.test"))
     assert (reason, "metadata" in detail) == (Reason.FORBIDDEN_REFERENCE, True)
     assert camera.asked == []
@@ -294,7 +294,7 @@ async def test_checked_address_is_the_one_connected_to_and_a_name_that_changes_i
     camera.answers["/images/1"] = lambda _: web.Response(body=IMAGE, headers={"Connection": "close"})
     fetcher = fetchers(camera.url("/images/", "localhost"))
     names = Names("169.254.169.254 127.0.0.1", "169.254.169.254", "127.0.0.1")
-    fetcher._sources["http"] = source = HttpSource(1 << 16, 5.0, 1, names=names)  # noqa: SLF001
+    fetcher._sources["http"] = source = HttpSource(1 << 16, 5.0, 1, resolver=names)  # noqa: SLF001
     url = camera.url("/images/1", "localhost")
     assert await fetch(fetcher, url) == IMAGE
     assert len(names.left) == 2

@@ -1,16 +1,16 @@
-"""The time of the machine. Everything that needs time is handed a `Clock`; this is the real one."""
+"""The real clock. Everything that needs the time takes a `Clock`; tests give it one that they control."""
 
 import asyncio
 from datetime import UTC, datetime
 
 
 class SystemClock:
-    """A `Clock` that tells the machine's time."""
+    """A `Clock` that returns the machine's time."""
 
     def now(self) -> datetime:
-        """Tell the time of day in UTC."""
+        """Return the time of day in UTC."""
         return datetime.now(UTC)
 
     async def sleep(self, duration_s: float) -> None:
-        """Let a time pass."""
+        """Wait."""
         await asyncio.sleep(duration_s)

@@ -1,6 +1,6 @@
-"""From an entry's bytes to pixels, on threads: the decoders let go of the interpreter lock while they work.
+"""Decodes the images of entries, on threads: the decoders release the interpreter lock while they work.
 
-An image that is elsewhere is fetched first, and held by nobody once it is pixels.
+An image by reference is fetched first; its bytes are freed once it is decoded.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ class DecodedEntry:
     """A decoded image on its way to the detector.
 
     Attributes:
-        entry: Where it came from.
-        message: What the producer said; with a reference, without the bytes that it led to.
+        entry: The entry.
+        message: Parsed from its fields; of an image by reference without the bytes.
         image: Pixels of the form that the detector wants.
         queued_ms: From the entry's arrival on the server to the worker's first look.
-        decode_ms: Bytes to pixels, without the time to fetch them.
+        decode_ms: Time to decode the bytes, without the time to fetch them.
     """
 
     entry: Entry
@@ -45,38 +45,38 @@ class DecodedEntry:
 
 
 class Decoder:
-    """Decodes the images of a batch, each for itself.
+    """Decodes the images of a batch, each independently of the others.
 
     Args:
         threads: Images decoded at once.
         limits: What is too large.
         clock: For the times.
-        references: Fetches images that are elsewhere; absent: none are.
+        references: Fetches images by reference; absent: references are refused.
     """
 
     def __init__(
         self, threads: int, limits: LimitSettings, clock: Clock, references: ImageFetcher | None = None
     ) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flawstream-decode")
-        cv2.setNumThreads(1)  # OpenCV's own would wait for work at full speed beside these
+        cv2.setNumThreads(1)  # OpenCV's own threads would spin beside these while they wait for work
         self._limits = limits
         self._clock = clock
         self._references = references or NoReferences()
 
     @property
     def pool(self) -> ThreadPoolExecutor:
-        """Give the threads, for other work on pixels."""
+        """Return the threads, for other work on pixels."""
         return self._pool
 
     async def decode(self, entries: Sequence[Entry], form: PixelForm) -> list[DecodedEntry | MessageError | None]:
         """Decode a batch.
 
         Args:
-            entries: As they came from the stream.
-            form: Of the pixels to make.
+            entries: As they were delivered.
+            form: The form of the pixels to return.
 
         Returns:
-            For each entry a job, why it can never be one, or nothing where a bug of ours came between (it is logged).
+            For each entry its image, why it can never be decoded, or None after a bug of ours, which is logged.
 
         Raises:
             StreamUnavailableError: The stream server has an image under a key and does not answer.
@@ -90,14 +90,14 @@ class Decoder:
                 else loop.run_in_executor(self._pool, self._decode_one, entry, form, seen_at)
                 for entry in entries
             ),
-            return_exceptions=True,  # so that nothing is left running when the first fails
+            return_exceptions=True,  # so that none is still running when the first fails
         )
-        opened: list[DecodedEntry | MessageError | None] = []
+        decoded: list[DecodedEntry | MessageError | None] = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, MessageError):
                 raise outcome
-            opened.append(outcome)
-        return opened
+            decoded.append(outcome)
+        return decoded
 
     def close(self) -> None:
         """End the threads."""
@@ -153,11 +153,11 @@ class Decoder:
 
 
 def since_arrival_ms(entry_id: str, now: datetime) -> float:
-    """Tell how long ago an entry arrived, by the server's clock; 0 where the clocks disagree."""
+    """Return the time since an entry arrived by the server's clock; 0 where the clocks disagree."""
     arrived_ms = int(entry_id.partition("-")[0])
     return max(0.0, now.timestamp() * 1000 - arrived_ms)
 
 
 def between_ms(start: datetime, end: datetime) -> float:
-    """Tell the time between; 0 where the clock was set back."""
+    """Return the time between; 0 where the clock was set back."""
     return max(0.0, (end - start).total_seconds() * 1000)

@@ -14,7 +14,7 @@ class Heartbeat:
 
     Args:
         reader: Sends the heartbeat, for the entries that are still this consumer's.
-        in_flight: Ids of the entries in flight; read anew at each heartbeat.
+        in_flight: Ids of the entries in flight; read at each heartbeat.
         clock: For the waits.
         retry: Logs heartbeats that fail.
         claim_idle_s: Time without a heartbeat after which an entry may be claimed.

@@ -95,7 +95,7 @@ class Pipeline:
             return 0
         seen_at = self._clock.now()
         queued_ms = max(since_arrival_ms(entry.entry_id, seen_at) for entry in entries)
-        batch = self._tally.took_up(len(entries), queued_ms / 1000)
+        batch = self._tally.start_batch(len(entries), queued_ms / 1000)
         ids = {entry.entry_id for entry in entries}
         self.in_flight |= ids
         try:
@@ -124,7 +124,7 @@ class Pipeline:
         """Release entries; those for which that fails are claimed later, and the delivery counts.
 
         Args:
-            ids: Theirs.
+            ids: Ids of the entries.
             at_once: Whether they may be claimed at once, or only after `claim_idle_ms`.
         """
         try:

@@ -1,4 +1,4 @@
-"""Gives out the entries of the images stream to one named consumer. Knows Redis, and not what is in an entry."""
+"""Reads and claims entries of the images stream as one named consumer. Knows Redis, and not what is in an entry."""
 
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -16,22 +16,22 @@ from workers.redis.groups import Row, in_group, read_group, rows
 from workers.redis.scripts import Script
 
 _OLDEST = "0-0"
-_DEAD_AFTER_MS = 600_000
-"""A consumer asks every `block_ms`, be there something to read or not."""
+_STALE_AFTER_MS = 600_000
+"""A live consumer calls the server every `block_ms`, whether or not there is something to read."""
 
 
 class RedisStreamReader:
     """A `StreamReader` on a Redis stream.
 
-    An entry is pending from the moment it is given out until it is ended. Whatever happens in between (a worker that
-    dies, a reply that is lost), it is pending still, and `read` after a restart or `claim` gives it out again.
+    An entry is pending from its delivery until it completes. If the worker dies or a reply is lost in between, it is
+    still pending: `read` after a restart, or `claim`, delivers it again.
 
     Args:
-        client: A command that waits takes a connection of its pool for itself.
-        keys: Names the streams and the group.
-        consumer: This worker's name; a worker that restarts under its name goes on with its own entries at once.
+        client: A client of the stream's server; a command that waits takes a connection of its pool for itself.
+        keys: Names of the streams and of the group.
+        consumer: This worker's name; a worker that restarts under its name resumes its own pending entries at once.
         settings: For `block_ms`.
-        claim_idle_ms: An entry untouched for so long may be claimed.
+        claim_idle_ms: Idle time after which an entry may be claimed.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class RedisStreamReader:
         self._claim_idle_ms = claim_idle_ms
         self._read_script = Script(client, "read_new.lua")
         self._claim_script = Script(client, "claim.lua")
-        self._touch_script = Script(client, "_owned_by.lua", "heartbeat.lua")
+        self._heartbeat_script = Script(client, "_owned_by.lua", "heartbeat.lua")
         self._release_script = Script(client, "_owned_by.lua", "release.lua")
-        self._forget_script = Script(client, "remove_stale_consumers.lua")
+        self._remove_stale_script = Script(client, "remove_stale_consumers.lua")
         self._claim_cursor = _OLDEST
-        self._own_cursor: str | None = _OLDEST  # None: nothing of before the start is left
+        self._own_cursor: str | None = _OLDEST  # None: what was pending at the start has been read
 
     async def read(self, max_entries: int, max_bytes: int) -> list[Entry]:
-        """Take what this consumer was given before it started, one at a time, then new entries; wait where none is.
+        """Read this consumer's own pending entries first, one at a time, then new ones; wait for the first.
 
-        One at a time: should one of them have killed the process, the others are not counted as given out again.
-        Where nothing is there, the first entry that comes is given alone.
+        One at a time: where one of them killed the process, the others are not counted as redelivered. After a wait,
+        the first new entry is returned at once, in a batch of its own.
 
         Args:
             max_entries: At most so many.
-            max_bytes: None past so many bytes of fields, but always one.
+            max_bytes: No further entry once their fields have so many bytes.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -69,17 +69,17 @@ class RedisStreamReader:
                 entry = await self._next_own(self._own_cursor)
                 if entry is not None:
                     return [entry]
-            fresh = await self._read_at_once(max_entries, max_bytes) or await self._read_group(">", 1, self._block_ms)
-        return [Entry(entry_id, fields) for entry_id, fields in fresh]
+            new = await self._read_at_once(max_entries, max_bytes) or await self._read_group(">", 1, self._block_ms)
+        return [Entry(entry_id, fields) for entry_id, fields in new]
 
-    async def claim(self, max_entries: int, held: Collection[str] = ()) -> list[Entry]:
-        """Take over entries that their consumer, be it this one, has not touched for too long.
+    async def claim(self, max_entries: int, in_flight: Collection[str] = ()) -> list[Entry]:
+        """Claim entries without a heartbeat for too long, of any consumer, this one included.
 
-        The search goes on where the last call stopped, and starts again once it has seen all.
+        The search goes on where the last call stopped, and starts again at the oldest once it has seen all.
 
         Args:
             max_entries: At most so many.
-            held: Ids that this worker has in hand; they are not given out again.
+            in_flight: Ids of the entries that this worker works on; they are not claimed.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -87,61 +87,65 @@ class RedisStreamReader:
         """
         with stream_errors(self._client):
             while True:
-                cursor, found = await self._claim_from(self._claim_cursor, max_entries, held)
+                cursor, found = await self._claim_from(self._claim_cursor, max_entries, in_flight)
                 self._claim_cursor = cursor
                 if found or cursor == _OLDEST:
                     return found
 
-    async def heartbeat(self, held: Collection[str]) -> None:
-        """Say that entries in hand are still under work, so that no other consumer claims them.
+    async def heartbeat(self, in_flight: Collection[str]) -> None:
+        """Renew the idle time of entries, so that no other consumer claims them (XCLAIM JUSTID).
 
-        What another consumer has meanwhile stays with it.
+        An entry that another consumer owns by now stays with it.
 
         Raises:
             StreamUnavailableError: The server does not answer.
             ConfigError: The server refuses the user.
         """
-        if held:
+        if in_flight:
             with stream_errors(self._client):
-                await self._touch_script(keys=[self._keys.images], args=(self._keys.group, self._consumer, *held))
+                await self._heartbeat_script(
+                    keys=[self._keys.images], args=(self._keys.group, self._consumer, *in_flight)
+                )
 
-    async def release(self, held: Collection[str], *, at_once: bool = True) -> None:
-        """Release entries: delivering them to this consumer does not count.
+    async def release(self, ids: Collection[str], *, at_once: bool = True) -> None:
+        """Release entries: their delivery to this consumer does not count.
 
         Args:
-            held: Ids.
+            ids: Ids of the entries.
             at_once: Whether they may be claimed at once, or only after `claim_idle_ms`.
 
         Raises:
             StreamUnavailableError: The server does not answer.
             ConfigError: The server refuses the user.
         """
-        if held:
+        if ids:
             with stream_errors(self._client):
                 idle_ms = self._claim_idle_ms if at_once else 0
                 await self._release_script(
-                    keys=[self._keys.images], args=(self._keys.group, self._consumer, idle_ms, *held)
+                    keys=[self._keys.images], args=(self._keys.group, self._consumer, idle_ms, *ids)
                 )
 
     async def remove_stale_consumers(self) -> None:
-        """Remove consumers that have not asked for ten minutes and have nothing pending.
+        """Remove consumers that have not called the server for ten minutes and have nothing pending.
 
         Raises:
             StreamUnavailableError: The server does not answer.
             ConfigError: The server refuses the user.
         """
         with stream_errors(self._client):
-            await self._forget_script(keys=[self._keys.images], args=(self._keys.group, self._consumer, _DEAD_AFTER_MS))
+            await self._remove_stale_script(
+                keys=[self._keys.images], args=(self._keys.group, self._consumer, _STALE_AFTER_MS)
+            )
 
     async def _read_at_once(self, max_entries: int, max_bytes: int) -> list[Row]:
-        """Take a batch of what is there, in one call that ends before the batch grows past its bytes."""
+        """Read a batch without waiting."""
         args = (self._keys.group, self._consumer, max_entries, max_bytes)
         read = partial(self._read_script, keys=[self._keys.images], args=args)
         found = await in_group(self._client, self._keys.images, self._keys.group, read)
         return rows((entry_id, _fields(flat)) for entry_id, flat in found)
 
     async def _next_own(self, cursor: str) -> Entry | None:
-        """Take this consumer's next pending entry; where its body was deleted, acknowledge it and give none."""
+        """Read this consumer's next pending entry; None after the last, or where it was deleted: it is acknowledged."""
         own = await self._read_group(cursor, 1, None)
         if not own:
             self._own_cursor = None
@@ -167,14 +171,14 @@ class RedisStreamReader:
             block_ms=block_ms,
         )
 
-    async def _claim_from(self, cursor: str, max_entries: int, held: Collection[str]) -> tuple[str, list[Entry]]:
+    async def _claim_from(self, cursor: str, max_entries: int, in_flight: Collection[str]) -> tuple[str, list[Entry]]:
         try:
             reply: list[Any] = await self._claim_script(
                 keys=[self._keys.images],
-                args=(self._keys.group, self._consumer, self._claim_idle_ms, cursor, max_entries, *held),
+                args=(self._keys.group, self._consumer, self._claim_idle_ms, cursor, max_entries, *in_flight),
             )
         except ResponseError as error:
-            if is_missing_group(error):  # `read` makes it
+            if is_missing_group(error):  # `read` creates it
                 return _OLDEST, []
             raise
         found = [Entry(entry_id.decode(), _fields(flat), deliveries) for entry_id, flat, deliveries in reply[1]]
@@ -182,5 +186,5 @@ class RedisStreamReader:
 
 
 def _fields(flat: Sequence[bytes]) -> dict[bytes, bytes]:
-    """Put together what a script gives as field, value, field, value ..."""
+    """Return the fields that a script's reply lists as field, value, field, value ..."""
     return dict(zip(flat[::2], flat[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""From what a model said of an image to the result that is published. Used by the stream worker and by the HTTP API."""
+"""Builds the result that is published from a model's detection. Used by the stream worker and by the HTTP API."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Times:
 def build_result(
     message: ImageMessage, image: DecodedImage, detection: Detection, codec: MapCodec, times: Times
 ) -> DetectionResult:
-    """Put a result together: map, boxes where the verdict is anomalous, times, and what the producer sent along."""
+    """Build a result: map, boxes where the verdict is anomalous, times, and the producer's own fields."""
     shape = (image.pixels.shape[0], image.pixels.shape[1])
     boxes = (
         find_boxes(upsample(detection.grids, shape), detection.pixel_threshold, image.original_shape)

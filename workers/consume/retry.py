@@ -58,7 +58,7 @@ class Retry:
                 if last:
                     raise
                 failures += 1
-                self._tally.tried_again(error.code)
+                self._tally.retried(error.code)
                 delay_s = backoff_s(failures)
                 _log.warning("%s: %s; trying again in %.1f s", error.code, error, delay_s)
             await self.wait(delay_s)

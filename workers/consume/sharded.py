@@ -14,7 +14,7 @@ from workers.consume.reader import RedisStreamReader
 from workers.consume.sink import RedisResultSink
 from workers.consume.worker import StreamWorker
 from workers.observe.backlog import Backlog
-from workers.observe.drift import Quality
+from workers.observe.drift import DriftMonitor
 from workers.observe.stream_gauges import StreamGauges, report_for_ever
 from workers.observe.tally import Tally, WorkerStats
 from workers.outcomes.retention import RedisRetention
@@ -26,17 +26,17 @@ from workers.references import ReferenceFetcher
 class ShardedWorker:
     """The stream worker of a process. Without shards it has one loop.
 
-    Every worker reads every shard, so none is left alone whichever worker dies; the batches in flight are divided
-    among the loops, one each at least.
+    Every worker reads every shard, so that no shard depends on one worker. The batches in flight are divided among
+    the loops, at least one each.
 
     Args:
-        client: Of the stream server, Sentinels' primary, or cluster.
-        consumer: The worker's name in each group. A worker that starts again under its name goes on with what it had.
-            Should two bear the same name, work is done twice and each image ends once still.
+        client: A client of the stream server or cluster.
+        consumer: The worker's name in each group. A worker that restarts under its name resumes its pending entries.
+            Where two workers have the same name, work is done twice, but each image still completes once.
         detector: Judges images.
-        settings: Of the service.
-        metrics: Where numbers go.
-        tracer: Where spans go.
+        settings: The service's.
+        metrics: Receives counts and times.
+        tracer: Receives a span of each image.
 
     Raises:
         ConfigError: A package that an allowed reference needs is not installed.
@@ -58,7 +58,7 @@ class ShardedWorker:
         worker = settings.worker.model_copy(update={"in_flight": max(1, settings.worker.in_flight // len(shards))})
         self._references = ReferenceFetcher(settings.references, settings.limits, client, clock)
         self._decoder = Decoder(worker.decode_threads, settings.limits, clock, self._references)
-        self._quality = Quality(metrics, settings.metrics.window_images, settings.metrics.max_categories)
+        self._drift = DriftMonitor(metrics, settings.metrics.window_images, settings.metrics.max_categories)
         self._gauges = StreamGauges(Backlog(client, shards), metrics)
         self._report_s = settings.metrics.report_s
         self._loops = [
@@ -70,14 +70,14 @@ class ShardedWorker:
                 clock,
                 settings=worker,
                 retention=RedisRetention(client, keys, settings.backlog),
-                tally=Tally(metrics, self._quality, tracer),
+                tally=Tally(metrics, self._drift, tracer),
             )
             for keys in shards
         ]
 
     @property
     def stats(self) -> WorkerStats:
-        """Sum up what the loops have done since the start."""
+        """Return what all loops together have done since the start."""
         total = WorkerStats()
         for one in fields(WorkerStats):
             sums = [getattr(loop.stats, one.name) for loop in self._loops]
@@ -85,8 +85,8 @@ class ShardedWorker:
         return total
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until told to stop, then finish what is under way; what takes too long is handed back."""
-        reporting = asyncio.create_task(report_for_ever(self._report_s, [self._gauges.report, self._report_quality]))
+        """Work until `stop` is set, then finish the batches in flight; what takes too long is released."""
+        reporting = asyncio.create_task(report_for_ever(self._report_s, [self._gauges.report, self._report_drift]))
         try:
             async with asyncio.TaskGroup() as tasks:
                 for loop in self._loops:
@@ -95,10 +95,10 @@ class ShardedWorker:
             reporting.cancel()
             await asyncio.gather(reporting, return_exceptions=True)
 
-    async def _report_quality(self) -> None:
-        self._quality.report()
+    async def _report_drift(self) -> None:
+        self._drift.report()
 
     async def close(self) -> None:
-        """End the decoding threads, and close what images are fetched over."""
+        """End the decoding threads, and close the connections over which images are fetched."""
         self._decoder.close()
         await self._references.close()

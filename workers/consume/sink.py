@@ -1,4 +1,4 @@
-"""Ends entries: writes what came of them and takes them off the images stream, each exactly once."""
+"""Completes entries: writes their outcomes and removes them from the images stream, each exactly once."""
 
 from collections.abc import Sequence
 
@@ -14,12 +14,12 @@ from workers.redis.scripts import Script
 class RedisResultSink:
     """A `ResultSink` on Redis streams.
 
-    One script call ends a whole batch. It writes only for entries that are still pending for this consumer, so a call
-    whose reply was lost can be made again: what it ended is no longer pending and is not written twice.
+    One script call completes a whole batch. It writes only for entries that are still pending for this consumer, so a
+    call whose reply was lost can be repeated: what it completed is no longer pending and is not written twice.
 
     Args:
-        client: Of the server that has all three streams.
-        keys: Names the streams and the group.
+        client: A client of the server that has all three streams.
+        keys: Names of the streams and of the group.
         consumer: The name under which the entries were read.
     """
 
@@ -30,14 +30,14 @@ class RedisResultSink:
         self._script = Script(client, "_owned_by.lua", "publish_outcomes.lua")
 
     async def publish(self, completions: Sequence[Completion]) -> list[bool]:
-        """Write each outcome and take its entry off the images stream, in one step per entry.
+        """Write each outcome and take its entry off the images stream, in one atomic step per entry.
 
         Returns:
             For each completion, whether the entry was still this consumer's. Where not, nothing was written: another
-            worker has the entry, or an earlier call whose reply was lost has ended it.
+            worker owns the entry, or an earlier call whose reply was lost completed it.
 
         Raises:
-            StreamUnavailableError: The server does not answer. Each entry either ended or is still pending.
+            StreamUnavailableError: The server does not answer. Each entry is either completed or still pending.
             ConfigError: The server refuses the user.
         """
         if not completions:
@@ -56,4 +56,4 @@ class RedisResultSink:
                 values += (name, value)
         with stream_errors(self._client):
             reply: list[int] = await self._script(keys=[self._keys.images, *targets], args=values)
-        return [bool(ended) for ended in reply]
+        return [bool(written) for written in reply]

@@ -132,7 +132,7 @@ class StreamWorker:
         began_s = time.perf_counter()
         entries = await self._reader.read(self._settings.batch_size, self._settings.batch_bytes)
         if entries:
-            self._tally.spent("read", time.perf_counter() - began_s)
+            self._tally.timed("read", time.perf_counter() - began_s)
         return entries
 
     async def _complete(self, entries: Sequence[Entry]) -> None:

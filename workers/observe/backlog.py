@@ -1,4 +1,4 @@
-"""How the streams stand: what waits, what is in hand, what was refused. Never an image's bytes."""
+"""Measures the streams: backlog, pending entries, lag, refusals. Transfers no image."""
 
 import asyncio
 from collections import Counter
@@ -14,16 +14,16 @@ from workers.redis.scripts import Script
 
 @dataclass(frozen=True, slots=True)
 class BacklogState:
-    """How the streams stand, all shards together.
+    """One measurement of the streams, summed over all shards.
 
     Attributes:
-        images: Entries on the images streams: those that wait, and those that workers have in hand.
-        pending: Of these, how many were given to a worker.
-        lag: How many were not yet given out. None where a server cannot tell, as after the delete of such an entry.
-        oldest_s: How long the oldest of them has been there, by the server's clock; None where there is none.
-        results: Results on their streams.
-        dead: Dead letters on theirs.
-        counters: What was refused, recognised as a duplicate or trimmed since the servers' data began, by name.
+        images: The backlog: all entries on the images streams.
+        pending: Of these, how many were delivered to a worker.
+        lag: How many were not yet delivered. None where a server does not know, as after such an entry was deleted.
+        oldest_s: Age of the oldest image by the server's clock; None where there is none.
+        results: Results on the results streams.
+        dead: Dead letters on the dead-letter streams.
+        counters: Refusals, duplicates and trimmed results since the servers' data began, by name.
     """
 
     images: int
@@ -36,13 +36,13 @@ class BacklogState:
 
 
 class Backlog:
-    """Reads how the streams stand, however often it is asked, at most once in a while.
+    """Measures the streams, and shares each measurement among all callers for a while.
 
     Args:
-        client: Of the server that has the streams.
-        keys: Of every shard.
-        max_age_s: An answer no older than this is given again; so is a failure, so that a server that is away does
-            not keep everybody waiting one after the other.
+        client: A client of the streams' server.
+        keys: Those of every shard.
+        max_age_s: Age up to which a measurement is returned again; a failure too, so that callers do not wait for
+            a server that is away one after the other.
     """
 
     def __init__(self, client: StreamConnection, keys: Sequence[StreamKeys], *, max_age_s: float = 1.0) -> None:
@@ -54,7 +54,7 @@ class Backlog:
         self._read_at_s = 0.0
 
     async def read(self) -> BacklogState:
-        """Tell how the streams stand.
+        """Return the latest measurement, or make one.
 
         Raises:
             StreamUnavailableError: A server does not answer.
@@ -63,7 +63,7 @@ class Backlog:
         now_s = asyncio.get_running_loop().time()
         if self._reading is None or (self._reading.done() and now_s - self._read_at_s >= self._max_age_s):
             self._reading = asyncio.create_task(self._read_all())
-        return await asyncio.shield(self._reading)  # a caller that gives up does not take the others along
+        return await asyncio.shield(self._reading)  # a caller that is cancelled does not cancel it for the others
 
     async def _read_all(self) -> BacklogState:
         try:
@@ -71,7 +71,7 @@ class Backlog:
                 shards = await asyncio.gather(*(self._read_shard(keys) for keys in self._keys))
         finally:
             self._read_at_s = asyncio.get_running_loop().time()
-        return _together(shards)
+        return _sum(shards)
 
     async def _read_shard(self, keys: StreamKeys) -> BacklogState:
         reply: list[Any] = await self._script(
@@ -90,7 +90,7 @@ class Backlog:
         )
 
 
-def _together(shards: Sequence[BacklogState]) -> BacklogState:
+def _sum(shards: Sequence[BacklogState]) -> BacklogState:
     lags = [shard.lag for shard in shards]
     counters: Counter[str] = Counter()
     for shard in shards:

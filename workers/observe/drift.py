@@ -1,8 +1,8 @@
-"""What the results of each category say about the line: how scores spread, and how far they are from calibration.
+"""Measures drift by category: the quantiles of its scores, and how far its p-values are from uniform.
 
-As long as nothing drifts, the p-values of normal images are uniform in (0, 1] (`flawstream.calibration`), whatever the
-category, its model or its scores' scale. So their distance from uniform measures drift, in either direction, without a
-label. Anomalous parts move it too: a share r of them by r at most.
+Without drift, the p-values of normal images are uniform in (0, 1] (`flawstream.calibration`), whatever the category,
+its model or the scale of its scores. So their distance from uniform measures drift, in either direction, without
+labels. Anomalous parts add to it: a share r of them at most r.
 """
 
 from collections import deque
@@ -28,13 +28,13 @@ class _Window:
     changed: bool = True
 
 
-class Quality:
-    """Watches results by category. Per result it costs some microseconds; the rest is done when it reports.
+class DriftMonitor:
+    """Keeps the latest results of each category, and measures drift when it reports; adding one takes microseconds.
 
     Args:
-        metrics: Where the numbers go.
-        window_images: So many latest results of a category are looked at.
-        max_categories: Categories that are watched, in the order they come.
+        metrics: Receives p-values, and the gauges.
+        window_images: How many of the latest results of a category are measured.
+        max_categories: The first so many categories are measured, any further ones are not.
     """
 
     def __init__(self, metrics: Metrics, window_images: int, max_categories: int) -> None:
@@ -43,8 +43,8 @@ class Quality:
         self._max_categories = max_categories
         self._windows: dict[str, _Window] = {}
 
-    def saw(self, result: DetectionResult) -> None:
-        """Take a result that was published. Another version of the model begins its window anew."""
+    def add(self, result: DetectionResult) -> None:
+        """Add a published result. Another version of the model starts an empty window."""
         self._metrics.observe(m.P_VALUE, result.p_value, category=result.category)
         window = self._windows.get(result.category)
         if window is None or window.model != result.model:
@@ -56,22 +56,22 @@ class Quality:
         window.changed = True
 
     def report(self) -> None:
-        """Set the gauges of the categories that had results since the last time."""
+        """Set the gauges of the categories with new results since the last report."""
         for category, window in self._windows.items():
             if window.changed:
                 window.changed = False
-                shares, scores = np.array(window.latest).T
-                self._metrics.set(m.WINDOW_IMAGES, len(shares), category=category)
-                self._metrics.set(m.DRIFT_DISTANCE, distance_from_uniform(shares), category=category)
+                p_values, scores = np.array(window.latest).T
+                self._metrics.set(m.WINDOW_IMAGES, len(p_values), category=category)
+                self._metrics.set(m.DRIFT_DISTANCE, distance_from_uniform(p_values), category=category)
                 self._metrics.set(m.THRESHOLD, window.threshold, category=category)
                 for quantile, score in zip(QUANTILES, np.quantile(scores, QUANTILES).tolist(), strict=True):
                     self._metrics.set(m.WINDOW_SCORE, score, category=category, quantile=str(quantile))
 
 
 def distance_from_uniform(p_values: NDArray[np.float64]) -> float:
-    """Give the largest difference between the distribution of p-values and the uniform one: Kolmogorov and Smirnov's.
+    """Return the Kolmogorov-Smirnov distance between p-values and the uniform distribution.
 
-    scipy.stats has it as well, for 1.4 s and 70 MB of import and 15 times the time (a test compares the two).
+    scipy.stats has it too, with 1.4 s and 70 MB for its import and 15 times the time (a test compares the two).
 
     Args:
         p_values: (n,), n of 1 or more, in [0, 1].

@@ -1,27 +1,27 @@
-"""What a log line says of an image besides its message: who it is, and never what it shows."""
+"""The fields that a log line has of an image besides its message: its identity, never its contents."""
 
 from collections.abc import Mapping, Sequence
 
 from schemas.messages import DeadLetter, DetectionResult
 from workers.ports import Completion, Entry
 
-_LONGEST = 256
-_NAMED = {b"id": "image_id", b"category": "category", b"traceparent": "traceparent"}
+_MAX_BYTES = 256
+_NAMES = {b"id": "image_id", b"category": "category", b"traceparent": "traceparent"}
 
 
-def entries(those: Sequence[Entry]) -> dict[str, object]:
-    """Describe entries for `extra`: one by all its names, several by their entry ids, none by nothing."""
-    if len(those) == 1:
-        return _fields(those[0].entry_id, those[0].fields)
-    return {"entry_ids": [entry.entry_id for entry in those]} if those else {}
+def entries(concerned: Sequence[Entry]) -> dict[str, object]:
+    """Return entries as log fields: one with all its names, several as a list of entry ids, none as no field."""
+    if len(concerned) == 1:
+        return _fields(concerned[0].entry_id, concerned[0].fields)
+    return {"entry_ids": [entry.entry_id for entry in concerned]} if concerned else {}
 
 
-def completion(one: Completion) -> dict[str, object]:
-    """Describe for `extra` how an image ended."""
-    match one.outcome:
+def completion(completed: Completion) -> dict[str, object]:
+    """Return an image and its outcome as log fields."""
+    match completed.outcome:
         case DetectionResult() as result:
             named: dict[str, object] = {
-                "entry_id": one.entry_id,
+                "entry_id": completed.entry_id,
                 "image_id": result.id,
                 "category": result.category,
                 "model": result.model,
@@ -42,8 +42,8 @@ def completion(one: Completion) -> dict[str, object]:
 
 def _fields(entry_id: str, fields: Mapping[bytes, bytes]) -> dict[str, object]:
     named: dict[str, object] = {"entry_id": entry_id, "image_id": entry_id}
-    for field, name in _NAMED.items():
+    for field, name in _NAMES.items():
         value = fields.get(field)
         if value:
-            named[name] = value[:_LONGEST].decode("utf-8", "backslashreplace")
+            named[name] = value[:_MAX_BYTES].decode("utf-8", "backslashreplace")
     return named

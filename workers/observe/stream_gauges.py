@@ -1,4 +1,4 @@
-"""How the streams stand, as metrics: read now and then by every worker and by the API, who all tell the same."""
+"""The streams as metrics, measured at intervals by every worker and by the API, which all report the same values."""
 
 import asyncio
 import logging
@@ -15,12 +15,12 @@ _log = logging.getLogger(__name__)
 class StreamGauges:
     """Sets the gauges of the streams.
 
-    What the server itself counts begins with the server's data and not with this process: the counter here starts with
-    it, and goes on counting where the server was emptied.
+    The counter of stream events starts at the server's own counts, which are older than this process, and never goes
+    back, even where the server was emptied.
 
     Args:
-        backlog: Reads how the streams stand.
-        metrics: Where the numbers go.
+        backlog: Measures the streams.
+        metrics: Receives the values.
     """
 
     def __init__(self, backlog: Backlog, metrics: Metrics) -> None:
@@ -29,7 +29,7 @@ class StreamGauges:
         self._counted: dict[str, int] = {}
 
     async def report(self) -> None:
-        """Look once. A server that is away is a number too, and who needs it says so in the log."""
+        """Measure once. A server that does not answer is a metric too, and not logged here."""
         try:
             state = await self._backlog.read()
         except FlawstreamError:
@@ -50,7 +50,7 @@ class StreamGauges:
 
 
 async def report_for_ever(every_s: float, reports: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Have reports made until cancelled; one that fails is a bug that concerns nobody else."""
+    """Make the reports at intervals until cancelled; one that fails is logged as a bug and does not stop the others."""
     while True:
         for report in reports:
             try:

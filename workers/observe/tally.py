@@ -1,4 +1,4 @@
-"""What a stream worker has done, counted and timed: for its status, for metrics. Knows no loop and no server."""
+"""Counts and times what a stream worker does, for its stats and for metrics. Knows no loop and no server."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from flawstream.telemetry.traces import NO_TRACER, Span, Tracer
 from schemas.errors import ModelUnavailableError, Reason
 from schemas.messages import DeadLetter, DetectionResult
 from workers.observe import log_fields
-from workers.observe.drift import Quality
+from workers.observe.drift import DriftMonitor
 from workers.ports import Completion
 
 _log = logging.getLogger(__name__)
@@ -24,13 +24,13 @@ class WorkerStats:
     """What a worker has done since it started.
 
     Attributes:
-        read: Entries given to it, those given again included.
-        batches: Batches taken up.
-        results: Images that ended as results.
-        dead: Images that ended as dead letters, by reason.
-        not_ours: Outcomes not written because another worker had the entry, or an earlier try had ended it.
-        retries: Tries that the detector or the server could not serve and that were made again.
-        deferred: Images that stayed pending because the current version of their category cannot be used, each time.
+        read: Entries delivered to it, redelivered ones included.
+        batches: Batches started.
+        results: Images completed with a result.
+        dead: Images completed with a dead letter, by reason.
+        not_ours: Outcomes not written because another worker owned the entry, or an earlier try had completed it.
+        retries: Retries after transient errors of the detector or the server.
+        deferred: Deferrals of images whose category has no usable version.
         errors: Bugs: unexpected exceptions. Their entries stay pending.
     """
 
@@ -44,16 +44,16 @@ class WorkerStats:
     errors: int = 0
 
     def as_dict(self) -> dict[str, object]:
-        """Give it as JSON takes it."""
+        """Return the counts, ready for JSON."""
         return asdict(self) | {"dead": {str(reason): count for reason, count in self.dead.items()}}
 
 
 class Batch:
-    """The stages that a batch went through.
+    """A batch in flight, and the stages it went through.
 
     Attributes:
-        began_ns: When it was taken up, nanoseconds since 1970.
-        stages: What was done with it since.
+        began_ns: Its start, nanoseconds since 1970.
+        stages: The stages so far.
     """
 
     def __init__(self, tally: "Tally") -> None:
@@ -63,50 +63,55 @@ class Batch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what the batch spends in a stage, tries made again included; one that fails is not counted."""
+        """Time a stage, retries included; one that fails is not recorded."""
         began_ns, began_s = time.time_ns(), time.perf_counter()
         yield
         took_s = time.perf_counter() - began_s
         self.stages.append(Span(name, began_ns, began_ns + round(took_s * 1e9)))
-        self._tally.spent(name, took_s)
+        self._tally.timed(name, took_s)
 
 
 class Tally:
-    """Takes note of what a worker does: in its stats, and in metrics where somebody watches.
+    """Counts and times what a worker does.
 
     Args:
-        metrics: Where the numbers go.
-        quality: Told of every result; absent: nobody is.
-        tracer: Told of the way of every image; absent: nobody is.
+        metrics: Receives counts and times.
+        drift: Receives every result; absent: drift is not measured.
+        tracer: Receives the spans of every image.
     """
 
     def __init__(
-        self, metrics: Metrics = NO_METRICS, quality: Quality | None = None, tracer: Tracer = NO_TRACER
+        self, metrics: Metrics = NO_METRICS, drift: DriftMonitor | None = None, tracer: Tracer = NO_TRACER
     ) -> None:
         self.stats = WorkerStats()
         self._metrics = metrics
-        self._quality = quality
+        self._drift = drift
         self._tracer = tracer
 
-    def took_up(self, images: int, queued_s: float) -> "Batch":
-        """Note a batch and how long its oldest image had waited."""
+    def start_batch(self, images: int, queued_s: float) -> "Batch":
+        """Count a batch and its images.
+
+        Args:
+            images: How many it has.
+            queued_s: How long its oldest image was queued.
+        """
         self.stats.batches += 1
         self.stats.read += images
         self._metrics.add(m.IMAGES, images)
         self._metrics.observe(m.BATCH_IMAGES, images, stage="read")
-        self.spent("queue", queued_s)
+        self.timed("queue", queued_s)
         return Batch(self)
 
-    def spent(self, stage: str, duration_s: float) -> None:
-        """Note what a batch spent in a stage."""
+    def timed(self, stage: str, duration_s: float) -> None:
+        """Record the time of a batch in a stage."""
         self._metrics.observe(m.STAGE_SECONDS, duration_s, stage=stage)
 
     def completed(self, batch: "Batch", completions: Sequence[Completion], ours: Sequence[bool]) -> None:
-        """Note how the images of a batch ended.
+        """Count, log and trace the outcomes of a batch.
 
         Args:
-            batch: What `took_up` gave.
-            completions: What came of them.
+            batch: From `start_batch`.
+            completions: Its completions.
             ours: For each, whether it was written.
         """
         results: Counter[tuple[str, str]] = Counter()
@@ -116,8 +121,8 @@ class Tally:
                 case DetectionResult() as result if written:
                     results[result.category, result.verdict.value] += 1
                     self._metrics.observe(m.IMAGE_SECONDS, result.total_ms / 1000)
-                    if self._quality is not None:
-                        self._quality.saw(result)
+                    if self._drift is not None:
+                        self._drift.add(result)
                 case DeadLetter(reason=reason) if written:
                     dead[reason] += 1
         for (category, verdict), count in results.items():
@@ -157,17 +162,17 @@ class Tally:
                 completion.outcome.detail if isinstance(completion.outcome, DeadLetter) else None,
             )
 
-    def tried_again(self, cause: str) -> None:
-        """Note a try made again, by the error's code."""
+    def retried(self, cause: str) -> None:
+        """Count a retry, by the error's code."""
         self.stats.retries += 1
         self._metrics.add(m.RETRIES, cause=cause)
 
     def deferred(self, images: int) -> None:
-        """Note images that are tried again later because of their category's version."""
+        """Count deferrals."""
         self.stats.deferred += images
         self._metrics.add(m.RETRIES, images, cause=ModelUnavailableError.code)
 
     def failed(self) -> None:
-        """Note a bug."""
+        """Count a bug."""
         self.stats.errors += 1
         self._metrics.add(m.ERRORS)

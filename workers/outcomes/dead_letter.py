@@ -1,4 +1,4 @@
-"""Dead letters: how one is made of an entry that cannot be judged. `outcomes.dead_letters` has those that were."""
+"""Makes the dead letter of an entry that cannot be judged. `outcomes.dead_letters` reads, replays and purges them."""
 
 from datetime import datetime
 
@@ -10,13 +10,13 @@ from workers.ports import Entry, Refusal
 _KEPT_FIRST = (b"id", b"category", b"image", b"image_ref", b"captured_at", b"traceparent")
 
 
-def make_dead_letter(entry: Entry, why: MessageError | Refusal, failed_at: datetime) -> DeadLetter:
+def make_dead_letter(entry: Entry, cause: MessageError | Refusal, failed_at: datetime) -> DeadLetter:
     """Make the dead letter of an entry.
 
-    All fields are kept as they came, the image too: the stream has carried them once, and whoever mends the cause
-    can send them again. Only of an entry with more fields than any message may have, some are left out.
+    All fields are kept as they came, the image too, so that it can be replayed once the cause is fixed. Only an entry
+    with more fields than any message may have loses some.
     """
-    detail = str(why) if isinstance(why, MessageError) else why.detail
+    detail = str(cause) if isinstance(cause, MessageError) else cause.detail
     fields = entry.fields
     if len(fields) > MAX_FIELDS:
         names = list(dict.fromkeys([*(name for name in _KEPT_FIRST if name in fields), *fields]))[:MAX_FIELDS]
@@ -24,7 +24,7 @@ def make_dead_letter(entry: Entry, why: MessageError | Refusal, failed_at: datet
         detail += f" ({len(entry.fields) - MAX_FIELDS:,} of the fields are left out here)"
     return DeadLetter(
         fields=fields,
-        reason=why.reason,
+        reason=cause.reason,
         detail=detail,
         deliveries=entry.deliveries,
         failed_at=failed_at,

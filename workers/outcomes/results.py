@@ -28,8 +28,8 @@ class OutcomeReader(StreamClient, ABC, Generic[_T]):
     same. `ack` takes the ids as they were given. Outcomes of one shard come in order; the shards take turns.
 
     Without a group: what comes after an id, or from now on; nothing is remembered at the server. With a group: what
-    no other consumer of the group was delivered, from the stream's start. What is not acknowledged is delivered again
-    after the connection was lost and when a consumer of the same name starts again: at least once.
+    was not delivered to another consumer of the group, from the stream's start. What is not acknowledged is redelivered
+    after the connection was lost and when a consumer of the same name restarts: at least once.
 
     Each shard is read by a task of its own, into one bounded queue, and only while a call waits for outcomes. Nothing
     is lost when a call of `read` is cancelled. While some shards cannot be read, those that can are, and the log has a
@@ -112,7 +112,7 @@ class OutcomeReader(StreamClient, ABC, Generic[_T]):
         Raises:
             StreamUnavailableError: The server does not answer.
             ConfigError: The server refuses the user.
-            ValueError: This reader gives no such id.
+            ValueError: An id is of a shard that this reader does not have.
         """
         by_shard: defaultdict[int | None, list[str]] = defaultdict(list)
         for outcome_id in outcome_ids:
@@ -163,7 +163,7 @@ class OutcomeReader(StreamClient, ABC, Generic[_T]):
         return taken
 
     def _add(self, taken: list[tuple[str, _T]], item: tuple[str, _T, ShardReader[_T]] | None) -> None:
-        """Add an outcome from the queue to those taken; None in its place says that a read found none, or failed.
+        """Add an item of the queue to those taken; None means that a read found no outcome, or failed.
 
         Raises:
             StreamUnavailableError: No shard can be read, and nothing is taken.

@@ -1,4 +1,4 @@
-"""Keeps the results stream from growing for ever, and takes nothing that somebody has still to read."""
+"""Trims the results stream, but nothing that a registered group has still to read."""
 
 from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings
@@ -7,17 +7,17 @@ from workers.redis.errors import stream_errors
 from workers.redis.scripts import Script
 
 _AT_ONCE = 1000
-"""Most results taken off by one script: about a millisecond in which the server does nothing else."""
+"""Most results trimmed by one script: the server does nothing else for about a millisecond."""
 
 
 class RedisRetention:
     """A `Retention` on the results stream of one shard.
 
     Args:
-        client: Of the server that has the stream.
-        keys: Names it.
-        backlog: Results past `keep_results` in number, the oldest first, or past `keep_results_s` in age are taken
-            off. The server frees whole nodes of the stream, so where results are small a few past the number stay.
+        client: A client of the stream's server.
+        keys: Names of the stream and its counters.
+        backlog: Results past `keep_results` in number, the oldest first, or past `keep_results_s` in age are trimmed.
+            The server frees whole nodes of the stream, so where results are small a few past the number stay.
     """
 
     def __init__(self, client: StreamConnection, keys: StreamKeys, backlog: BacklogSettings) -> None:
@@ -27,13 +27,12 @@ class RedisRetention:
         self._script = Script(client, "trim.lua")
 
     async def trim(self) -> int:
-        """Take old results off their stream, never one that a registered group has still to read or acknowledge.
+        """Remove old results, never one that a registered group has still to read or acknowledge.
 
-        A consumer that reads without a group is not known to the server and is not waited for. What is taken off is
-        counted at the server.
+        A reader without a group is unknown to the server, and not waited for. The server counts what is removed.
 
         Returns:
-            How many were taken off.
+            How many were removed.
 
         Raises:
             StreamUnavailableError: The server does not answer.
@@ -41,7 +40,7 @@ class RedisRetention:
         """
         total, more = 0, True
         with stream_errors(self._client):
-            while more:  # each call is short, and others get their turn in between
-                taken, more = await self._script(keys=self._names, args=[*self._policy, _AT_ONCE])
-                total += taken
+            while more:  # each call is short: the server serves others in between
+                removed, more = await self._script(keys=self._names, args=[*self._policy, _AT_ONCE])
+                total += removed
         return total

@@ -1,4 +1,4 @@
-"""Reads the outcomes of one shard into a queue, a batch at a time and only while somebody waits for them."""
+"""Reads the outcomes of one shard into a queue, a batch at a time and only while a call waits for them."""
 
 import asyncio
 import contextlib
@@ -145,7 +145,7 @@ class ShardReader(Generic[_T]):
 
     async def _report(self, error: StreamUnavailableError | ConfigError) -> None:
         """Report a failed read, and wait before the next one."""
-        self._own_cursor = _OLDEST  # the reply that was lost may have held entries
+        self._own_cursor = _OLDEST  # the lost reply may have had entries
         self._failures += 1
         self._retry.clear()
         self.error = error

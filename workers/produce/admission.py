@@ -1,6 +1,6 @@
-"""Whether there is room for one more image: what scripts are told of the bounds, and how a refusal reads.
+"""Admission control: the bounds of the backlog, as arguments of scripts, and their refusals, as errors.
 
-Knows no image: it is for whoever adds some, be it a producer or a replay of dead letters.
+Used by all that adds images: the producer, and the replay of dead letters. Knows nothing of the images themselves.
 """
 
 import asyncio
@@ -21,44 +21,47 @@ from workers.redis.scripts import Script
 _T = TypeVar("_T")
 
 REMEMBER_S = 600
-"""How long an id is known after its image was added: one pushed again within writes nothing."""
+"""How long an id is remembered: an image pushed again within that time is not written twice."""
 
 
-class Room:
-    """The bounds of a backlog.
+class Admission:
+    """Admission control of one backlog.
 
-    A script that adds an image is put together of `_capacity.lua` and its own file. Its first keys are those of
-    `keys`, its first arguments `bounds`, and its reply is for `entry_id`.
+    A script that adds an image consists of `_capacity.lua` and its own file. Its first keys are `keys`, its first
+    arguments `bounds`, and its reply is parsed by `entry_id`.
 
     Args:
-        client: Of the server that has the stream.
+        client: A client of the stream's server.
         backlog: The bounds.
+
+    Attributes:
+        bounds: Most images and most bytes.
     """
 
     def __init__(self, client: StreamConnection, backlog: BacklogSettings) -> None:
         self.bounds = (backlog.max_images, backlog.max_bytes)
         self._client = client
-        self._count = Script(client, "count_refusal.lua")
+        self._count_script = Script(client, "count_refusal.lua")
 
     @staticmethod
     def keys(keys: StreamKeys) -> list[str]:
-        """Name what a script needs to know whether there is room."""
+        """Return the names of the keys by which a script checks the capacity."""
         return [keys.images, keys.counters, keys.image_bytes]
 
     def entry_id(self, keys: StreamKeys, reply: Sequence[Any]) -> str:
-        """Read a script's reply.
+        """Return the id in a script's reply.
 
         Raises:
-            BacklogFullError: There was no room, and nothing was written.
+            BacklogFullError: The backlog is full, and nothing was written.
         """
         self.refuse(keys, reply)
         return str(reply[0].decode())
 
     def refuse(self, keys: StreamKeys, reply: Sequence[Any]) -> None:
-        """Raise where a script's reply says that there is no room.
+        """Raise where a script's reply is a refusal.
 
         Raises:
-            BacklogFullError: There was no room, and nothing was written.
+            BacklogFullError: The backlog is full, and nothing was written.
         """
         if reply[0]:
             return
@@ -75,7 +78,7 @@ class Room:
 
     @asynccontextmanager
     async def memory_errors(self, keys: StreamKeys) -> AsyncIterator[None]:
-        """Turn a server's being out of memory, which it says before a script runs, into a refusal, and count it.
+        """Turn the error of a server that is out of memory, raised before a script runs, into a refusal, and count it.
 
         Raises:
             BacklogFullError: The server is out of memory, and nothing was written.
@@ -83,26 +86,26 @@ class Room:
         try:
             yield
         except OutOfMemoryError as error:
-            with contextlib.suppress(RedisError):  # counted or not, it is a refusal
-                await self._count(keys=[keys.counters], args=["refused_memory"])
+            with contextlib.suppress(RedisError):  # counting is best effort
+                await self._count_script(keys=[keys.counters], args=["refused_memory"])
             raise BacklogFullError(
                 f"the server at {address(self._client)} is out of memory and nothing was written; "
                 "wait for the workers, or raise its maxmemory"
             ) from error
 
 
-async def when_there_is_room(attempt: Callable[[], Awaitable[_T]], wait_s: float) -> _T:
-    """Try to add an image, again and again until there is room.
+async def retry_until_admitted(attempt: Callable[[], Awaitable[_T]], wait_s: float) -> _T:
+    """Retry adding an image until it is admitted.
 
     Args:
-        attempt: Adds it, or raises BacklogFullError.
-        wait_s: How long to try; with 0 once.
+        attempt: Adds the image, or raises BacklogFullError.
+        wait_s: Deadline of the retries; 0 tries once.
 
     Returns:
-        What the attempt gives.
+        The attempt's return value.
 
     Raises:
-        BacklogFullError: There was no room in time.
+        BacklogFullError: The image was not admitted in time.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + wait_s

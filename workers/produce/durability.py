@@ -1,6 +1,6 @@
-"""Runs a script and waits until what it wrote is as safe as was asked: with replicas, on the server's disk.
+"""Runs a script and waits until its writes are durable, as configured: on replicas, on the server's disk.
 
-Knows how to wait on a single server, behind Sentinels and in a cluster, and nothing of what was written.
+Knows how to wait on one server, behind Sentinels and in a cluster, and nothing of what was written.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from workers.redis.scripts import Script
 
 _T = TypeVar("_T")
 _SHARE = 0.75
-"""Of `timeout_s`: the server, which looks at its clock ten times a second, gives up before the client gives it up."""
+"""Of `timeout_s`, for all waits: the server, which checks ten times a second, must give up before the client does."""
 _REDIRECTIONS = 3
 
 
 class DurableScript:
     """A script whose writes are waited for.
 
-    WAIT and WAITAOF tell of the writes of their own connection, so the script and they share one. One that writes
-    anything at all, were it a counter, is enough to wait for all that any connection wrote before.
+    WAIT and WAITAOF report on the writes of their own connection, so the script runs on the same one. Any write of it,
+    if only a counter, makes them wait for all that other connections wrote before.
 
     Args:
-        client: Of the server that runs it.
+        client: A client of the server that runs it.
         settings: What to wait for, and how long.
-        names: The script's files in this package, in the order in which they are put together.
+        names: The script's files, as for `Script`.
     """
 
     def __init__(self, client: StreamConnection, settings: RedisSettings, *names: str) -> None:
@@ -48,7 +48,7 @@ class DurableScript:
             self._waits.append(("WAITAOF", 1, 0, wait_ms))
 
     async def check(self) -> None:
-        """See that the server can wait as asked.
+        """Check that the server can wait as configured.
 
         Raises:
             ConfigError: It cannot.
@@ -68,15 +68,15 @@ class DurableScript:
         """Run the script, then wait.
 
         Args:
-            keys: The streams and other keys it touches, a stream first.
-            args: What else it is told.
-            read: Makes sense of its reply; where it raises, there is nothing to wait for.
+            keys: The streams and other keys that it uses, a stream first.
+            args: Its arguments.
+            read: Parses its reply; where it raises, there is nothing to wait for.
 
         Returns:
-            What was read, and in words what is not yet as safe as asked; no words where all is.
+            The parsed reply, and a text on what is not yet durable; empty where all is.
 
         Raises:
-            ConfigError: The server cannot wait as asked.
+            ConfigError: The server cannot wait as configured.
         """
         if not self._waits:
             return read(await self._script(keys=keys, args=args)), ""
@@ -84,13 +84,13 @@ class DurableScript:
         if isinstance(self._client, RedisCluster):
             reply, *waited = await self._run_in_cluster(self._client, keys[0], command)
             return read(reply), self._shortfall(waited)
-        async with self._client.client() as held:  # one connection of the pool
-            run: Callable[..., Awaitable[Any]] = held.execute_command
-            found = read(await run(*command))
-            return found, self._shortfall([await _answer(run(*wait)) for wait in self._waits])
+        async with self._client.client() as connection:  # one of the pool, for all commands
+            run: Callable[..., Awaitable[Any]] = connection.execute_command
+            parsed = read(await run(*command))
+            return parsed, self._shortfall([await _reply_or_error(run(*wait)) for wait in self._waits])
 
     async def _run_in_cluster(self, client: RedisCluster, key: str, command: tuple[Any, ...]) -> list[Any]:
-        """Run on the node that has the key. Followed one by one, redirections would part the script from the waits."""
+        """Run on the node that has the key, in one pipeline: redirected singly, script and waits could be separated."""
         redirections = 0
         while True:
             await client.initialize()  # does nothing where the cluster's layout is known
@@ -98,15 +98,15 @@ class DurableScript:
             if node is None:
                 raise ResponseError(f"CLUSTERDOWN no node has the slot of {key}")
             pipeline = client.pipeline()
-            for one in (command, *self._waits):
-                pipeline.execute_command(*one, target_nodes=node)
+            for step in (command, *self._waits):
+                pipeline.execute_command(*step, target_nodes=node)
             try:
                 replies = await pipeline.execute(raise_on_error=False, allow_redirections=False)
             except RedisError as error:
                 replies = [error]
             if not isinstance(replies[0], RedisError):
                 return replies
-            # A pipeline learns nothing from a node that is gone or has moved; a plain command's client does.
+            # After an error only a plain command makes the client update the cluster's layout; a pipeline does not.
             with contextlib.suppress(RedisError):
                 await client.xlen(key)
             redirections += 1
@@ -127,10 +127,10 @@ class DurableScript:
         return " and ".join(lacking)
 
 
-async def _answer(waiting: Awaitable[Any]) -> Any:
-    """Give a refusal of the server as an answer, as a pipeline does."""
+async def _reply_or_error(command: Awaitable[Any]) -> Any:
+    """Return a command's reply, or its error instead of raising it, as a pipeline does."""
     try:
-        return await waiting
+        return await command
     except ResponseError as error:
         return error
 
@@ -140,5 +140,5 @@ def _no_fsync(client: StreamConnection, error: ResponseError) -> Exception:
         return error
     return ConfigError(
         f"the server at {address(client)} cannot wait as redis.wait_replicas and redis.wait_local_fsync ask: {error}; "
-        "let it keep an AOF (appendonly yes; WAITAOF needs Redis 7.2 or any Valkey), or do not ask for it"
+        "switch its AOF on (appendonly yes; WAITAOF needs Redis 7.2 or any Valkey), or do not ask for it"
     )

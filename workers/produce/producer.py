@@ -14,7 +14,7 @@ from schemas.errors import BacklogFullError, FlawstreamError, StreamUnavailableE
 from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
-from workers.produce.admission import REMEMBER_S, Room, when_there_is_room
+from workers.produce.admission import REMEMBER_S, Admission, retry_until_admitted
 from workers.produce.durability import DurableScript
 from workers.redis.client import StreamClient
 from workers.redis.errors import stream_errors
@@ -22,18 +22,18 @@ from workers.redis.scripts import Script
 
 
 class Producer(StreamClient):
-    """Pushes images, refusing when the backlog is full.
+    """Pushes images; refuses them when the backlog is full.
 
-    A push that was cut off may or may not have happened. Push again with the same `id`: the image is on the stream
-    once. With shards, an image with an `id` goes to the shard of that `id`, others to one shard after the other. Once
-    refused, it asks for room before it sends the next image: a refusal costs neither side an image's bytes.
+    A push whose reply was lost may or may not have been written. Push again with the same `id`: the image is on the
+    stream once. With shards, an image with an `id` goes to the shard of that `id`, others go round-robin. After a
+    refusal, the capacity is asked for before the next image is sent, so that refusals transfer no images.
 
     Args:
         settings: Where the streams are, and what to wait for after a push.
         limits: What a worker would refuse is refused here, before it is sent.
-        backlog: When the backlog is full.
-        metrics: Where numbers go; `flawstream.telemetry.prometheus.serve_metrics` gives one that Prometheus can ask.
-        tracer: Where spans go; `flawstream.telemetry.choose_tracer.open_tracer` gives one.
+        backlog: The bounds of the backlog.
+        metrics: Receives counts and times; `flawstream.telemetry.prometheus.serve_metrics` makes one for Prometheus.
+        tracer: Receives spans; `flawstream.telemetry.choose_tracer.open_tracer` makes one.
     """
 
     def __init__(
@@ -51,20 +51,20 @@ class Producer(StreamClient):
         self._settings = settings
         self._limits = limits
         self._shards = cycle(all_keys(settings))
-        self._room = Room(self._client, backlog)
+        self._admission = Admission(self._client, backlog)
         self._full: set[StreamKeys] = set()
-        self._ask = Script(self._client, "_capacity.lua", "ask_capacity.lua")
-        self._script = DurableScript(self._client, settings, "_capacity.lua", "push_image.lua")
+        self._ask_script = Script(self._client, "_capacity.lua", "ask_capacity.lua")
+        self._push_script = DurableScript(self._client, settings, "_capacity.lua", "push_image.lua")
 
     async def open(self) -> None:
-        """See that the server answers, can run our scripts, and can wait as asked.
+        """Check that the server answers, can run our scripts, and can wait as configured.
 
         Raises:
             StreamUnavailableError: The server does not answer.
-            ConfigError: It is too old, refuses the user, or keeps no AOF to wait for.
+            ConfigError: It is too old, refuses the user, or has no AOF to wait for.
         """
         await super().open()
-        await self._script.check()
+        await self._push_script.check()
 
     async def push(
         self,
@@ -82,22 +82,22 @@ class Producer(StreamClient):
         Args:
             image: JPEG, PNG, WebP, BMP or TIFF bytes.
             category: Whose model judges it.
-            id: The producer's own key. Pushed twice within ten minutes, it is on the stream once. Without it, the
+            id: The producer's own key. Pushed twice within ten minutes, the image is on the stream once. Absent: the
                 result has the entry's id.
             captured_at: When the camera took it, with its zone.
-            traceparent: W3C trace context; comes back with the result. With a tracer, that of the push's own span is
-                sent in its place, whose parent it is.
+            traceparent: W3C trace context; comes back with the result. With a tracer it is the parent of the push's
+                span, whose own is sent in its place.
             extra: Fields that come back with the result.
-            wait_s: How long to wait for room before giving up.
+            wait_s: How long to retry while the backlog is full; 0 tries once.
 
         Returns:
             The entry's id; that of the first push where `id` was pushed before.
 
         Raises:
             MessageError: A worker would refuse it: `too_large` or `malformed`.
-            BacklogFullError: There is no room, and nothing was written.
+            BacklogFullError: The backlog is full, and nothing was written.
             StreamUnavailableError: The server does not answer, and whether the image was written is not known; or it
-                was written, and is not yet as safe as `redis.wait_replicas` and `redis.wait_local_fsync` ask. Push
+                was written, and is not yet as durable as `redis.wait_replicas` and `redis.wait_local_fsync` ask. Push
                 it again with the same `id`: that waits anew.
             ConfigError: The server refuses the user.
         """
@@ -113,7 +113,7 @@ class Producer(StreamClient):
                 fields[b"traceparent"] = carried.encode()
             parse_image("0-0", fields, self._limits)
             keys = keys_of(self._settings, id) if id else next(self._shards)
-            return await when_there_is_room(partial(self._push_once, keys, id, fields), wait_s)
+            return await retry_until_admitted(partial(self._push_once, keys, id, fields), wait_s)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -133,18 +133,19 @@ class Producer(StreamClient):
             self._metrics.observe(m.PUSH_SECONDS, time.perf_counter() - began_s)
 
     async def _push_once(self, keys: StreamKeys, message_id: str | None, fields: Mapping[bytes, bytes]) -> str:
-        names = Room.keys(keys)
+        names = Admission.keys(keys)
         if message_id:
             names.append(keys.seen(message_id))
-        values: list[bytes | int] = [*self._room.bounds, REMEMBER_S]
+        values: list[bytes | int] = [*self._admission.bounds, REMEMBER_S]
         for name, value in fields.items():
             values += (name, value)
         with stream_errors(self._client):
             try:
-                async with self._room.memory_errors(keys):
+                async with self._admission.memory_errors(keys):
                     if keys in self._full:
-                        self._room.refuse(keys, await self._ask(keys=names, args=self._room.bounds))
-                    entry_id, lacking = await self._script(names, values, partial(self._room.entry_id, keys))
+                        self._admission.refuse(keys, await self._ask_script(keys=names, args=self._admission.bounds))
+                    read = partial(self._admission.entry_id, keys)
+                    entry_id, lacking = await self._push_script(names, values, read)
             except BacklogFullError:
                 self._full.add(keys)
                 raise

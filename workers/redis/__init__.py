@@ -1,1 +1,1 @@
-"""The connection to the stream server, its scripts and errors, and a server of our own."""
+"""The connection to the stream server, its scripts and errors, and the embedded server."""

@@ -1,4 +1,4 @@
-"""How long to wait before the next try: twice as long each time, with jitter so that workers do not try in step."""
+"""Exponential backoff: the wait doubles with each failure, with jitter so that workers do not retry in step."""
 
 import random
 
@@ -8,7 +8,7 @@ _DOUBLINGS = 6
 
 
 def backoff_s(failures: int) -> float:
-    """Give the wait after so many failures in a row.
+    """Return the wait after so many failures in a row.
 
     Args:
         failures: 1 after the first.

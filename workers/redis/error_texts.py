@@ -1,4 +1,4 @@
-"""Errors that only their texts tell apart: each text is matched here and nowhere else, with a link to who writes it.
+"""Errors that can be recognised only by their text: each is matched here and nowhere else, with a link to its source.
 
 When a new redis-py or server breaks one of these, its test in tests/ fails against the real server.
 """

@@ -1,4 +1,4 @@
-"""Where redis-py's exceptions become ours: a transient one, or a refusal that only a change of settings mends."""
+"""Translates redis-py's exceptions into ours: a transient one, or a refusal that only other settings can fix."""
 
 import ssl
 from collections.abc import Iterator

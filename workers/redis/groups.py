@@ -19,14 +19,14 @@ return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
 
 
 def rows(reply: Any) -> list[Row]:
-    """Give the entries of a reply their types; redis-py's own are a union of all that any option may yield."""
+    """Return the entries of a reply, typed; redis-py's own types are a union over all options."""
     return [(entry_id.decode(), fields) for entry_id, fields in reply]
 
 
 async def create_group(client: StreamConnection, stream: str, group: str) -> None:
     """Create a consumer group at the stream's start: one created at its end loses earlier entries.
 
-    By a script, as a server at its memory limit refuses the plain command, and nobody could drain it then.
+    By a script with allow-oom: a server at its memory limit refuses the plain command, and could not be drained.
     """
     try:
         await client.eval(_CREATE_GROUP, 1, stream, group)

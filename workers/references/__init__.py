@@ -1,4 +1,4 @@
-"""Images by reference: fetched from the stream server, from S3 or over HTTP, where the allow-list says so."""
+"""Images by reference: fetched from the stream server, from S3 or over HTTP, where the allow-list covers it."""
 
 from workers.references.fetcher import ImageFetcher, NoReferences, ReferenceFetcher
 

@@ -1,4 +1,4 @@
-"""Fetches images by reference: what the allow-list covers, so many at once, so often, for so long, and no other way."""
+"""Fetches images by reference, where the allow-list covers it, with bounded concurrency, tries and time."""
 
 import asyncio
 import logging
@@ -15,26 +15,26 @@ from workers.redis.connection import StreamConnection
 from workers.references.http import HttpSource
 from workers.references.key import KeySource
 from workers.references.s3 import S3Source
-from workers.references.source import PassingError, Source, forbidden, unavailable
+from workers.references.source import RetryableError, Source, forbidden, unavailable
 
 _log = logging.getLogger(__name__)
 
 
 class ImageFetcher(Protocol):
-    """Gives the bytes that a reference leads to."""
+    """Fetches the bytes of images by reference."""
 
     def fetch(self, text: str) -> AbstractAsyncContextManager[bytes]:
-        """Hold the bytes of an image while the context lasts; how many can be held at once is bounded.
+        """Keep the bytes of an image in memory while the context lasts; how many are at once is bounded.
 
         Raises:
             MessageError: `forbidden_reference`, `unavailable_reference` or `too_large`.
-            StreamUnavailableError: The stream server does not answer; nothing is said of the reference.
+            StreamUnavailableError: The stream server does not answer; the reference may be good.
         """
         ...
 
 
 class NoReferences:
-    """An `ImageFetcher` where references are not enabled: it refuses them all."""
+    """The `ImageFetcher` where references are not enabled: it refuses them all."""
 
     def fetch(self, text: str) -> AbstractAsyncContextManager[bytes]:
         """Refuse."""
@@ -48,12 +48,12 @@ class NoReferences:
 class ReferenceFetcher:
     """An `ImageFetcher` for keys of the stream server, S3 and HTTP.
 
-    Memory is bounded by `references.concurrency` times `limits.max_image_bytes`, twice while an image is put together.
+    Memory is bounded by `references.concurrency` times `limits.max_image_bytes`, twice that while an image is copied.
 
     Args:
-        settings: What is allowed, how often, how many at once, how long.
-        limits: What is too large.
-        client: Of the stream server.
+        settings: The allow-list, and the limits of tries, time and concurrency.
+        limits: The largest image.
+        client: A client of the stream server.
         clock: For the waits between tries.
 
     Raises:
@@ -66,23 +66,24 @@ class ReferenceFetcher:
         self._settings = settings
         self._clock = clock
         self._allowed = tuple(map(parse_allowed, settings.allow))
-        self._places = asyncio.Semaphore(settings.concurrency)
+        self._slots = asyncio.Semaphore(settings.concurrency)
         self._sources: dict[str, Source] = {}
-        patience_s = settings.timeout_s / settings.tries  # so that a silent server leaves time for the next try
-        largest = limits.max_image_bytes
+        try_timeout_s = settings.timeout_s / settings.tries  # a server that is silent leaves time for the next try
+        max_bytes = limits.max_image_bytes
         schemes = {allowed.scheme for allowed in self._allowed}
         if "key" in schemes:
-            self._sources["key"] = KeySource(client, largest)
+            self._sources["key"] = KeySource(client, max_bytes)
         if "s3" in schemes:
-            self._sources["s3"] = S3Source(largest, patience_s, settings.concurrency)
+            self._sources["s3"] = S3Source(max_bytes, try_timeout_s, settings.concurrency)
         if schemes & {"http", "https"}:
-            self._sources |= dict.fromkeys(("http", "https"), HttpSource(largest, patience_s, settings.concurrency))
+            http = HttpSource(max_bytes, try_timeout_s, settings.concurrency)
+            self._sources |= {"http": http, "https": http}
 
     @asynccontextmanager
     async def fetch(self, text: str) -> AsyncIterator[bytes]:
-        """Hold the bytes of an image while the context lasts; see `ImageFetcher`."""
+        """Keep the bytes of an image in memory while the context lasts; see `ImageFetcher`."""
         reference = self._check(text)
-        async with self._places:
+        async with self._slots:
             yield await self._read(reference)
 
     async def close(self) -> None:
@@ -108,7 +109,7 @@ class ReferenceFetcher:
                 for failures in range(1, self._settings.tries + 1):
                     try:
                         return await self._sources[reference.scheme].read(reference)
-                    except PassingError as error:
+                    except RetryableError as error:
                         problem = str(error)
                         _log.info("try %d of %s: %s", failures, reference, problem)
                     if failures < self._settings.tries:

@@ -1,7 +1,7 @@
-"""Images on web servers. Redirects, proxies, cookies and ambient credentials are all left out.
+"""Images on web servers, without redirects, proxies, cookies or ambient credentials.
 
-The addresses of a name are looked up once, checked, and then connected to: a name that changes between a check and a
-connection (DNS rebinding) cannot lead anywhere else.
+A name's addresses are resolved once, checked, and then connected to: a name that changes between check and connection
+(DNS rebinding) leads nowhere else.
 """
 
 import socket
@@ -15,55 +15,56 @@ from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 from schemas.references import Reference, shorten
-from workers.references.source import PassingError, forbidden, too_large, unavailable
+from workers.references.source import RetryableError, forbidden, too_large, unavailable
 
 _OK = 200
 _REDIRECTS = range(300, 400)
-_TRY_AGAIN = frozenset({408, 425, 429})
-_BROKEN = range(500, 600)
+_RETRIED = frozenset({408, 425, 429})
+_SERVER_ERRORS = range(500, 600)
 _CHUNK_BYTES = 1 << 16
 
 _METADATA = frozenset(map(ip_address, ("100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")))
-"""Where clouds tell a machine its credentials (Alibaba, Azure, AWS, Google) and which no class of addresses covers."""
+"""Addresses from which a cloud's machines get their credentials (Alibaba, Azure, AWS, Google), in none of the classes
+below."""
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052
 
 
 class _ForbiddenAddressError(Exception):
-    """A name leads to addresses that no name may lead to."""
+    """A name resolves only to addresses that no name may resolve to."""
 
 
 class CheckedResolver(AbstractResolver):
-    """Looks names up and drops the addresses that a name must not lead to.
+    """Resolves names and drops the addresses that a name must not resolve to.
 
-    Those are link-local ones (a cloud's metadata), multicast, unspecified, broadcast and loopback; the last is
-    allowed to `localhost` only. Private networks are where factories live: they are allowed. An address that stands in
-    a reference itself never comes here, and needs no check: it is in the allow-list, digit by digit.
+    Those are link-local (a cloud's metadata), multicast, unspecified, broadcast and loopback; the last is allowed for
+    `localhost` only. Private networks are allowed: factories use them. An address in a reference itself is not
+    resolved and needs no check: the allow-list has it, digit by digit.
 
     Args:
-        names: What looks names up.
+        resolver: Resolves the names.
     """
 
-    def __init__(self, names: AbstractResolver) -> None:
-        self._names = names
+    def __init__(self, resolver: AbstractResolver) -> None:
+        self._resolver = resolver
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Give the addresses of a name.
+        """Return the allowed addresses of a name.
 
         Raises:
-            OSError: It has none.
-            _ForbiddenAddressError: It has none that is allowed.
+            OSError: The name has no address.
+            _ForbiddenAddressError: None of its addresses is allowed.
         """
-        found = await self._names.resolve(host, port, family)
-        allowed = [one for one in found if is_public_or_private(one["host"], localhost=host == "localhost")]
+        found = await self._resolver.resolve(host, port, family)
+        allowed = [result for result in found if is_public_or_private(result["host"], localhost=host == "localhost")]
         if not allowed:
             raise _ForbiddenAddressError
         return allowed
 
     async def close(self) -> None:
-        """Close what looks names up."""
-        await self._names.close()
+        """Close the resolver."""
+        await self._resolver.close()
 
 
 class HttpSource:
@@ -71,22 +72,22 @@ class HttpSource:
 
     Args:
         max_bytes: Largest image.
-        patience_s: Longest wait for a connection, and for the next bytes.
+        timeout_s: Longest wait for a connection, and for the next bytes.
         concurrency: Most connections.
-        names: What looks names up; absent: the system.
+        resolver: Resolves names; absent: the system's.
     """
 
     def __init__(
-        self, max_bytes: int, patience_s: float, concurrency: int, *, names: AbstractResolver | None = None
+        self, max_bytes: int, timeout_s: float, concurrency: int, *, resolver: AbstractResolver | None = None
     ) -> None:
         self._max_bytes = max_bytes
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._concurrency = concurrency
-        self._names = names
+        self._resolver = resolver
         self._session: ClientSession | None = None
 
     async def read(self, reference: Reference) -> bytes:
-        """Read an image, cut off where it gets too large, whatever the server said before; see `Source`."""
+        """Read an image, and stop where it gets too large, whatever its Content-Length; see `Source`."""
         url = URL.build(
             scheme=reference.scheme,
             host=reference.host,
@@ -106,7 +107,7 @@ class HttpSource:
                 "references.allow must name the address itself",
             ) from None
         except (ClientError, OSError, ValueError) as error:  # their texts may hold the URL, and that a secret
-            raise PassingError(f"the server does not answer as it should ({type(error).__name__})") from None
+            raise RetryableError(f"the server does not answer as it should ({type(error).__name__})") from None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -118,11 +119,11 @@ class HttpSource:
         if self._session is None:
             self._session = ClientSession(
                 connector=TCPConnector(
-                    resolver=CheckedResolver(self._names or ThreadedResolver()),
+                    resolver=CheckedResolver(self._resolver or ThreadedResolver()),
                     use_dns_cache=False,
                     limit=self._concurrency,
                 ),
-                timeout=ClientTimeout(total=None, sock_connect=self._patience_s, sock_read=self._patience_s),
+                timeout=ClientTimeout(total=None, sock_connect=self._timeout_s, sock_read=self._timeout_s),
                 headers={"Accept-Encoding": "identity", "User-Agent": "flawstream"},
                 cookie_jar=DummyCookieJar(),
                 auto_decompress=False,
@@ -134,8 +135,8 @@ class HttpSource:
         status = response.status
         if status in _REDIRECTS:
             raise forbidden(reference, f"the server redirects to {_target(response)}, and redirects are not followed")
-        if status in _TRY_AGAIN or status in _BROKEN:
-            raise PassingError(f"the server answers {status}")
+        if status in _RETRIED or status in _SERVER_ERRORS:
+            raise RetryableError(f"the server answers {status}")
         if status != _OK:
             raise unavailable(reference, f"the server answers {status}")
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
@@ -156,17 +157,17 @@ class HttpSource:
 
 
 def is_public_or_private(text: str, *, localhost: bool) -> bool:
-    """Tell whether a name may lead to an address.
+    """Return whether a name may resolve to an address.
 
     Args:
-        text: The address, or what no address is.
-        localhost: Whether the name is `localhost`, which leads to this machine and nowhere else.
+        text: The address; False for any other text.
+        localhost: Whether the name is `localhost`, which may resolve to loopback addresses only.
     """
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:
         return False
-    return all(_is_allowed(one, localhost=localhost) for one in _contained(address))
+    return all(_is_allowed(each, localhost=localhost) for each in _embedded(address))
 
 
 def _is_allowed(address: IPv4Address | IPv6Address, *, localhost: bool) -> bool:
@@ -183,8 +184,8 @@ def _is_allowed(address: IPv4Address | IPv6Address, *, localhost: bool) -> bool:
     )
 
 
-def _contained(address: IPv4Address | IPv6Address) -> Iterator[IPv4Address | IPv6Address]:
-    """Give an address, and the IPv4 addresses that it leads to through a gateway."""
+def _embedded(address: IPv4Address | IPv6Address) -> Iterator[IPv4Address | IPv6Address]:
+    """Yield an address, and the IPv4 addresses embedded in it, to which a gateway forwards."""
     if isinstance(address, IPv4Address):
         yield address
         return
@@ -201,7 +202,7 @@ def _contained(address: IPv4Address | IPv6Address) -> Iterator[IPv4Address | IPv
 
 
 def _target(response: ClientResponse) -> str:
-    """Say where a redirect leads, without a query, a user or a fragment."""
+    """Return the target of a redirect, without its query, user and fragment."""
     try:
         parts = urlsplit(response.headers.get("Location", ""))
     except ValueError:

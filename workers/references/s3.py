@@ -1,6 +1,6 @@
-"""Images in buckets of S3, or of a store that speaks its protocol.
+"""Images in buckets of S3, or of a store with its protocol.
 
-Endpoint and credentials are those of the registry: the usual AWS ones, or fsspec's (`FSSPEC_S3_ENDPOINT_URL`).
+Endpoint and credentials are configured as for the registry: AWS's variables, or fsspec's (`FSSPEC_S3_ENDPOINT_URL`).
 """
 
 from importlib.util import find_spec
@@ -10,22 +10,22 @@ from fsspec import filesystem
 
 from schemas.errors import ConfigError
 from schemas.references import Reference
-from workers.references.source import PassingError, too_large, unavailable
+from workers.references.source import RetryableError, too_large, unavailable
 
 
 class S3Source:
-    """A `Source` on S3. Asynchronous throughout: a fetch that takes too long is cancelled, not abandoned on a thread.
+    """A `Source` on S3. Asynchronous: a fetch that takes too long is cancelled, and leaves no thread behind.
 
     Args:
         max_bytes: Largest image.
-        patience_s: Longest wait for a connection, and for the next bytes.
+        timeout_s: Longest wait for a connection, and for the next bytes.
         concurrency: Most connections.
 
     Raises:
         ConfigError: The package is not installed.
     """
 
-    def __init__(self, max_bytes: int, patience_s: float, concurrency: int) -> None:
+    def __init__(self, max_bytes: int, timeout_s: float, concurrency: int) -> None:
         if find_spec("s3fs") is None:
             raise ConfigError(
                 "references.allow names s3:// and the package s3fs is not installed; "
@@ -37,8 +37,8 @@ class S3Source:
             "skip_instance_cache": True,  # the registry's own file system lives on another event loop
             "use_listings_cache": False,
             "config_kwargs": {
-                "connect_timeout": patience_s,
-                "read_timeout": patience_s,
+                "connect_timeout": timeout_s,
+                "read_timeout": timeout_s,
                 "max_pool_connections": concurrency,
                 "retries": {"total_max_attempts": 1},
             },
@@ -47,7 +47,7 @@ class S3Source:
         self._session: Any = None
 
     async def read(self, reference: Reference) -> bytes:
-        """Read an object, its size asked before anything is transferred; see `Source`."""
+        """Read an object, after a check of its size; see `Source`."""
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - an optional extra
 
         path = f"{reference.host}/{reference.path}"
@@ -59,7 +59,7 @@ class S3Source:
             size_bytes = int(about["size"])
             if size_bytes > self._max_bytes:
                 raise too_large(reference, size_bytes, self._max_bytes)
-            if not size_bytes:  # a range of nothing is an error to S3
+            if not size_bytes:  # S3 refuses an empty range
                 raise unavailable(reference, "the object is empty")
             data: bytes = await files._cat_file(path, start=0, end=size_bytes)  # noqa: SLF001 - the same
         except FileNotFoundError:
@@ -67,7 +67,7 @@ class S3Source:
         except PermissionError:
             raise unavailable(reference, "the store does not let the worker read it") from None
         except (OSError, BotoCoreError, ClientError) as error:
-            raise PassingError(f"the store does not answer ({type(error).__name__})") from None
+            raise RetryableError(f"the store does not answer ({type(error).__name__})") from None
         return data
 
     async def close(self) -> None:
@@ -79,7 +79,7 @@ class S3Source:
     async def _open(self) -> Any:
         if self._files is None:
             files = filesystem("s3", **self._options)
-            files.retries = 1  # the fetcher tries again, within its time
+            files.retries = 1  # the fetcher retries, within its deadline
             self._files = files
         self._session = await self._files.set_session()
         return self._files

@@ -103,7 +103,7 @@ def test_unknown_settings_section_is_refused_with_a_hint(run: Run, monkeypatch: 
             ("serve", "--engine", "warp"),
             "detector.engine: Input should be 'auto', 'torch', 'openvino', 'ncnn' or 'triton'",
         ),
-        (("watch", "--redis", "redis://:secret@plant/0"), "redis.url: Value error, a password must not stand in"),
+        (("watch", "--redis", "redis://:secret@plant/0"), "redis.url: Value error, a password must not be in"),
         (("watch", "--redis", "http://plant"), "redis.url has the scheme 'http'"),
         (("serve", "--redis", "redis://plant:6379/0", "--redis-port", "7000"), "leave one of them out"),
         (("push", "{folder}", "-c", "bottle"), "no images in {folder}"),

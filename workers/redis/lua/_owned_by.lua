@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
--- Whose an entry is: the part that publish, touch and release share, put before each of them.
--- The flag lets a server at its memory limit be drained: what is written is smaller than what is deleted.
+-- Which consumer owns an entry: the prelude that publish, heartbeat and release share, put before each of them.
+-- The flag lets workers drain a server at its memory limit: they write less than they delete.
 
--- How often an entry was given out; nothing where it is not pending for the consumer.
+-- How often an entry was delivered; nil where it is not pending for the consumer.
 local function deliveries_to(images, group, consumer, id)
     local pending = redis.pcall('XPENDING', images, group, id, id, 1)
     if pending['err'] then
-        -- A server that was emptied has no group: the entry is nobody's any more.
+        -- A server that was emptied has no group: nobody owns the entry any more.
         if string.sub(pending['err'], 1, 7) ~= 'NOGROUP' then
             error(pending)
         end

@@ -1,30 +1,30 @@
 #!lua flags=no-writes
--- Tell how a shard stands.
+-- Measure the backlog of a shard.
 -- KEYS: images, results, dead, counters.  ARGV: the workers' group.
 -- Returns {images, pending, lag or null, age of the oldest in ms or -1, results, dead, {counter, value, ...}}.
 
 local images, group = KEYS[1], ARGV[1]
 
 local length = redis.call('XLEN', images)
-local pending, lag = 0, length -- without a group nothing was given out
+local pending, lag = 0, length -- without a group nothing was delivered
 local groups = redis.pcall('XINFO', 'GROUPS', images)
 if groups['err'] then
-    if not string.find(groups['err'], 'no such key', 1, true) then -- which only says that nobody has pushed yet
+    if not string.find(groups['err'], 'no such key', 1, true) then -- where there is no such key, nobody has pushed yet
         return groups
     end
 else
     for _, row in ipairs(groups) do
-        local about = {}
+        local info = {}
         for i = 1, #row, 2 do
-            about[row[i]] = row[i + 1]
+            info[row[i]] = row[i + 1]
         end
-        if about['name'] == group then
-            pending, lag = about['pending'], about['lag']
+        if info['name'] == group then
+            pending, lag = info['pending'], info['lag']
         end
     end
 end
 
--- Entries are given out in order, so the first one pending is older than all that wait; and it comes without its body.
+-- Entries are delivered in order, so the first one pending is the oldest; XPENDING returns its id without its fields.
 local oldest = nil
 if pending > 0 then
     oldest = redis.call('XPENDING', images, group)[2]

@@ -1,7 +1,7 @@
--- End entries, each exactly once: write what came of it and take it off the images stream. Behind _owned_by.lua.
+-- Complete entries, each exactly once: write its outcome and remove it from the images stream. Prelude: _owned_by.lua.
 -- KEYS: images, results or dead, one per entry ...
 -- ARGV: group, consumer, then per entry: id, number of values, field, value, field, value ...
--- Returns a list of 1 (ended) and 0 (not this consumer's, nothing written), in order.
+-- Returns for each entry 1 (completed) or 0 (not this consumer's, nothing written).
 
 local images, group, consumer = KEYS[1], ARGV[1], ARGV[2]
 

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Give new entries to a consumer, no more than so many, and none past so many bytes but the first.
+-- Read new entries as a consumer: at most so many, and no further one once they have so many bytes.
 -- KEYS: images.  ARGV: group, consumer, count, bytes.
--- Returns {{id, fields}, ...}; waits for nothing.
+-- Returns {{id, fields}, ...}; does not wait.
 
 local images, group, consumer = KEYS[1], ARGV[1], ARGV[2]
 local left_bytes = tonumber(ARGV[4])

@@ -1,7 +1,6 @@
--- Release entries: with the idle time that a claim asks for they may be claimed at once. This delivery does not count.
--- Behind _owned_by.lua.
--- KEYS: images.  ARGV: group, consumer, idle ms to pretend, ids ...
--- Returns how many were the caller's.
+-- Release entries that the caller owns: this delivery does not count. Prelude: _owned_by.lua.
+-- KEYS: images.  ARGV: group, consumer, idle ms to set (that of a claim: they may be claimed at once), ids ...
+-- Returns how many the caller owned.
 
 local images, group, consumer, idle_ms = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Remove consumers that have not asked for long and have nothing pending: deleting one drops what it has pending.
+-- Remove consumers that were idle for long and have nothing pending: XGROUP DELCONSUMER drops what is pending.
 -- KEYS: images.  ARGV: group, the caller's own name, idle ms.
 -- Returns how many were removed.
 
@@ -11,12 +11,12 @@ if consumers['err'] then
 end
 local removed = 0
 for _, consumer in ipairs(consumers) do
-    local about = {}
+    local info = {}
     for i = 1, #consumer, 2 do
-        about[consumer[i]] = consumer[i + 1]
+        info[consumer[i]] = consumer[i + 1]
     end
-    if about['name'] ~= ARGV[2] and about['pending'] == 0 and about['idle'] > tonumber(ARGV[3]) then
-        redis.call('XGROUP', 'DELCONSUMER', images, group, about['name'])
+    if info['name'] ~= ARGV[2] and info['pending'] == 0 and info['idle'] > tonumber(ARGV[3]) then
+        redis.call('XGROUP', 'DELCONSUMER', images, group, info['name'])
         removed = removed + 1
     end
 end

@@ -1,9 +1,10 @@
--- Move a dead letter's image back to the images stream, unless the backlog is full. Behind _capacity.lua.
--- KEYS: images, counters, what was measured, dead, and where the producer gave an id: what remembers it.
--- ARGV: most images, most bytes, seconds to remember, the letter's id.
--- Returns {new entry id}, or {'', 'images' or 'bytes', how many there are}, or {'', 'gone'}, or {'', 'foreign'}.
+-- Move a dead letter's image back to the images stream, unless the backlog is full. Prelude: _capacity.lua.
+-- KEYS: images, counters, the cached size, dead, and where the producer gave an id: the key that remembers it.
+-- ARGV: most images, most bytes, seconds to remember the id, the letter's id.
+-- Returns {new entry id}, or the refusal {'', 'images' or 'bytes', how many there are}, or {'', 'gone'},
+-- or {'', 'foreign'} where the entry is no dead letter.
 
-local images, counters, measured, dead, seen = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local images, counters, cache, dead, seen = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local letter_id = ARGV[4]
 
 local letter = redis.call('XRANGE', dead, letter_id, letter_id)[1]
@@ -39,19 +40,19 @@ if not string.match(ours['dead.entry_id'], '^%d+%-%d+$') then
     return {'', 'foreign'}
 end
 if not has_id then
-    -- What the image was known by as long as nobody gave it an id.
+    -- Without an id of its producer's, an image is known by its original entry id.
     fields[#fields + 1] = 'id'
     fields[#fields + 1] = ours['dead.entry_id']
 end
 
-local refused = refusal(images, counters, measured, ARGV[1], ARGV[2])
+local refused = refusal(images, counters, cache, ARGV[1], ARGV[2])
 if refused then
     return refused
 end
 
-local id = add(images, measured, fields)
+local id = add(images, cache, fields)
 if seen then
-    -- What it remembers is the entry that failed. A producer's repeat is to be recognised as this one.
+    -- The key still names the entry that failed: a repeated push must be answered with the new one.
     redis.call('SET', seen, id, 'EX', ARGV[3])
 end
 redis.call('XDEL', dead, letter_id)

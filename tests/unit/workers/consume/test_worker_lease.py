@@ -141,17 +141,17 @@ async def test_an_outcome_for_an_entry_of_another_worker_is_dropped() -> None:
     assert bench.worker.stats.not_ours == 1
 
 
-async def test_what_is_in_hand_is_touched_while_the_detector_is_slow() -> None:
+async def test_entries_in_flight_get_heartbeats_while_the_detector_is_slow() -> None:
     bench = Bench()
     bench.stream.add(image_entry(1), image_entry(2))
     bench.detector.gate.clear()
     stop = asyncio.Event()
     running = asyncio.create_task(bench.worker.run(stop))
     await bench.detector.started.acquire()
-    touches = len(bench.reader.touched)
-    while len(bench.reader.touched) < touches + 3:  # noqa: ASYNC110 - the fake tells of nothing
+    heartbeats = len(bench.reader.heartbeats)
+    while len(bench.reader.heartbeats) < heartbeats + 3:  # noqa: ASYNC110 - the fake has no event to await
         await asyncio.sleep(0)
-    assert bench.reader.touched[-1] == [entry_id(1), entry_id(2)]
+    assert bench.reader.heartbeats[-1] == [entry_id(1), entry_id(2)]
     bench.detector.gate.set()
     stop.set()
     await running

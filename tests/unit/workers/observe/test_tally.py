@@ -28,7 +28,7 @@ from training.progress_metrics import record_progress
 from workers.consume.decode import Decoder
 from workers.consume.worker import StreamWorker
 from workers.observe.backlog import BacklogState
-from workers.observe.drift import Quality
+from workers.observe.drift import DriftMonitor
 from workers.observe.stream_gauges import StreamGauges
 from workers.observe.tally import Tally
 from workers.ports import Deferral, Refusal
@@ -66,7 +66,7 @@ class Rig:
             Decoder(1, LimitSettings(), self.clock),
             self.clock,
             settings=WorkerSettings(),
-            tally=Tally(metrics, Quality(metrics, window_images=20, max_categories=10)),
+            tally=Tally(metrics, DriftMonitor(metrics, window_images=20, max_categories=10)),
         )
 
 

@@ -12,7 +12,7 @@ from scipy.stats import kstest
 from flawstream.calibration import p_values
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.prometheus import PrometheusMetrics
-from workers.observe.drift import Quality, distance_from_uniform
+from workers.observe.drift import DriftMonitor, distance_from_uniform
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
-def make_quality(registry: CollectorRegistry, *, window_images: int = 500, max_categories: int = 10) -> Quality:
-    return Quality(PrometheusMetrics(registry, max_categories), window_images, max_categories)
+def make_monitor(registry: CollectorRegistry, *, window_images: int = 500, max_categories: int = 10) -> DriftMonitor:
+    return DriftMonitor(PrometheusMetrics(registry, max_categories), window_images, max_categories)
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=50))
@@ -36,10 +36,10 @@ def drift(registry: CollectorRegistry, shift: float, defects: float = 0.0) -> fl
     calibration = np.sort(rng.normal(size=200))
     scores = rng.normal(size=500) + shift
     scores[: int(500 * defects)] += 10
-    quality = make_quality(registry)
+    monitor = make_monitor(registry)
     for number, (score, share) in enumerate(zip(scores, p_values(calibration, scores), strict=True)):
-        quality.saw(make_result(str(number), score=float(score), p_value=float(share)))
-    quality.report()
+        monitor.add(make_result(str(number), score=float(score), p_value=float(share)))
+    monitor.report()
     distance = collected(registry).most(m.DRIFT_DISTANCE.name, category="bottle")
     assert distance is not None
     return distance
@@ -59,11 +59,11 @@ def test_a_tenth_of_defective_parts_moves_the_distance_by_no_more_than_a_tenth(r
 
 
 def test_another_version_of_the_model_begins_its_window_anew(registry: CollectorRegistry) -> None:
-    quality = make_quality(registry)
+    monitor = make_monitor(registry)
     for number in range(30):
-        quality.saw(make_result(str(number), p_value=0.01))
-    quality.saw(make_result("30", p_value=0.5, model="bottle@v2", threshold=7.0, score=3.0))
-    quality.report()
+        monitor.add(make_result(str(number), p_value=0.01))
+    monitor.add(make_result("30", p_value=0.5, model="bottle@v2", threshold=7.0, score=3.0))
+    monitor.report()
     told = collected(registry)
     assert told.most(m.WINDOW_IMAGES.name, category="bottle") == 1
     assert told.most(m.THRESHOLD.name, category="bottle") == 7.0
@@ -72,10 +72,10 @@ def test_another_version_of_the_model_begins_its_window_anew(registry: Collector
 
 
 def test_window_holds_the_latest_images_only(registry: CollectorRegistry) -> None:
-    quality = make_quality(registry, window_images=20)
+    monitor = make_monitor(registry, window_images=20)
     for number in range(100):
-        quality.saw(make_result(str(number), score=float(number)))
-    quality.report()
+        monitor.add(make_result(str(number), score=float(number)))
+    monitor.report()
     told = collected(registry)
     assert told.most(m.WINDOW_IMAGES.name) == 20
     assert told.most(m.WINDOW_SCORE.name, quantile="0.5") == 89.5
@@ -83,10 +83,10 @@ def test_window_holds_the_latest_images_only(registry: CollectorRegistry) -> Non
 
 
 def test_categories_past_the_bound_have_no_window_and_their_p_values_are_of_other(registry: CollectorRegistry) -> None:
-    quality = make_quality(registry, max_categories=2)
+    monitor = make_monitor(registry, max_categories=2)
     for category in ("bottle", "cable", "tile"):
-        quality.saw(make_result(category, category=category, model=f"{category}@v1"))
-    quality.report()
+        monitor.add(make_result(category, category=category, model=f"{category}@v1"))
+    monitor.report()
     told = collected(registry)
     assert {sample.labels["category"] for sample in told.matching(m.WINDOW_IMAGES.name)} == {"bottle", "cable"}
     assert told.total(f"{m.P_VALUE.name}_count", category="other") == 1
