@@ -31,7 +31,7 @@ from schemas.presets import PresetName
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
-from training.pipeline import Job, run_job
+from training.pipeline import TrainingJob, run_job
 from training.steps.features import FeatureExtractor
 
 CATEGORY = "mono"
@@ -111,7 +111,7 @@ def main(preset: str, weights: str, data: str, root: str) -> None:
     model = ModelSettings.model_validate({"preset": preset, "weights": weights})
     backbone = Backbone(model)
     engine = make_local_engine(DetectorSettings(), lambda: backbone)
-    job = Job(category, model, TrainingSettings(epochs=EPOCHS), root)
+    job = TrainingJob(category, model, TrainingSettings(epochs=EPOCHS), root)
     *_, last = run_job(job, FeatureExtractor(backbone, LimitSettings()), engine)
     assert last.manifest is not None  # noqa: S101 - a job ends with it or raises
     Registry(root).promote(category.name, last.manifest.version)
@@ -129,7 +129,7 @@ def import_checkpoint(checkpoint: Path, cells: Cells, folder: Path) -> Version:
 def _run(settings: Mapping[str, str], module: str, *arguments: object) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FLAWSTREAM_")}
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    ran = subprocess.run(command, check=False, env=environment | settings, capture_output=True, text=True)  # noqa: S603 - our own interpreter
+    ran = subprocess.run(command, check=False, env=environment | dict(settings), capture_output=True, text=True)  # noqa: S603 - our own interpreter
     if ran.returncode:
         sys.exit(f"{' '.join(command[2:])} ended with {ran.returncode}:\n{ran.stderr}")
 

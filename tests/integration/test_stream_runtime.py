@@ -121,7 +121,7 @@ async def test_a_worker_killed_before_it_published_is_taken_over_and_the_image_e
         await asyncio.Event().wait()
         return []
 
-    killed._sink.publish = die_here  # type: ignore[method-assign, assignment]  # noqa: SLF001 - the moment between detect and publish
+    killed._pipeline._sink.publish = die_here  # type: ignore[method-assign, assignment]  # noqa: SLF001 - the moment between detect and publish
     task = asyncio.create_task(killed.run_once())
     await reached.wait()
     task.cancel()
@@ -158,7 +158,7 @@ async def test_an_entry_that_breaks_every_worker_ends_as_poison(client: Redis, r
     detector = FakeDetector()
     detector.poisonous = {128}
     worker = make_worker(client, redis_settings, "a", detector)
-    worker._settings = WorkerSettings(max_deliveries=3)  # noqa: SLF001 - fewer rounds
+    worker._pipeline._settings = WorkerSettings(max_deliveries=3)  # noqa: SLF001 - fewer rounds
     assert await worker.run_once() == 0
     # Idle for 0 ms is idle: one sweep goes on until the entry has ended.
     assert await worker.sweep() == 1
@@ -218,5 +218,5 @@ async def test_a_sweep_ends_though_deferred_images_can_be_claimed_again_at_once(
     assert [one["message_id"].decode() for one in pending] == ids
     assert {one["times_delivered"] for one in pending} == {0}
     del detector.unknown["bottle"]
-    worker._deferred_at.clear()  # noqa: SLF001 - as after some seconds
+    worker._pipeline._categories.clear()  # noqa: SLF001 - as after some seconds
     assert await worker.sweep() == 3

@@ -40,7 +40,7 @@ class Reclaimer:
 
     async def run(self) -> None:
         """Sweep until the worker stops."""
-        while not self._retry.stopping:
+        while not self._retry.is_stopping():
             try:
                 await self.sweep()
             except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
@@ -58,9 +58,9 @@ class Reclaimer:
         """
         completed = 0
         deferred: set[str] = set()
-        while not self._retry.stopping:
+        while not self._retry.is_stopping():
             async with self._slots:
-                entries = [] if self._retry.stopping else await self._reader.claim(1, self._pipeline.in_flight)
+                entries = [] if self._retry.is_stopping() else await self._reader.claim(1, self._pipeline.in_flight)
                 completed += await self._pipeline.complete(entries)
             again = {entry.entry_id for entry in entries if self._pipeline.is_deferred(entry)}
             if not entries or again & deferred:  # one comes a second time: all have been tried

@@ -33,8 +33,7 @@ class Retry:
         self._clock = clock
         self._tally = tally
 
-    @property
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         """Return whether the worker stops."""
         return self.stop.is_set()
 
@@ -51,7 +50,7 @@ class Retry:
         failures = 0
         started_at = self._clock.now()
         while True:
-            last = self.stopping or between_ms(started_at, self._clock.now()) >= deadline_s * 1000
+            last = self.is_stopping() or between_ms(started_at, self._clock.now()) >= deadline_s * 1000
             try:
                 return await attempt()
             except TransientError as error:

@@ -107,17 +107,17 @@ class StreamWorker:
 
     async def _read_until_stopped(self) -> None:
         failures = 0
-        while not self._retry.stopping:
+        while not self._retry.is_stopping():
             await self._slots.acquire()  # before reading: an entry that no slot is free for stays on the server
             try:
-                entries = [] if self._retry.stopping else await self._read()
+                entries = [] if self._retry.is_stopping() else await self._read()
                 failures = 0
             except Exception as error:  # noqa: BLE001 - the loop's outermost boundary
                 failures += 1
                 entries = []
                 self._retry.log_failure("reading", error)
                 await self._retry.wait(backoff_s(failures))
-            if self._retry.stopping:
+            if self._retry.is_stopping():
                 self._pipeline.in_flight |= {entry.entry_id for entry in entries}  # not begun: `run` releases them
             elif not entries:
                 self._slots.release()

@@ -171,7 +171,7 @@ class DeadLetterBox:
         async def attempt() -> str | None:
             with stream_errors(self._client):
                 async with self._admission.memory_errors(keys):
-                    args = [*self._admission.bounds, REMEMBER_S, entry_id]
+                    args: list[str | float] = [*self._admission.bounds, REMEMBER_S, entry_id]
                     reply = await self._replay_script(keys=names, args=args)
             if reply[1:] == [b"gone"]:
                 return None
