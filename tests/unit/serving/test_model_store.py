@@ -188,7 +188,7 @@ def test_version_that_replaces_a_damaged_one_is_taken_at_once(bench: Bench) -> N
 )
 def test_version_of_another_backbone_is_refused(bench: Bench, difference: dict[str, object]) -> None:
     write_version(bench.registry, "bottle", spec=SPEC.model_copy(update=difference))
-    with pytest.raises(RegistryError, match="One service runs one backbone"):
+    with pytest.raises(RegistryError, match="A service runs one backbone"):
         bench.store.load("bottle")
     assert bench.engine.loads == 0
 

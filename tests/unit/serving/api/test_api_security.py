@@ -68,7 +68,7 @@ async def test_request_without_a_token_of_ours_is_401_before_its_body_is_read(
 async def test_every_path_but_those_of_health_needs_a_token_and_says_so_in_the_document(guarded: Bench) -> None:
     document = (await guarded.client.get("/openapi.json")).json()
     assert document["components"]["securitySchemes"] == {
-        "token": {"type": "http", "scheme": "bearer", "description": "Needed where the service has tokens."}
+        "token": {"type": "http", "scheme": "bearer", "description": "Required if the service has tokens."}
     }
     for path, methods in document["paths"].items():
         for method, about in methods.items():
