@@ -157,5 +157,5 @@ async def test_a_cluster_that_is_gone_is_an_unavailable_server(
 
 async def test_a_server_that_is_none_of_a_cluster_is_a_matter_of_configuration(valkey_server: EmbeddedServer) -> None:
     async with make_client(RedisSettings(url=valkey_server.url, cluster=True, shards=2)) as client:
-        with pytest.raises(ConfigError, match=r"none of a cluster; leave redis\.cluster out"):
+        with pytest.raises(ConfigError, match=r"not part of a cluster; leave redis\.cluster out"):
             await require_server(client)

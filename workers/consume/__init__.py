@@ -1,1 +1,1 @@
-"""The way of an image: read, decoded, judged, published."""
+"""The stream worker: reads entries, decodes their images, calls the detector, publishes the outcomes."""

@@ -240,5 +240,5 @@ class Pipeline:
         return Refusal(
             Reason.POISON,
             f"delivered {entry.deliveries - 1} times and never completed, and {self._settings.max_deliveries} "
-            "deliveries are allowed; the workers' log says what went wrong; push it again once that is mended",
+            "deliveries are allowed; the workers' log says what went wrong; push it again once that is fixed",
         )

@@ -116,7 +116,7 @@ def _unreachable_cluster(client: StreamConnection, error: RedisClusterException)
     if isinstance(cause, RedisClusterException):  # a reply that is an error is wrapped twice
         cause = cause.__context__
         if is_no_cluster(cause):
-            return ConfigError(f"the server at {address(client)} is none of a cluster; leave redis.cluster out")
+            return ConfigError(f"the server at {address(client)} is not part of a cluster; leave redis.cluster out")
     ours = _translate(client, cause) if cause is not None else None
     return ours or _unavailable(client, cause or error)
 
