@@ -20,7 +20,7 @@ from schemas.settings import DetectorSettings, ModelSettings
 from serving.detector import DetectorService
 from workers.ports import Detection
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]  # a thousand swaps: minutes on a busy machine
 
 SWAPS = 1000
 VERSIONS = ("v0", "v1", "v2", "v3")
