@@ -118,6 +118,7 @@ class StreamWorker:
                 self._retry.log_failure("reading", error)
                 await self._retry.wait(backoff_s(failures))
             if self._retry.is_stopping():
+                self._slots.release()
                 self._pipeline.in_flight |= {entry.entry_id for entry in entries}  # not begun: `run` releases them
             elif not entries:
                 self._slots.release()
