@@ -352,7 +352,7 @@ def _parse(data: bytes, path: str) -> ModelManifest:
             manifest_format = document.get("format")
             if isinstance(manifest_format, int) and manifest_format > MANIFEST_FORMAT:
                 raise RegistryError(
-                    f"{path} has format {manifest_format}, this program reads up to {MANIFEST_FORMAT}; upgrade "
+                    f"{path} has format {manifest_format} but this program reads up to {MANIFEST_FORMAT}; upgrade "
                     "flawstream, or promote an older version"
                 )
         return ModelManifest.model_validate_json(data)

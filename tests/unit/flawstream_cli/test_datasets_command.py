@@ -74,7 +74,7 @@ def test_check_of_a_wrong_layout_is_refused(run: Run, tmp_path: Path) -> None:
     write_category(tmp_path / "bottle", train=1)
     ran = run("datasets", "check", tmp_path, "--layout", "visa")
     assert ran.code == 3
-    assert "is no data set of layout visa" in ran.err
+    assert "is not a data set of layout visa" in ran.err
 
 
 def test_list_counts_every_category(run: Run, tmp_path: Path) -> None:

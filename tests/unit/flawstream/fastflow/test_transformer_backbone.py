@@ -98,5 +98,5 @@ def test_blocks_must_ascend(blocks: tuple[int, ...]) -> None:
 
 
 def test_block_that_does_not_exist_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"blocks 0 to 11, and model\.blocks=\(12,\)"):
+    with pytest.raises(ConfigError, match=r"blocks 0 to 11, but model\.blocks=\(12,\)"):
         Backbone(settings(backbone=DEIT, blocks=(12,)))

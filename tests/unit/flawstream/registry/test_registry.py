@@ -150,7 +150,7 @@ def test_newer_format_is_refused_and_says_to_upgrade(registry: Registry, root: s
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"{}", b'{"format": "x"}', b"[" * 100_000])
 def test_damaged_manifest_is_refused_and_cannot_be_promoted(registry: Registry, root: str, data: bytes) -> None:
     overwrite(root, "bottle/v1/manifest.json", data)
-    with pytest.raises(RegistryError, match=r"manifest\.json is (no manifest|damaged)"):
+    with pytest.raises(RegistryError, match=r"manifest\.json is (not a manifest|damaged)"):
         registry.manifest("bottle", "v1")
     with pytest.raises(RegistryError):
         registry.promote("bottle", "v1")

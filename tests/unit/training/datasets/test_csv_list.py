@@ -72,7 +72,7 @@ def test_all_wrong_lines_are_counted_and_the_first_are_told(tmp_path: Path) -> N
         load_csv_list(file)
     told = str(refused.value)
     assert "has 7 invalid lines" in told
-    assert "line 2: split is 'valid' and must be train or test" in told
+    assert "line 2: split is 'valid', but must be train or test" in told
     assert "line 3: category must not be empty" in told
     assert "line 4: label must not be empty" in told
     assert "line 5: image must not be empty" in told
@@ -81,7 +81,7 @@ def test_all_wrong_lines_are_counted_and_the_first_are_told(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("header", ["category;split;label;image;mask", "category,split,image", ""])
 def test_wrong_columns_are_refused_with_those_found_and_those_needed(tmp_path: Path, header: str) -> None:
-    with pytest.raises(DatasetError, match=r"lacks the column .*label.* must name category, split, label, image"):
+    with pytest.raises(DatasetError, match=r"lacks the column .*label.* must have category, split, label, image"):
         load_csv_list(write_list(tmp_path, "x", header=header))
 
 
