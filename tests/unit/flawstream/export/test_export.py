@@ -291,7 +291,7 @@ def test_repository_takes_no_version_of_other_outputs(run: Run, written: dict[Ex
     repository = written[ExportFormat.TRITON].parent
     ran = run("models", "export", "bottle@v2", "--format", "triton", "--to", repository)
     assert ran.code == 3
-    assert "give grid_0, grid_1, score, map" in ran.err
+    assert "have the outputs grid_0, grid_1, score, map" in ran.err
     assert not (repository / "bottle@v2").exists()
 
 
