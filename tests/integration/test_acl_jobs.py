@@ -73,7 +73,7 @@ async def test_plain_producer_needs_no_more_than_xadd(plant: Plant) -> None:
 async def test_worker_makes_its_group_ends_images_claims_what_others_left_and_cleans_up(
     plant: Plant, role: Role, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "_DEAD_AFTER_MS", 0)
+    monkeypatch.setattr(reader_module, "_STALE_AFTER_MS", 0)
     keys = plant.keys
     await plant.admin.xgroup_create(keys.results, "line", id="0", mkstream=True)
     for number in range(300):
