@@ -20,7 +20,6 @@ from workers.redis.groups import Row, create_group, read_group, rows
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _OLDEST = "0-0"
-_CANCEL_AGAIN_S = 0.1
 
 
 @dataclass(slots=True)
@@ -102,9 +101,9 @@ class ShardReader(Generic[_T]):
 
     async def close(self) -> None:
         """End the task."""
-        while self._task is not None and not self._task.done():
-            self._task.cancel()  # again where redis-py has made an error of its own of the cancellation
-            await asyncio.wait([self._task], timeout=_CANCEL_AGAIN_S)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     def retry(self) -> None:
         """Read at once after a failure, instead of waiting longer each time."""
@@ -130,8 +129,10 @@ class ShardReader(Generic[_T]):
             try:
                 outcomes = await self._read_batch()
             except (StreamUnavailableError, ConfigError) as error:
+                _raise_if_cancelled()
                 await self._report(error)
                 continue
+            _raise_if_cancelled()
             self.error = None
             self._failures = 0
             if outcomes:
@@ -214,3 +215,10 @@ class ShardReader(Generic[_T]):
                 return _OLDEST
             raise
         return str(about["last-generated-id"].decode())
+
+
+def _raise_if_cancelled() -> None:
+    """Raise the cancellation of this task where redis-py has made an error of its own of it, or a reply."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
