@@ -59,8 +59,9 @@ check: setup
 	@echo "==> imports"; $(BIN) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 # What computes and starts little runs on all cores at once, one thread each; Ray and the servers have them to themselves.
+# Integration comes last: its Ray cluster stays up to the end, and the chaos test of e2e must find its own alone.
 AT_ONCE := unit contracts monitoring
-IN_TURN := chart integration e2e
+IN_TURN := chart e2e integration
 PYTEST_AT_ONCE := OMP_NUM_THREADS=1 $(BIN) -m pytest -n auto --dist worksteal
 
 test: setup prometheus
