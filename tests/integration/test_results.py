@@ -9,6 +9,7 @@ from helpers.fakes import ARRIVED, make_result
 from helpers.streams import add, single_client
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
 from schemas.errors import ConfigError, Reason, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys
@@ -204,6 +205,18 @@ async def test_an_iteration_that_is_broken_off_loses_nothing(client: Redis, redi
     async with ResultReader(redis_settings, "quality") as reader:
         assert [result.id async for _, result in first(reader, 1)] == ["a"]
         assert [result.id for _, result in await reader.read()] == ["b", "c"]
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+async def test_a_key_that_is_no_stream_is_an_error_each_time_and_no_endless_wait(
+    client: Redis, redis_settings: RedisSettings, shards: int
+) -> None:
+    settings = redis_settings.model_copy(update={"shards": shards})
+    async with ResultReader(settings, after="0-0") as reader:
+        await client.set(all_keys(settings)[-1].results, "no stream")
+        for _ in range(2):
+            with pytest.raises(ResponseError, match="WRONGTYPE"):
+                await asyncio.wait_for(reader.read(), 20)
 
 
 async def test_a_place_to_start_in_one_shard_is_refused(sharded: RedisSettings) -> None:

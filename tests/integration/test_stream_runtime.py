@@ -218,5 +218,5 @@ async def test_a_sweep_ends_though_deferred_images_can_be_claimed_again_at_once(
     assert [one["message_id"].decode() for one in pending] == ids
     assert {one["times_delivered"] for one in pending} == {0}
     del detector.unknown["bottle"]
-    worker._pipeline._categories.clear()  # noqa: SLF001 - as after some seconds
+    worker._pipeline._categories._deferred_at.clear()  # noqa: SLF001 - as after some seconds
     assert await worker.sweep() == 3

@@ -44,7 +44,3 @@ class DeferredCategories:
     def remove(self, entry: Entry) -> None:
         """Note that an image of the entry's category was judged."""
         self._deferred_at.pop(entry.fields[b"category"], None)
-
-    def clear(self) -> None:
-        """Try all categories again at once."""
-        self._deferred_at.clear()

@@ -143,7 +143,7 @@ class OutcomeReader(StreamClient, ABC, Generic[_T]):
         all_fail = all(shard.error is not None for shard in shards)
         for shard in shards:
             shard.start()
-            if all_fail or isinstance(shard.error, ConfigError):
+            if all_fail or _is_final(shard.error):
                 shard.retry()  # the caller has chosen when
         taken: list[tuple[str, _T]] = []
         deadline = asyncio.get_running_loop().time() + self._block_s
@@ -167,7 +167,7 @@ class OutcomeReader(StreamClient, ABC, Generic[_T]):
 
         Raises:
             StreamUnavailableError: No shard can be read, and nothing is taken.
-            ConfigError: A server refuses the user, and nothing is taken.
+            ConfigError: A server refuses the user, and nothing is taken; any other lasting error likewise.
         """
         if item is not None:
             outcome_id, outcome, shard = item
@@ -175,9 +175,14 @@ class OutcomeReader(StreamClient, ABC, Generic[_T]):
             taken.append((outcome_id, outcome))
             return
         errors = [shard.error for shard in self._shards.values() if shard.error is not None]
-        refusals = [error for error in errors if isinstance(error, ConfigError)]
-        if not taken and (refusals or len(errors) == len(self._shards)):
-            raise (refusals or errors)[0]
+        final = [error for error in errors if _is_final(error)]
+        if not taken and (final or len(errors) == len(self._shards)):
+            raise (final or errors)[0]
+
+
+def _is_final(error: Exception | None) -> bool:
+    """Return whether the caller must see an error though other shards can be read: it does not pass by itself."""
+    return error is not None and not isinstance(error, StreamUnavailableError)
 
 
 class ResultReader(OutcomeReader[DetectionResult]):

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from redis.exceptions import ResponseError
 
-from schemas.errors import ConfigError, MessageError, StreamUnavailableError
+from schemas.errors import MessageError, StreamUnavailableError
 from schemas.wire import Fields
 from workers.redis.backoff import backoff_s
 from workers.redis.connection import StreamConnection
@@ -51,7 +51,7 @@ class ShardReader(Generic[_T]):
         block_ms: How long a read waits at the server.
 
     Attributes:
-        error: Why the last read failed; None where it succeeded.
+        error: Why the last read failed, whatever it was; None where it succeeded.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ShardReader(Generic[_T]):
         after: str,
         block_ms: int,
     ) -> None:
-        self.error: StreamUnavailableError | ConfigError | None = None
+        self.error: Exception | None = None
         self._client = client
         self._stream = stream
         self._parse = parse
@@ -128,7 +128,7 @@ class ShardReader(Generic[_T]):
             await self._demand.waiting.wait()
             try:
                 outcomes = await self._read_batch()
-            except (StreamUnavailableError, ConfigError) as error:
+            except Exception as error:  # noqa: BLE001 - the reader raises it; a task that ends would leave it waiting
                 _raise_if_cancelled()
                 await self._report(error)
                 continue
@@ -144,13 +144,13 @@ class ShardReader(Generic[_T]):
             else:
                 await self._queue.put(None)
 
-    async def _report(self, error: StreamUnavailableError | ConfigError) -> None:
+    async def _report(self, error: Exception) -> None:
         """Report a failed read, and wait before the next one."""
         self._own_cursor = _OLDEST  # the lost reply may have had entries
         self._failures += 1
         self._retry.clear()
         self.error = error
-        if self._number is not None:
+        if self._number is not None and isinstance(error, StreamUnavailableError):
             _log.warning("%s: %s: %s", error.code, self._stream, error)
         await self._queue.put(None)
         with contextlib.suppress(TimeoutError):
