@@ -188,8 +188,8 @@ def first_line(stream: IO[str] | None, log: Path) -> dict[str, Any]:
     assert stream is not None
     line = stream.readline()
     assert line, log.read_text()
-    told: dict[str, Any] = json.loads(line)
-    return told
+    ready: dict[str, Any] = json.loads(line)
+    return ready
 
 
 def write_settings(folder: Path, redis: str, worker: str) -> Path:
@@ -347,25 +347,25 @@ def test_boards_offer_what_there_is_to_choose(watched: tuple[Plant, PrometheusSe
     }
 
 
-def test_what_was_done_is_what_is_told(watched: tuple[Plant, PrometheusServer]) -> None:
+def test_what_was_done_is_what_is_reported(watched: tuple[Plant, PrometheusServer]) -> None:
     _, prometheus = watched
 
-    def told(expr: str) -> float:
+    def total(expr: str) -> float:
         return sum(value for _, value in prometheus.query(expr))
 
     patiently(
-        lambda: told('flawstream_dead_letters_total{reason="undecodable"}') == 12,
+        lambda: total('flawstream_dead_letters_total{reason="undecodable"}') == 12,
         "dead letters",
     )
-    patiently(lambda: told('flawstream_dead_letters_total{reason="unknown_category"}') == 1, "the unknown category")
+    patiently(lambda: total('flawstream_dead_letters_total{reason="unknown_category"}') == 1, "the unknown category")
     patiently(
-        lambda: told('flawstream_training_jobs_total{outcome="done"}') > 0.5,
+        lambda: total('flawstream_training_jobs_total{outcome="done"}') > 0.5,
         "training is done",
     )
-    assert told("max(flawstream_stream_up)") == 1
+    assert total("max(flawstream_stream_up)") == 1
     poison = 'flawstream_dead_letters_total{reason="poison"}'
     assert {labels["job"] for labels, _ in prometheus.query(poison)} == {"ray", "flawstream-worker", "camera"}
-    assert round(told(poison), 9) == 0
+    assert round(total(poison), 9) == 0
 
 
 def test_replicas_that_end_again_and_again_are_an_alert(watched: tuple[Plant, PrometheusServer]) -> None:

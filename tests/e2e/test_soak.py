@@ -26,18 +26,18 @@ def run(program: str, *options: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 def test_every_image_ends_once_though_everything_is_killed_cut_off_and_paused() -> None:
-    told = run("chaos", "--minutes", "1", "--pause", "4")
-    assert (told["lost"], told["duplicates"], told["wrong_ending"], told["unread_by_group"]) == (0, 0, 0, 0)
-    assert told["images"] > 0
-    assert len(told["faults"]) == FAULTS
+    report = run("chaos", "--minutes", "1", "--pause", "4")
+    assert (report["lost"], report["duplicates"], report["wrong_ending"], report["unread_by_group"]) == (0, 0, 0, 0)
+    assert report["images"] > 0
+    assert len(report["faults"]) == FAULTS
 
 
 def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobody() -> None:
-    told = run("fuzz", "--entries", "600")
-    assert (told["lost"], told["duplicates"], told["wrong_reason"], told["worker_restarts"]) == (0, 0, 0, 0)
-    assert told["dead"] >= 600
+    report = run("fuzz", "--entries", "600")
+    assert (report["lost"], report["duplicates"], report["wrong_reason"], report["worker_restarts"]) == (0, 0, 0, 0)
+    assert report["dead"] >= 600

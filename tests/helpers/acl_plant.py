@@ -81,5 +81,5 @@ async def run_command(client: Redis, *command: str) -> None:
 async def expect_refusal(client: Redis, *command: str) -> None:
     with pytest.raises(ResponseError) as caught:
         await run_command(client, *command)
-    told = f"{type(caught.value).__name__} {caught.value}"
-    assert "NoPermission" in told or "NOPERM" in told or "ACL failure" in told, f"{command}: {told}"
+    text = f"{type(caught.value).__name__} {caught.value}"
+    assert "NoPermission" in text or "NOPERM" in text or "ACL failure" in text, f"{command}: {text}"

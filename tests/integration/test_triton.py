@@ -12,17 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts.test_engine_contract import (
-    FLOW,
-    EngineContract,
-    Grids,
-    Images,
-    assert_same,
-    judge,
-    load,
-    make_images,
-)
+from contracts.test_engine_contract import EngineContract
 from contracts.test_engine_contract import weights as weights  # noqa: PLC0414 - a fixture of the contract
+from helpers.engine_bench import FLOW, Grids, Images, assert_same, judge, load, make_images
 from helpers.tiny_models import make_manifest
 from helpers.triton_server import PYTHON, TritonServer
 from numpy.typing import NDArray
