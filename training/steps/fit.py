@@ -7,20 +7,23 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from flawstream.engines.device import open_device
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.loss import negative_log_likelihood
 from flawstream.fastflow.statistics import FeatureStatistics
-from schemas.errors import DatasetError
+from schemas.errors import ConfigError, DatasetError
 from schemas.settings import TrainingSettings
 from training.steps.features import FeatureStore
+from training.steps.graphed import GraphedStep, one_cycle
 
 _WARM_UP_SHARE = 0.3
 _MIN_TRAINING_IMAGES = 2
 _MANY_IMAGES = 128
 """From this number of training images on, their statistics fit other normal images almost as well (decision 6)."""
 _FOLDS = 5
+_COPIED_IMAGES = 256
 _SHRINK_SHARE = 0.25
 """The share of itself that a flow trained on fewer images keeps; the rest is the identity: `FlowStep.shrink`."""
 
@@ -60,7 +63,11 @@ def split_rows(count: int, settings: TrainingSettings) -> tuple[NDArray[np.int64
 
 
 def fit_head(
-    head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], settings: TrainingSettings
+    head: FastFlowHead,
+    features: FeatureStore,
+    rows: NDArray[np.int64],
+    settings: TrainingSettings,
+    device: torch.device | None = None,
 ) -> Iterator[FitProgress]:
     """Train `head` in place, for a fixed number of epochs without early stopping.
 
@@ -72,11 +79,15 @@ def fit_head(
         features: Features of the category's normal images.
         rows: Rows of the training images, at least two.
         settings: The recipe.
+        device: Where to train; None chooses the GPU if there is one.
 
     Yields:
-        The progress after each optimiser step.
+        The progress after each optimiser step; on a GPU after each epoch.
+
+    Raises:
+        ConfigError: The features do not fit in the memory of a GPU.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or open_device()
     statistics = [module for module in head.statistics if isinstance(module, FeatureStatistics)]
     assert len(statistics) == len(head.flows)  # noqa: S101 - trained heads have them for all scales
     for scale, module in enumerate(statistics):
@@ -85,25 +96,36 @@ def fit_head(
     if few_images:
         features = whiten_across_folds(statistics, features, rows, settings.seed)
         rows = np.arange(len(rows))
-    head.to(device)
+    epochs = _epochs_on_gpu if device.type == "cuda" else _epochs_on_cpu
+    yield from epochs(head, features, rows, settings, white=few_images, device=device)
+    if few_images:
+        head.shrink_flows(_SHRINK_SHARE)
+    head.eval()
+
+
+def _epochs_on_cpu(
+    head: FastFlowHead,
+    features: FeatureStore,
+    rows: NDArray[np.int64],
+    settings: TrainingSettings,
+    *,
+    white: bool,
+    device: torch.device,
+) -> Iterator[FitProgress]:
+    """Read the features of every step from their store; report every step."""
+    del device
     head.to(memory_format=torch.channels_last)
     head.train()
-    steps_per_epoch = -(-len(rows) // settings.batch_size)
-    optimiser = torch.optim.AdamW(
-        head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
-    )
+    optimiser = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.learning_rate, total_steps=steps_per_epoch * settings.epochs, pct_start=_WARM_UP_SHARE
+        optimiser, settings.learning_rate, total_steps=_steps(len(rows), settings), pct_start=_WARM_UP_SHARE
     )
-    generator = np.random.default_rng(settings.seed + 1)
     images = 0
-    for epoch in range(1, settings.epochs + 1):
-        shuffled = generator.permutation(rows)
+    for epoch, batches in _shuffled(rows, settings):
         total_loss, seen = 0.0, 0
-        for start in range(0, len(shuffled), settings.batch_size):
-            batch = shuffled[start : start + settings.batch_size]
-            scales = [scale.to(device, memory_format=torch.channels_last) for scale in features.take(batch)]
-            loss = negative_log_likelihood(*(head.transform(scales) if few_images else head(scales)))
+        for batch in batches:
+            scales = [scale.to(memory_format=torch.channels_last) for scale in features.take(batch)]
+            loss = negative_log_likelihood(*(head.transform(scales) if white else head(scales)))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch
             nn.utils.clip_grad_norm_(head.parameters(), settings.clip_norm)
@@ -113,11 +135,76 @@ def fit_head(
             seen += len(batch)
             images += len(batch)
             yield FitProgress(images, epoch, total_loss / seen)
+    head.to(memory_format=torch.contiguous_format)
+
+
+def _epochs_on_gpu(
+    head: FastFlowHead,
+    features: FeatureStore,
+    rows: NDArray[np.int64],
+    settings: TrainingSettings,
+    *,
+    white: bool,
+    device: torch.device,
+) -> Iterator[FitProgress]:
+    """Keep white features on the device; each step is one graph, and the host waits once an epoch, to report."""
+    head.to(device)
+    head.to(memory_format=torch.channels_last)
+    head.train()
+    total = _steps(len(rows), settings)
+    rates, momenta = one_cycle(settings.learning_rate, total, _WARM_UP_SHARE)
+    on_device = _white_on_device(head, features, rows, white=white, device=device)
+    step = GraphedStep(head, on_device, settings.weight_decay, settings.clip_norm)
+    position_of = np.zeros(int(rows.max()) + 1, np.int64)
+    position_of[rows] = np.arange(len(rows))
+    number = images = 0
+    for epoch, batches in _shuffled(rows, settings):
+        for batch in batches:
+            step.run(position_of[batch], rates[number], momenta[number])
+            number += 1
+            images += len(batch)
+        yield FitProgress(images, epoch, step.take_total_loss() / len(rows))
     head.to("cpu")
     head.to(memory_format=torch.contiguous_format)
-    if few_images:
-        head.shrink_flows(_SHRINK_SHARE)
-    head.eval()
+
+
+@torch.no_grad()
+def _white_on_device(
+    head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], *, white: bool, device: torch.device
+) -> list[Tensor]:
+    """Copy features to the device and whiten them there: one (N, C_s, H_s, W_s) float32 tensor per scale.
+
+    Raises:
+        ConfigError: They do not fit in the device's memory.
+    """
+    parts: list[list[Tensor]] = []
+    try:
+        for start in range(0, len(rows), _COPIED_IMAGES):
+            chunk = [scale.to(device) for scale in features.take(rows[start : start + _COPIED_IMAGES])]
+            if not white:
+                chunk = [statistics(scale) for statistics, scale in zip(head.statistics, chunk, strict=True)]
+            parts.append([scale.contiguous(memory_format=torch.channels_last) for scale in chunk])
+        return [torch.cat(scales) for scales in zip(*parts, strict=True)]
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU has no memory for the features of {len(rows)} training images ({error}); train on fewer images, "
+            "with a smaller model.input_size, or on another GPU"
+        ) from error
+
+
+def _steps(images: int, settings: TrainingSettings) -> int:
+    return -(-images // settings.batch_size) * settings.epochs
+
+
+def _shuffled(rows: NDArray[np.int64], settings: TrainingSettings) -> Iterator[tuple[int, Iterator[NDArray[np.int64]]]]:
+    """Yield each epoch, from 1, and its batches, in an order that depends on nothing but the seed."""
+    generator = np.random.default_rng(settings.seed + 1)
+    for epoch in range(1, settings.epochs + 1):
+        shuffled = generator.permutation(rows)
+        yield (
+            epoch,
+            (shuffled[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)),
+        )
 
 
 def whiten_across_folds(
