@@ -140,6 +140,9 @@ bench-engine: setup peers
 bench-stream: setup
 	@PYTHONPATH=tests $(BIN) -m bench.stream $(ARGS)
 
+bench-gpu: setup
+	@$(BIN) -m bench.gpu $(ARGS)
+
 bench-verdicts: setup
 	@$(BIN) -m bench.verdicts $(ARGS)
 

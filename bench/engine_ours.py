@@ -9,15 +9,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.engines.choose import make_engine, quiet_torch
-from flawstream.engines.protocol import arithmetic_of
-from flawstream.fastflow.score import score_images
-from flawstream.imaging.maps import upsample
+from flawstream.engines.protocol import HeadRows, ScoredBatch, arithmetic_of
+from flawstream.imaging.maps import Grid, upsample
 from flawstream.registry.registry import Registry
 from flawstream.registry.versions import open_backbone
 from schemas.settings import DetectorSettings, ModelSettings
@@ -26,10 +26,8 @@ from serving.model_store import ModelStore
 TOP_FRACTION = 0.03
 _ANY_SIZE = 1 << 40
 
-Grids = list[NDArray[np.float32]]
 
-
-def maps_of(grids: Grids, side: int) -> NDArray[np.float32]:
+def maps_of(grids: Sequence[Grid], side: int) -> NDArray[np.float32]:
     """Compute what anomalib calls the anomaly map, enlarged as a stream worker enlarges maps."""
     likelihoods = [-np.exp(-grid) for grid in grids]
     return np.stack([upsample([scale[row] for scale in likelihoods], (side, side)) for row in range(len(grids[0]))])
@@ -50,12 +48,12 @@ def main(text: str) -> None:
     images = np.load(job["images"])
     side = engine.spec.input_size
 
-    def judge(batch: NDArray[np.uint8]) -> Grids:
-        return engine.detect(batch, [(loaded, np.arange(len(batch)))])
+    def judge(batch: NDArray[np.uint8]) -> ScoredBatch:
+        return engine.detect(batch, [HeadRows(loaded, np.arange(len(batch)), TOP_FRACTION)])
 
-    grids = judge(images)
-    np.save(Path(job["out"]) / "maps.npy", maps_of(grids, side))
-    np.save(Path(job["out"]) / "scores.npy", score_images(grids, TOP_FRACTION))
+    judged = judge(images)
+    np.save(Path(job["out"]) / "maps.npy", maps_of(judged.grids, side))
+    np.save(Path(job["out"]) / "scores.npy", judged.scores)
     name = type(engine).__name__.removesuffix("Engine").lower()
     print(json.dumps({"engine": name, "arithmetic": arithmetic_of(engine, manifest)}), file=answers, flush=True)
     for line in sys.stdin:
@@ -63,7 +61,7 @@ def main(text: str) -> None:
         batch, seconds = images[: asked["batch"]], []
         for _ in range(asked["runs"]):
             started = time.perf_counter()
-            maps_of(judge(batch), side)
+            maps_of(judge(batch).grids, side)
             seconds.append(time.perf_counter() - started)
         print(json.dumps({"seconds": seconds}), file=answers, flush=True)
 

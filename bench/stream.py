@@ -42,6 +42,7 @@ from rich.table import Table
 
 from bench.stream_plot import Drawn, draw
 from flawstream.engines.choose import make_engine, quiet_torch
+from flawstream.engines.protocol import HeadRows
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import Registry
@@ -200,6 +201,7 @@ class BareEngine:
         manifest = registry.manifest(CATEGORIES[0], "v1")
         weights = registry.read_file(manifest, "flow.safetensors")
         self._loaded = self._engine.load(FastFlowHead.from_bytes(weights, backbone.spec, manifest.flow), manifest)
+        self._top_fraction = manifest.calibration.top_fraction
         side = backbone.spec.input_size
         count = max(settings.detector.max_batch_images, settings.worker.batch_size)
         self._images: NDArray[np.uint8] = np.stack(
@@ -217,7 +219,7 @@ class BareEngine:
         return (time.perf_counter() - begin_s) / batches
 
     def _detect(self, size: int) -> None:
-        self._engine.detect(self._images[:size], [(self._loaded, np.arange(size))])
+        self._engine.detect(self._images[:size], [HeadRows(self._loaded, np.arange(size), self._top_fraction)])
 
 
 def _pixels(seed: int) -> NDArray[np.uint8]:

@@ -76,6 +76,12 @@ class DetectorOverloadedError(TransientError):
     code = "detector_overloaded"
 
 
+class DeviceLostError(TransientError):
+    """A GPU failed in a way that only a new process recovers from; the images are retried by another."""
+
+    code = "device_lost"
+
+
 class ModelUnavailableError(TransientError):
     """The current version of a category cannot be used now."""
 

@@ -2,17 +2,19 @@
 
 from typing import Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, AwareDatetime, BaseModel, ConfigDict, Field
 
 from schemas.errors import RegistryError
 from schemas.messages import Category
 from schemas.settings import ModelSettings, Resize
 
-MANIFEST_FORMAT = 2
-"""Raised when fields are added that older programs do not know. Older formats are read; 2 calibrates int8 apart."""
+MANIFEST_FORMAT = 3
+"""Raised when fields are added that older programs do not know. Older formats are read: 2 calibrated int8 apart, 3 has
+trials of any arithmetic."""
 
 Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
-"""In what an engine computes convolutions. Scores of two arithmetics differ: each has its own thresholds."""
+"""In what an engine computes convolutions. Scores of two arithmetics differ: each has its own thresholds. Versions that
+were calibrated in bfloat16, by older releases, are read and no longer served."""
 
 Normalisation = Literal["statistics", "layer_norm", "none"]
 """How features are normalised before each flow: `flawstream.fastflow.normalisation`."""
@@ -166,26 +168,29 @@ class EvaluationMetrics(_Part):
     defects: tuple[DefectMetrics, ...] = ()
 
 
-class Int8Trial(_Part):
-    """A version judged in int8 beside float32, on the same images. None of them set the int8 ranges.
+class ArithmeticTrial(_Part):
+    """A version judged in a faster arithmetic beside float32, on the same images. None of them set int8 ranges.
 
     Attributes:
-        scope: What was in int8: the convolutions of the flows. Older manifests may have `version`, the backbone's as
-            well: such a graph is no longer served, and the version runs in float32 by its own calibration.
-        kept: Whether it does no harm: its graph is then a file beside the weights, and may serve.
+        arithmetic: The faster one.
+        scope: What was computed in it: `flows`, the convolutions of the flows, or `version`, the backbone's as well.
+            Older manifests may have a `version` in int8: it is no longer served so, but in float32.
+        kept: Whether it does no harm: it then serves where the hardware has it. An int8 graph is a file beside the
+            weights.
         normal_images: Held-out normal images that were scored.
-        rank_correlation: Spearman's, between their scores in int8 and in float32.
-        alarms: Share of them above float32's threshold in int8: what one threshold for both would do.
+        rank_correlation: Spearman's, between their scores in both arithmetics.
+        alarms: Share of them above float32's threshold in the faster one: what one threshold for both would do.
         alarms_float32: Share of them above that threshold in float32.
         changed_verdicts: How many of them get another verdict, each arithmetic judged by its own threshold.
-        lost_defects: How many defective test images float32 finds and int8 does not, each by its own threshold; absent
-            without defective test images.
-        image_auroc: AUROC of test images in int8; absent without both classes, like the next.
+        lost_defects: How many defective test images float32 finds and the faster one does not, each by its own
+            threshold; absent without defective test images.
+        image_auroc: AUROC of test images in the faster one; absent without both classes, like the next.
         image_auroc_float32: The same in float32.
-        calibration: Thresholds and scores in int8. Absent in format 1: the version is not served in int8.
-        metrics: Metrics of the version on test images in int8.
+        calibration: Thresholds and scores in the faster one. Absent in format 1: the version is not served in int8.
+        metrics: Metrics of the version on test images in the faster one.
     """
 
+    arithmetic: Literal["int8", "float16"] = "int8"
     scope: Literal["flows", "version"]
     kept: bool
     normal_images: int
@@ -239,7 +244,7 @@ class ImportRecord(_Part):
 
 
 class ModelManifest(_Part):
-    """One immutable model version. `calibration` and `metrics` are those of its weights; an int8 graph has its own."""
+    """One immutable model version. `calibration` and `metrics` are in float32; each trial has its own."""
 
     format: int = MANIFEST_FORMAT
     category: Category
@@ -250,7 +255,7 @@ class ModelManifest(_Part):
     calibration: Calibration
     metrics: EvaluationMetrics = EvaluationMetrics()
     training: TrainingRecord | ImportRecord
-    int8: tuple[Int8Trial, ...] = ()
+    trials: tuple[ArithmeticTrial, ...] = Field((), validation_alias=AliasChoices("trials", "int8"))
     libraries: dict[str, str]
     files: dict[str, str] = Field(description="SHA-256 of every file beside the manifest, by name.")
 
@@ -259,11 +264,14 @@ class ModelManifest(_Part):
         """Return `category@version`, as in results."""
         return f"{self.category}@{self.version}"
 
+    def trial_in(self, arithmetic: Arithmetic | None) -> ArithmeticTrial | None:
+        """Return the trial that lets the version serve in an arithmetic, if any."""
+        return next((trial for trial in self._kept_trials if trial.arithmetic == arithmetic), None)
+
     @property
-    def int8_trial(self) -> Int8Trial | None:
-        """Return the trial whose graph may serve, if any."""
-        served = (trial for trial in self.int8 if trial.kept and trial.scope == "flows")
-        return next((trial for trial in served if trial.calibration is not None), None)
+    def _kept_trials(self) -> tuple[ArithmeticTrial, ...]:
+        served_int8 = (trial for trial in self.trials if (trial.arithmetic, trial.scope) != ("int8", "version"))
+        return tuple(trial for trial in served_int8 if trial.kept and trial.calibration is not None)
 
     def calibration_in(self, arithmetic: Arithmetic) -> Calibration:
         """Return the calibration of an arithmetic.
@@ -271,19 +279,17 @@ class ModelManifest(_Part):
         Raises:
             RegistryError: The version was not calibrated in it: scores of one arithmetic have no threshold in another.
         """
-        trial = self.int8_trial
-        if arithmetic == "int8" and trial is not None and trial.calibration is not None:
+        trial = self.trial_in(arithmetic)
+        if trial is not None and trial.calibration is not None:
             return trial.calibration
         if self.calibration.arithmetic != arithmetic:
             raise RegistryError(
                 f"{self.model} was calibrated in {self.calibration.arithmetic} and this engine computes in "
-                f"{arithmetic}, where its threshold does not hold; set detector.engine and detector.precision as they "
-                "were in training, or train it again with these"
+                f"{arithmetic}, where its threshold does not hold; train it again"
             )
         return self.calibration
 
     @property
     def serving_metrics(self) -> EvaluationMetrics:
         """Return the metrics in the arithmetic that serves the version where it was trained."""
-        trial = self.int8_trial
-        return trial.metrics if trial is not None and trial.metrics is not None else self.metrics
+        return next((trial.metrics for trial in self._kept_trials if trial.metrics is not None), self.metrics)

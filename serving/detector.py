@@ -13,10 +13,9 @@ import numpy as np
 
 from flawstream.calibration import is_anomalous, p_values
 from flawstream.engines.choose import make_engine, quiet_torch
-from flawstream.engines.protocol import Engine
+from flawstream.engines.protocol import Engine, HeadRows
 from flawstream.fastflow.backbone import Backbone
-from flawstream.fastflow.score import score_images
-from flawstream.imaging.maps import bounded
+from flawstream.imaging.maps import published_grid
 from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
@@ -63,8 +62,9 @@ class DetectorService:
         self._refresh_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the current versions, then start the batcher and the task that looks for new versions."""
+        """Load the current versions, warm the engine up, then start the batcher and the search for new versions."""
         await asyncio.to_thread(self._preload)
+        await asyncio.to_thread(self._engine.warm_up)
         self._batcher.start()
         self._refresh_task = asyncio.create_task(self._refresh_for_ever())
 
@@ -78,8 +78,9 @@ class DetectorService:
 
     @property
     def alive(self) -> bool:
-        """Whether the batcher and the refresh task run."""
-        return self._batcher.alive and self._refresh_task is not None and not self._refresh_task.done()
+        """Whether the engine is usable, and the batcher and the refresh task run."""
+        refreshes = self._refresh_task is not None and not self._refresh_task.done()
+        return self._engine.usable and self._batcher.alive and refreshes
 
     def status(self) -> dict[str, object]:
         """Return engine, loaded versions and counts."""
@@ -143,13 +144,16 @@ class DetectorService:
         rows_of: dict[ResidentModel, list[int]] = {}
         for row, model in enumerate(models):
             rows_of.setdefault(model, []).append(row)
-        heads = [(model.loaded, np.array(rows, np.int64)) for model, rows in rows_of.items()]
-        grids = self._engine.detect(images, heads)
-        halves = [bounded(grid).astype(np.float16) for grid in grids]
+        heads = [
+            HeadRows(model.loaded, np.array(rows, np.int64), model.calibration.top_fraction)
+            for model, rows in rows_of.items()
+        ]
+        scored = self._engine.detect(images, heads)
+        halves = [published_grid(grid) for grid in scored.grids]
         detections: list[Detection | None] = [None] * len(images)
         for model, rows in rows_of.items():
             calibration = model.calibration
-            scores = score_images([grid[rows] for grid in grids], calibration.top_fraction)
+            scores = scored.scores[rows]
             shares = p_values(model.calibration_scores, scores)
             verdicts = is_anomalous(scores, calibration.threshold)
             for row, score, share, anomalous in zip(

@@ -37,7 +37,7 @@ class ResidentModel:
         loaded: Its head, loaded by the engine.
         calibration: Its calibration for the engine's arithmetic.
         calibration_scores: (n,) float64, ascending; the scores of that calibration.
-        size_bytes: Memory of its weights in this process, over all copies of the engine.
+        size_bytes: Its memory: `Engine.memory_of`.
     """
 
     manifest: ModelManifest
@@ -188,8 +188,7 @@ class ModelStore:
             LookupError,
         ) as error:  # the manifest does not match the weights
             raise RegistryError(f"{manifest.model} cannot be loaded: {error}; train it again") from error
-        size_bytes = self._engine.copies * sum(tensor.nbytes for tensor in head.state_dict().values())
-        return ResidentModel(manifest, loaded, calibration, np.array(calibration.scores), size_bytes)
+        return ResidentModel(manifest, loaded, calibration, np.array(calibration.scores), self._engine.memory_of(head))
 
     def _size(self) -> int:
         return sum(model.size_bytes for model in self._models.values())

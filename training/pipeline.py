@@ -21,12 +21,12 @@ from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry, new_version
 from schemas.manifest import (
     Arithmetic,
+    ArithmeticTrial,
     BackboneSpec,
     Calibration,
     EvaluationMetrics,
     FlowSpec,
     ImportRecord,
-    Int8Trial,
     ModelManifest,
     TrainingRecord,
 )
@@ -35,7 +35,7 @@ from training.datasets.samples import CategoryData, Sample
 from training.steps.evaluate import Evaluation, ImageScorer
 from training.steps.features import FeatureCache, FeatureExtractor
 from training.steps.fit import fit_head, split_rows
-from training.steps.quantise import Int8Candidate, Judged, choose_int8, make_candidates
+from training.steps.trials import Judged, choose_candidate, make_candidates
 
 
 class Stage(StrEnum):
@@ -176,7 +176,7 @@ class EvaluationData:
     Attributes:
         held_out: Normal images that did not train the version.
         test: Labelled images; may be empty.
-        int8_images: Normal images that set the ranges of int8; empty: no int8 trial.
+        int8_images: Normal images that set the ranges of int8; empty: no trial of int8.
         top_fraction: Fraction of the grid that the image score is computed from.
         false_alarm_rate: Share of normal images that may be called anomalous.
     """
@@ -195,14 +195,14 @@ class EvaluatedVersion:
     Attributes:
         calibration: Thresholds in the arithmetic of the engine.
         metrics: Metrics on test images.
-        int8: Results of int8 trials.
-        int8_files: Files of the int8 graph that passed its trial, by name; empty if none did.
+        trials: Results of trials of faster arithmetics.
+        trial_files: Files of the int8 graph that passed its trial, by name; empty if none did.
     """
 
     calibration: Calibration
     metrics: EvaluationMetrics
-    int8: tuple[Int8Trial, ...]
-    int8_files: Mapping[str, bytes]
+    trials: tuple[ArithmeticTrial, ...]
+    trial_files: Mapping[str, bytes]
 
 
 def evaluate_version(
@@ -212,7 +212,7 @@ def evaluate_version(
     head: FastFlowHead,
     data: EvaluationData,
 ) -> Generator[Progress, None, EvaluatedVersion]:
-    """Calibrate and evaluate a head with the engine that will serve, with int8 trials. Decodes each image once.
+    """Calibrate and evaluate a head with the engine that will serve, with trials. Decodes each image once.
 
     Args:
         name: Name of the job, for its progress.
@@ -228,10 +228,9 @@ def evaluate_version(
         DatasetError: An image or a mask cannot be read.
         ConfigError: A score is not finite.
     """
-    candidates: list[Int8Candidate] = []
     if data.int8_images:
         yield Progress(name, Stage.INT8, 0, 1)
-        candidates = make_candidates(extractor, head, data.int8_images, len(data.held_out))
+    candidates = make_candidates(extractor, engine, head, data.int8_images, len(data.held_out))
     heads = [engine.load(head, None), *(candidate.loaded for candidate in candidates)]
     scorer = ImageScorer(engine, heads, extractor.limits, data.top_fraction)
     scores_and_peaks: list[tuple[tuple[float, float], ...]] = []
@@ -255,10 +254,10 @@ def evaluate_version(
 
     exact = summarise(0, engine.precision)
     finite = [index for index in range(1, len(heads)) if is_finite(held_out[:, index]).all()]
-    int8, files = choose_int8(
-        [candidates[index - 1] for index in finite], [summarise(index, "int8") for index in finite], exact
-    )
-    return EvaluatedVersion(exact.calibration, exact.metrics, int8, files)
+    tried = [candidates[index - 1] for index in finite]
+    judged = [summarise(index, candidate.arithmetic) for index, candidate in zip(finite, tried, strict=True)]
+    trials, files = choose_candidate(tried, judged, exact)
+    return EvaluatedVersion(exact.calibration, exact.metrics, trials, files)
 
 
 def publish(
@@ -287,7 +286,7 @@ def publish(
     Raises:
         RegistryError: The registry cannot be written.
     """
-    files = {WEIGHTS_FILE: head.to_bytes(), **evaluated.int8_files, **extra_files}
+    files = {WEIGHTS_FILE: head.to_bytes(), **evaluated.trial_files, **extra_files}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     created_at = datetime.now(UTC)
     manifest = ModelManifest(
@@ -299,7 +298,7 @@ def publish(
         calibration=evaluated.calibration,
         metrics=evaluated.metrics,
         training=training,
-        int8=evaluated.int8,
+        trials=evaluated.trials,
         libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
         files=digests,
     )

@@ -2,10 +2,11 @@
 
 import importlib.util
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
+from flawstream.engines.cuda.engine import CudaEngine
+from flawstream.engines.device import open_device
 from flawstream.engines.ncnn.engine import NcnnEngine
 from flawstream.engines.ncnn.graphs import ncnn_is_installed, require_ncnn
 from flawstream.engines.openvino.compile import openvino_is_installed
@@ -18,16 +19,22 @@ from schemas.errors import ConfigError
 from schemas.settings import DetectorSettings
 
 
-def resolve_engine(name: str) -> str:
-    """Resolve `auto` to the fastest engine: torch on a GPU, else the first installed of ncnn, openvino and torch.
+def resolve_engine(name: str, device: str = "auto") -> str:
+    """Resolve `auto` to the fastest engine: cuda on a GPU, else the first installed of ncnn, openvino and torch.
+
+    Args:
+        name: `detector.engine`.
+        device: `detector.device`.
 
     Raises:
-        ConfigError: The engine is not installed.
+        ConfigError: The engine is not installed, or its device cannot be used.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return "torch"
+        if open_device(device).type == "cuda":
+            return "cuda"
         return "ncnn" if ncnn_is_installed() else "openvino" if openvino_is_installed() else "torch"
+    if name == "cuda" and open_device(device).type != "cuda":
+        raise ConfigError("detector.engine=cuda needs a GPU, and there is none that torch can use; set it to auto")
     if name == "ncnn":
         require_ncnn()
     if name == "openvino" and not openvino_is_installed():
@@ -41,34 +48,32 @@ def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone
     """Create the engine of the settings.
 
     Args:
-        settings: Engine, precision, and the URL of a Triton server.
+        settings: Engine, device, precision, and the URL of a Triton server.
         open_backbone: Loads the backbone; not called for Triton, whose server has it.
         threads: CPU threads of ncnn and OpenVINO; 0: all.
 
     Raises:
-        ConfigError: The engine is not installed, does not support the backbone or the precision, or the Triton server
-            has no model repository of flawstream.
+        ConfigError: The engine is not installed, does not support the backbone, or its device cannot be used; or the
+            Triton server has no model repository of flawstream.
         WeightsError: The backbone's weights cannot be loaded.
         RegistryError: The backbone's weights are damaged.
         TransientError: The Triton server does not answer.
     """
-    int8 = settings.precision == "auto" and int8_pays()
-    name = resolve_engine(settings.engine)
-    if settings.precision == "bf16" and name in ("ncnn", "triton"):
-        raise ConfigError(f"detector.precision=bf16 needs the engine openvino or torch, but detector.engine is {name}")
-    match name:
+    faster = settings.precision == "auto"
+    device = open_device(settings.device)
+    match resolve_engine(settings.engine, settings.device):
         case "triton":
             from flawstream.engines.triton_engine import TritonEngine  # noqa: PLC0415 - an optional extra
 
             return TritonEngine(settings.triton_url, settings.triton_timeout_s)
+        case "cuda":
+            return CudaEngine(open_backbone(), half=faster, max_batch=settings.max_batch_images, device=device)
         case "ncnn":
-            return NcnnEngine(open_backbone(), int8=int8, threads=threads)
+            return NcnnEngine(open_backbone(), int8=faster and int8_pays(), threads=threads)
         case "openvino":
-            precision: Literal["f32", "bf16"] = "bf16" if settings.precision == "bf16" else "f32"
-            return OpenvinoEngine(open_backbone(), precision=precision, int8=int8, threads=threads)
+            return OpenvinoEngine(open_backbone(), int8=faster and int8_pays(), threads=threads)
         case _:
-            half = _half_precision(settings)
-            return TorchEngine(open_backbone(), half)
+            return TorchEngine(open_backbone(), device)
 
 
 def make_local_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone], threads: int = 0) -> Engine:
@@ -82,25 +87,9 @@ def make_local_engine(settings: DetectorSettings, open_backbone: Callable[[], Ba
 
 
 def quiet_torch(engine: Engine) -> None:
-    """Limit torch to one thread if another library computes: torch's idle threads spin (5 ms per batch).
+    """Limit torch to one thread if another library or a GPU computes: torch's idle threads spin (5 ms per batch).
 
     For processes that serve or evaluate. Training on the CPU needs torch's threads.
     """
     if not isinstance(engine, TorchEngine):
         torch.set_num_threads(1)
-
-
-def _half_precision(settings: DetectorSettings) -> torch.dtype | None:
-    """Choose the arithmetic of torch's convolutions: float16 or float32 on a GPU, float32 or bfloat16 on a CPU.
-
-    Raises:
-        ConfigError: bfloat16 on a GPU.
-    """
-    if not torch.cuda.is_available():
-        return torch.bfloat16 if settings.precision == "bf16" else None
-    if settings.precision == "bf16":
-        raise ConfigError(
-            "detector.precision=bf16 is not supported on a GPU: on an NVIDIA H200 it changed 9 of 489 verdicts and "
-            "raised false alarms from 3.4 to 5.1 %; use auto, which computes convolutions in float16, or f32"
-        )
-    return torch.float16 if settings.precision == "auto" else None

@@ -6,9 +6,8 @@ Shape legend: B images, S side of an image in pixels, H W height and width of a 
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flawstream.engines.protocol import Read, no_files
+from flawstream.engines.protocol import HeadRows, Read, ScoredBatch, no_files, score_batch
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.statistics import FeatureStatistics
 from flawstream.imaging.pixels import Pixels
@@ -23,9 +22,9 @@ class FakeEngine:
     """
 
     precision: Arithmetic = "float32"
-    int8 = False
+    trial_arithmetic: Arithmetic | None = None
     concurrent_batches = 1
-    copies = 0
+    usable = True
 
     def __init__(self, spec: BackboneSpec) -> None:
         self.spec = spec
@@ -38,9 +37,15 @@ class FakeEngine:
             for statistics in head.statistics
         ]
 
-    def detect(
-        self, images: Pixels, heads: Sequence[tuple[list[np.float32], NDArray[np.int64]]]
-    ) -> list[NDArray[np.float32]]:
+    def memory_of(self, head: FastFlowHead) -> int:
+        """Return 0."""
+        del head
+        return 0
+
+    def warm_up(self) -> None:
+        """Do nothing."""
+
+    def detect(self, images: Pixels, heads: Sequence[HeadRows]) -> ScoredBatch:
         """Average each cell of the images and subtract the number of the row's head; see `Engine`."""
         grids = []
         for scale, side in enumerate(self.spec.grid_sizes):
@@ -48,7 +53,7 @@ class FakeEngine:
             grid = images.reshape(-1, side, cell, side, cell, 3).mean(axis=(2, 4, 5), dtype=np.float32) / np.float32(
                 255
             )
-            for means, rows in heads:
+            for means, rows, _ in heads:
                 grid[rows] -= means[scale]
             grids.append(np.abs(grid))
-        return grids
+        return score_batch(grids, heads)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from flawstream.engines.protocol import Read, no_files
+from flawstream.engines.protocol import HeadRows, Read, ScoredBatch, no_files, score_batch
 from flawstream.export.triton import FRONT, MODEL, SPEC_PARAMETER, WEIGHTS_PARAMETER
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.imaging.pixels import Pixels
@@ -36,9 +36,9 @@ class TritonEngine:
     """
 
     precision: Arithmetic = "float32"
-    int8 = False
+    trial_arithmetic: Arithmetic | None = None
     concurrent_batches = 1
-    copies = 0  # the weights are on the server
+    usable = True
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url = url
@@ -79,21 +79,32 @@ class TritonEngine:
             )
         return name
 
-    def detect(self, images: Pixels, heads: Sequence[tuple[str, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
+    def memory_of(self, head: FastFlowHead) -> int:
+        """Return 0: the weights are on the server."""
+        del head
+        return 0
+
+    def warm_up(self) -> None:
+        """Do nothing: the server warms up itself."""
+
+    def detect(self, images: Pixels, heads: Sequence[HeadRows]) -> ScoredBatch:
         """Compute a batch, split into requests of the server's maximum batch size; see `Engine`.
 
         Raises:
             RegistryError: The server no longer has one of the versions.
             TransientError: The server does not answer.
         """
+        return score_batch(self._detect(images, heads), heads)
+
+    def _detect(self, images: Pixels, heads: Sequence[HeadRows]) -> list[NDArray[np.float32]]:
         names = np.empty((len(images), 1), object)
-        for name, rows in heads:
+        for name, rows, _ in heads:
             names[rows] = name.encode()
         with self._transient_errors():
             try:
                 return self._infer_batch(images, names)
             except InferenceServerException:
-                missing = [name for name, _ in heads if not self._is_ready(name)]
+                missing = [name for name, *_ in heads if not self._is_ready(name)]
                 if not missing:
                     raise
         for name in missing:  # a restarted server has lost the models that clients loaded

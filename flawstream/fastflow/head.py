@@ -29,10 +29,12 @@ class FastFlowHead(nn.Module):
     Attributes:
         statistics: The normalisation of each scale: `FeatureStatistics` unless `flow.normalisation` is another.
         flows: One per scale.
+        flow_spec: Configuration of the flows and of the normalisation.
     """
 
     def __init__(self, backbone: BackboneSpec, flow: FlowSpec, *, seed: int = 0) -> None:
         super().__init__()
+        self.flow_spec = flow
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             generator = torch.Generator().manual_seed(seed)

@@ -68,13 +68,38 @@ def image_scores(grids: Sequence[Tensor], top_fraction: float) -> Tensor:
     """
     if not grids or any(grid.shape[0] != grids[0].shape[0] for grid in grids):
         raise ShapeError(f"grids of one batch are needed, got shapes {[tuple(grid.shape) for grid in grids]}")
+    positions = _positions(grids)
+    count = top_positions(positions.shape[1], top_fraction)
+    return positions.topk(count, dim=1).values.mean(dim=1)
+
+
+def top_positions(positions: int, top_fraction: float) -> int:
+    """Return how many positions an image score averages: a share of the coarsest grid's, at least one."""
+    return max(1, int(positions * top_fraction))
+
+
+def ranked_scores(grids: Sequence[Tensor], counts: Tensor) -> Tensor:
+    """Score whole images as `image_scores` does, each from its own number of positions, without a wait for a device.
+
+    Args:
+        grids: One (B, H_s, W_s) float tensor per feature scale.
+        counts: (B,) int64, from `top_positions`.
+
+    Returns:
+        (B,) float32, nats per channel.
+    """
+    ranked = _positions(grids).sort(dim=1, descending=True).values
+    chosen = torch.arange(ranked.shape[1], device=ranked.device) < counts[:, None]
+    return torch.where(chosen, ranked, 0.0).sum(dim=1) / counts
+
+
+def _positions(grids: Sequence[Tensor]) -> Tensor:
+    """Average the scales at the coarsest grid: (B, positions) float32."""
     height, width = min((grid.shape[1:] for grid in grids), key=lambda shape: shape[0] * shape[1])
     total = torch.zeros((grids[0].shape[0], height, width), dtype=torch.float32, device=grids[0].device)
     for grid in grids:
         total += functional.adaptive_avg_pool2d(grid.float()[:, None], (height, width))[:, 0]
-    positions = (total / len(grids)).flatten(start_dim=1)
-    count = max(1, int(positions.shape[1] * top_fraction))
-    return positions.topk(count, dim=1).values.mean(dim=1)
+    return (total / len(grids)).flatten(start_dim=1)
 
 
 def score_images(grids: Sequence[NDArray[np.float32]], top_fraction: float) -> NDArray[np.float64]:
@@ -93,6 +118,16 @@ def score_images(grids: Sequence[NDArray[np.float32]], top_fraction: float) -> N
     Raises:
         ShapeError: There is no grid, or batch sizes differ.
     """
-    scores: NDArray[np.float32] = image_scores([torch.from_numpy(grid) for grid in grids], top_fraction).numpy()
+    return finite_scores(image_scores([torch.from_numpy(grid) for grid in grids], top_fraction).numpy())
+
+
+def finite_scores(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return scores as float64, with float32's maximum for NaN and infinity."""
     finite = np.nan_to_num(scores, nan=HIGHEST_SCORE, posinf=HIGHEST_SCORE, neginf=HIGHEST_SCORE)
     return np.asarray(finite, np.float64)
+
+
+def half_grid(grid: Tensor) -> Tensor:
+    """Clip a grid to the range of float16 and convert it, as `flawstream.imaging.maps.bounded` does for arrays."""
+    highest = torch.finfo(torch.float16).max
+    return torch.nan_to_num(grid, nan=highest, posinf=highest, neginf=-highest).clamp(-highest, highest).half()

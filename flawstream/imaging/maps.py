@@ -31,6 +31,11 @@ def bounded(grid: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.nan_to_num(grid, nan=_F16_MAX, posinf=_F16_MAX, neginf=-_F16_MAX).clip(-_F16_MAX, _F16_MAX)
 
 
+def published_grid(grid: Grid) -> NDArray[np.float16]:
+    """Convert a grid to float16 by `bounded`; engines on a GPU return it so."""
+    return grid if grid.dtype == np.float16 else bounded(grid).astype(np.float16)  # type: ignore[return-value,arg-type]
+
+
 def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float32]:
     """Upsample the grids of all scales and average them, as FastFlow does (arXiv 2111.07677, section 3.3).
 
@@ -49,7 +54,11 @@ def upsample(grids: Sequence[Grid], shape: tuple[int, int]) -> NDArray[np.float3
 
 
 def encode_map(
-    grids: Sequence[NDArray[np.float16]], shape: tuple[int, int], codec: MapCodec, threshold: float
+    grids: Sequence[NDArray[np.float16]],
+    shape: tuple[int, int],
+    codec: MapCodec,
+    threshold: float,
+    values: NDArray[np.float32] | None = None,
 ) -> AnomalyMap:
     """Encode a map.
 
@@ -58,13 +67,15 @@ def encode_map(
         shape: (height, width) in pixels of the decoded map.
         codec: The encoding.
         threshold: Sets the colours of `heatmap-jpeg`, nats per channel.
+        values: The grids upsampled to `shape`, if the caller has them.
     """
     if codec is MapCodec.NONE:
         return AnomalyMap(codec=codec)
     if codec is MapCodec.GRID_F16:
         data = b"".join(grid.astype("<f2").tobytes() for grid in grids)
         return AnomalyMap(codec=codec, shape=shape, grids=tuple((g.shape[0], g.shape[1]) for g in grids), data=data)
-    values = upsample(grids, shape)
+    if values is None:
+        values = upsample(grids, shape)
     if codec is MapCodec.F16:
         return AnomalyMap(codec=codec, shape=shape, data=values.astype("<f2").tobytes())
     if codec is MapCodec.PNG16:
@@ -143,9 +154,9 @@ def find_boxes(
     count, labels, stats, _ = cv2.connectedComponentsWithStats((values > threshold).astype(np.uint8), connectivity=8)
     if count == 1:  # only the background
         return ()
+    above = np.flatnonzero(labels)  # few of the pixels, as a rule
     peaks = np.full(count, -np.inf, np.float32)
-    np.maximum.at(peaks, labels.ravel(), values.ravel())
-    peaks[0] = -np.inf
+    np.maximum.at(peaks, labels.ravel()[above], values.ravel()[above])
     return tuple(
         _box(stats[k], min(float(peaks[k]), _F16_MAX), (values.shape[0], values.shape[1]), image_shape)
         for k in np.argsort(-peaks)[: min(most, count - 1)]

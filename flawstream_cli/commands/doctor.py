@@ -74,7 +74,7 @@ def doctor(
     checks: dict[str, Callable[[], str]] = {
         "packages": _packages,
         "hardware": _hardware,
-        "engine": lambda: resolve_engine(settings.detector.engine),
+        "engine": lambda: resolve_engine(settings.detector.engine, settings.detector.device),
         "backbone": lambda: _backbone(settings),
         "registry": lambda: _registry(settings),
         "streams": (lambda: _server(settings)) if has_server else _embedded,

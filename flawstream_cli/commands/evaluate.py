@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.progress import track
 from rich.table import Table
@@ -15,7 +14,7 @@ from flawstream.calibration import expected_false_alarms, shortage_of
 from flawstream.engines.choose import make_engine, quiet_torch
 from flawstream.engines.protocol import Engine, arithmetic_of
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.imaging.maps import bounded, encode_map
+from flawstream.imaging.maps import encode_map, published_grid
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.registry.versions import open_backbone
 from flawstream_cli.data_sets import CategoryOption, LayoutOption
@@ -180,7 +179,7 @@ def _evaluate_version(
 
 
 def _judge(category: str, sample: Sample, image: ScoredImage, threshold: float) -> JudgedImage:
-    half = [bounded(grid).astype(np.float16) for grid in image.grids]
+    half = [published_grid(grid) for grid in image.grids]
     return JudgedImage(
         path=image.path,
         category=category,

@@ -38,7 +38,7 @@ def worker(
     ] = None,
     redis: RedisOption = None,
     registry: RegistryOption = None,
-    engine: Annotated[str | None, typer.Option(help="auto, ncnn, openvino, torch or triton.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, cuda, ncnn, openvino, torch or triton.")] = None,
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Expose Prometheus metrics at this port of metrics.host.")
     ] = None,

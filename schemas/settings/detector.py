@@ -11,16 +11,20 @@ class DetectorSettings(ScaledSection):
     """One detector replica: the backbone, and the heads of all categories."""
 
     replicas: int = Field(1, ge=1, description="Replicas to run; with max_replicas the fewest.")
-    engine: Literal["auto", "torch", "openvino", "ncnn", "triton"] = Field(
+    engine: Literal["auto", "cuda", "torch", "openvino", "ncnn", "triton"] = Field(
         "auto",
-        description="`auto`: torch on a GPU, else the first installed of ncnn, openvino, torch; `triton` is a server.",
+        description="`auto`: cuda on a GPU, else the first installed of ncnn, openvino, torch; `triton` is a server.",
     )
-    precision: Literal["auto", "f32", "bf16"] = Field(
+    device: str = Field(
         "auto",
-        description="On a CPU: `auto` judges in int8 the versions whose manifest proves it harmless, where the CPU has "
-        "instructions for it, else in float32; `f32` never; `bf16` computes in bfloat16, proven or not (engines "
-        "openvino and torch). On a GPU (engine torch): `auto` computes convolutions in float16; `f32` all in "
-        "float32, without TF32; `bf16` is refused, as nothing proves it harmless.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="For the engines cuda and torch: `auto` is the GPU if there is one; `cpu`, `cuda`, or `cuda:1` and "
+        "so on.",
+    )
+    precision: Literal["auto", "f32"] = Field(
+        "auto",
+        description="`auto`: versions are judged in the faster arithmetic that their manifest proves harmless, float16 "
+        "on a GPU and int8 on a CPU with instructions for it, else in float32; `f32`: always in float32, without TF32.",
     )
     triton_url: str = Field(
         "grpc://127.0.0.1:8001",

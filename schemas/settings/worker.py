@@ -22,7 +22,9 @@ class WorkerSettings(ScaledSection):
         description="Bytes past which a batch takes no further entry; times in_flight, it bounds the images in memory.",
     )
     in_flight: int = Field(3, ge=1, le=64, description="Batches of one worker in flight at once, over all shards.")
-    decode_threads: int = Field(2, ge=1, le=64, description="Threads that decode images.")
+    decode_threads: int | None = Field(
+        None, ge=1, le=64, description="Threads that decode images; absent: one for each CPU that the process may use."
+    )
     claim_idle_ms: int = Field(
         60_000, ge=100, description="Time without a heartbeat after which a pending entry is claimed by another worker."
     )

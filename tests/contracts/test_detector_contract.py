@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from helpers.fakes import FakeDetector
 from helpers.tiny_models import TinyEngine, write_version
-from numpy.typing import NDArray
 
+from flawstream.engines.protocol import HeadRows, ScoredBatch
 from flawstream.imaging.pixels import Pixels
 from flawstream.registry.registry import Registry
 from schemas.errors import DetectorOverloadedError, Reason, TransientError
@@ -143,7 +143,7 @@ class HeldEngine(TinyEngine):
         self.free.set()
         self.entered = threading.Event()
 
-    def detect(self, images: Pixels, heads: Sequence[tuple[str, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
+    def detect(self, images: Pixels, heads: Sequence[HeadRows]) -> ScoredBatch:
         self.entered.set()
         self.free.wait()
         return super().detect(images, heads)

@@ -9,19 +9,33 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.engine_bench import FLOW, SIZE, Grids, Images, assert_same, judge, kept_trial, load, make_head, make_images
+from helpers.engine_bench import (
+    FLOW,
+    SIZE,
+    Grids,
+    Images,
+    assert_same,
+    judge,
+    kept_trial,
+    load,
+    make_head,
+    make_images,
+    mixed,
+)
 from helpers.tiny_models import make_manifest
 
+from flawstream.engines.cuda.engine import CudaEngine
 from flawstream.engines.fake_engine import FakeEngine
 from flawstream.engines.ncnn import engine as ncnn_engine
 from flawstream.engines.ncnn.engine import NcnnEngine
 from flawstream.engines.openvino.compile import openvino_is_installed
 from flawstream.engines.openvino.engine import OpenvinoEngine
 from flawstream.engines.openvino.int8_graph import Int8Flows
-from flawstream.engines.protocol import Engine, Loaded
+from flawstream.engines.protocol import Engine, HeadRows, Loaded
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.fastflow.score import score_images
 from flawstream.imaging.pixels import Pixels
 from schemas.settings import ModelSettings
 from training.steps.quantise import write_flows
@@ -94,10 +108,29 @@ class EngineContract(ABC):
     ) -> None:
         images = make_images(len(owners))
         first_seen = list(dict.fromkeys(owners))
-        mixed = engine.detect(images, [(loaded[k], np.flatnonzero(np.array(owners) == k)) for k in first_seen])
+        together = mixed(engine, images, [(loaded[k], np.flatnonzero(np.array(owners) == k)) for k in first_seen])
         for row, owner in enumerate(owners):
             alone = judge(engine, loaded[owner], images[row : row + 1])
-            assert_same([grid[row : row + 1] for grid in mixed], alone, self.tolerance)
+            assert_same([grid[row : row + 1] for grid in together], alone, self.tolerance)
+
+    def test_scores_are_those_of_the_grids_with_each_head_s_fraction(
+        self, engine: Engine, reference: Backbone, heads: list[FastFlowHead], loaded: list[Loaded]
+    ) -> None:
+        """Whatever the range of the grids is: a threshold may lie above float16's."""
+        images = make_images(5)
+        rows = [np.array([0, 3]), np.array([1, 2, 4])]
+        fractions = (0.0, 0.5)
+        scored = engine.detect(images, [HeadRows(loaded[k], rows[k], fractions[k]) for k in (0, 1)])
+        assert scored.scores.dtype == np.float64
+        for k in (0, 1):
+            expected = score_images(self.expected(reference, heads[k], images[rows[k]]), fractions[k])
+            np.testing.assert_allclose(
+                scored.scores[rows[k]], expected, rtol=self.tolerance, atol=self.tolerance * expected.max()
+            )
+
+    def test_memory_of_a_head_is_not_negative(self, engine: Engine, heads: list[FastFlowHead]) -> None:
+        assert engine.memory_of(heads[0]) >= 0
+        assert engine.usable
 
     def test_categories_differ(self, engine: Engine, loaded: list[Loaded]) -> None:
         one, other = (judge(engine, version, make_images(1)) for version in loaded[:2])
@@ -173,6 +206,29 @@ class EngineContract(ABC):
             assert_same(grids, alone, self.tolerance)
 
 
+class TrialContract(EngineContract):
+    """Versions that passed a trial beside one that did not: that is loaded in float32, where grids differ."""
+
+    def test_version_that_another_replaced_is_judged_by_for_as_long_as_it_is_held(
+        self, engine: Engine, heads: list[FastFlowHead], loaded: list[Loaded]
+    ) -> None:
+        images = make_images(2)
+        before = judge(engine, loaded[0], images)
+        load(engine, heads[1], 0, "v2")
+        assert_same(judge(engine, loaded[0], images), before)
+
+    def test_loading_in_another_thread_disturbs_no_batch(
+        self, engine: Engine, heads: list[FastFlowHead], loaded: list[Loaded]
+    ) -> None:
+        images = make_images(2)
+        expected = judge(engine, loaded[1], images)
+        other = threading.Thread(target=lambda: load(engine, heads[0], 0, "v3"))
+        other.start()
+        while other.is_alive():
+            assert_same(judge(engine, loaded[1], images), expected)
+        other.join()
+
+
 class TestTorchEngine(EngineContract):
     @classmethod
     def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
@@ -223,6 +279,48 @@ class TestNcnnEngineBehindOpenvino(TestNcnnEngine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ncnn_engine, "is_mostly_3x3", lambda _: False)
             return super().make_engine(settings, reference)
+
+
+class TestCudaEngine(EngineContract):
+    """The program that a GPU captures, on a CPU."""
+
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        return CudaEngine(Backbone(settings), half=False, max_batch=4, device=torch.device("cpu"))
+
+
+class TestCudaEngineOnOneScale(TestCudaEngine):
+    strides = (16,)
+
+
+class TestCudaEngineInFloat16(TrialContract):
+    """Two versions that passed the trial of float16 and one that did not, in the same batches."""
+
+    tolerance = 0.02
+
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        return CudaEngine(Backbone(settings), half=True, device=torch.device("cpu"))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def loaded(cls, engine: Engine, heads: list[FastFlowHead]) -> list[Loaded]:
+        found = []
+        for k, head in enumerate(heads[:2]):
+            manifest = make_manifest(f"category-{k}", "v1", spec=engine.spec, flow=FLOW)
+            trial = kept_trial(manifest.calibration, "float16")
+            found.append(engine.load(head, manifest.model_copy(update={"trials": (trial,)})))
+        return [*found, load(engine, heads[2], 2)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+class TestCudaEngineOnAGpu(TestCudaEngine):
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        del reference
+        return CudaEngine(Backbone(settings), half=False, max_batch=4)
 
 
 class TestFakeEngine(EngineContract):
@@ -279,7 +377,7 @@ def test_pixels_between_grey_levels_count(contract: type[EngineContract], weight
 
 
 @pytest.mark.skipif(not openvino_is_installed(), reason="OpenVINO is not installed")
-class Int8Contract(EngineContract):
+class Int8Contract(TrialContract):
     """Two versions with flows in int8 and one in float32: as any others, but for what int8 loses."""
 
     tolerance = 0.1
@@ -292,30 +390,11 @@ class Int8Contract(EngineContract):
         found = []
         for k, head in enumerate(heads[:2]):
             manifest = make_manifest(f"category-{k}", "v1", spec=engine.spec, flow=FLOW)
-            int8 = (kept_trial(manifest.calibration),)
+            trials = (kept_trial(manifest.calibration, "int8"),)
             files = write_flows(head, features)
-            found.append(engine.load(head, manifest.model_copy(update={"int8": int8}), files.__getitem__))
+            found.append(engine.load(head, manifest.model_copy(update={"trials": trials}), files.__getitem__))
         assert [type(version) for version in found] == [Int8Flows, Int8Flows]
         return [*found, load(engine, heads[2], 2)]
-
-    def test_version_that_another_replaced_is_judged_by_for_as_long_as_it_is_held(
-        self, engine: Engine, heads: list[FastFlowHead], loaded: list[Loaded]
-    ) -> None:
-        images = make_images(2)
-        before = judge(engine, loaded[0], images)
-        load(engine, heads[1], 0, "v2")
-        assert_same(judge(engine, loaded[0], images), before)
-
-    def test_loading_in_another_thread_disturbs_no_batch(
-        self, engine: Engine, heads: list[FastFlowHead], loaded: list[Loaded]
-    ) -> None:
-        images = make_images(2)
-        expected = judge(engine, loaded[1], images)
-        other = threading.Thread(target=lambda: load(engine, heads[0], 0, "v3"))
-        other.start()
-        while other.is_alive():
-            assert_same(judge(engine, loaded[1], images), expected)
-        other.join()
 
 
 class TestOpenvinoEngineInt8(Int8Contract):
@@ -331,24 +410,3 @@ class TestNcnnEngineInt8(Int8Contract):
         del reference
         pytest.importorskip("ncnn")
         return NcnnEngine(Backbone(settings), int8=True)
-
-
-class TestOpenvinoEngineBfloat16(TestOpenvinoEngine):
-    tolerance = 0.1
-
-    @classmethod
-    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
-        del reference
-        pytest.importorskip("openvino")
-        return OpenvinoEngine(Backbone(settings), precision="bf16")
-
-
-class TestTorchEngineBfloat16(TestTorchEngine):
-    """What a GPU does in float16, on a CPU."""
-
-    tolerance = 0.1
-
-    @classmethod
-    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
-        del reference
-        return TorchEngine(Backbone(settings), torch.bfloat16)

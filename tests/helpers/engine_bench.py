@@ -1,20 +1,25 @@
 """Heads, images and comparisons for tests of engines."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flawstream.engines.protocol import Engine, Loaded
+from flawstream.engines.protocol import Engine, HeadRows, Loaded
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.imaging.maps import published_grid
 from flawstream.imaging.pixels import Pixels
 from helpers.tiny_models import make_manifest
-from schemas.manifest import Calibration, FlowSpec, Int8Trial
+from schemas.manifest import ArithmeticTrial, Calibration, FlowSpec
 
 Images = NDArray[np.uint8]
 Grids = list[NDArray[np.float32]]
 
 SIZE = 64
+TOP_FRACTION = 0.1
 FLOW = FlowSpec(steps=2, hidden_ratio=0.5, conv3x3_only=False, clamp=2.0)
 
 
@@ -29,8 +34,9 @@ def make_head(reference: Backbone, seed: int) -> FastFlowHead:
     return head.eval()
 
 
-def kept_trial(calibration: Calibration) -> Int8Trial:
-    return Int8Trial(
+def kept_trial(calibration: Calibration, arithmetic: Literal["int8", "float16"]) -> ArithmeticTrial:
+    return ArithmeticTrial(
+        arithmetic=arithmetic,
         scope="flows",
         kept=True,
         normal_images=8,
@@ -51,8 +57,9 @@ def make_images(count: int, seed: int = 0) -> Images:
 def assert_same(grids: Grids, expected: Grids, tolerance: float = 1e-3) -> None:
     assert len(grids) == len(expected)
     for grid, other in zip(grids, expected, strict=True):
-        assert grid.dtype == np.float32
-        np.testing.assert_allclose(grid, other, rtol=tolerance, atol=tolerance * float(np.abs(other).max()))
+        assert grid.dtype in (np.float32, np.float16)
+        wanted = other if grid.dtype == np.float32 else published_grid(other).astype(np.float32)  # clipped
+        np.testing.assert_allclose(grid, wanted, rtol=tolerance, atol=tolerance * float(np.abs(wanted).max()))
 
 
 def load(engine: Engine, head: FastFlowHead, category: int, version: str = "v1") -> Loaded:
@@ -61,4 +68,10 @@ def load(engine: Engine, head: FastFlowHead, category: int, version: str = "v1")
 
 def judge(engine: Engine, version: Loaded, images: Pixels) -> Grids:
     """Judge images of one category."""
-    return engine.detect(images, [(version, np.arange(len(images)))])
+    return mixed(engine, images, [(version, np.arange(len(images)))])
+
+
+def mixed(engine: Engine, images: Pixels, heads: Sequence[tuple[Loaded, NDArray[np.int64]]]) -> Grids:
+    """Judge images of several categories."""
+    scored = engine.detect(images, [HeadRows(version, rows, TOP_FRACTION) for version, rows in heads])
+    return [np.asarray(grid) for grid in scored.grids]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.calibration import calibrate
-from flawstream.engines.protocol import Read, no_files
+from flawstream.engines.protocol import HeadRows, Read, ScoredBatch, no_files, score_batch, weights_bytes
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.imaging.pixels import Pixels
 from flawstream.registry.registry import Registry
@@ -107,9 +107,9 @@ class TinyEngine:
     """
 
     precision: Arithmetic = "float32"
-    int8 = False
+    trial_arithmetic: Arithmetic | None = None
     concurrent_batches = 1
-    copies = 1
+    usable = True
 
     def __init__(self, spec: BackboneSpec = SPEC, factor: float = 1.0) -> None:
         self.spec = spec
@@ -123,14 +123,21 @@ class TinyEngine:
         self.loads += 1
         return manifest.model if manifest is not None else "not published"
 
-    def detect(self, images: Pixels, heads: Sequence[tuple[str, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
-        assert sorted(np.concatenate([rows for _, rows in heads])) == list(range(len(images)))
+    def memory_of(self, head: FastFlowHead) -> int:
+        return weights_bytes(head)
+
+    def warm_up(self) -> None:
+        pass
+
+    def detect(self, images: Pixels, heads: Sequence[HeadRows]) -> ScoredBatch:
+        assert sorted(np.concatenate([head.rows for head in heads])) == list(range(len(images)))
         self.batches.append(len(images))
         greys = images.mean(axis=(1, 2, 3), dtype=np.float64)
         levels = greys / 100 * self.factor
         for grey, value in ((NOT_A_NUMBER, np.nan), (INFINITE, np.inf), (TOO_LARGE, 1e6)):
             levels[greys == grey] = value
-        return [
+        grids = [
             np.broadcast_to(levels[:, None, None], (len(images), side, side)).astype(np.float32)
             for side in self.spec.grid_sizes
         ]
+        return score_batch(grids, heads)

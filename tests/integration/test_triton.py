@@ -14,7 +14,7 @@ import pytest
 import torch
 from contracts.test_engine_contract import EngineContract
 from contracts.test_engine_contract import weights as weights  # noqa: PLC0414 - a fixture of the contract
-from helpers.engine_bench import FLOW, Grids, Images, assert_same, judge, load, make_images
+from helpers.engine_bench import FLOW, Grids, Images, assert_same, judge, load, make_images, mixed
 from helpers.tiny_models import make_manifest
 from helpers.triton_server import PYTHON, TritonServer
 from numpy.typing import NDArray
@@ -113,7 +113,7 @@ class TestTritonEngine(EngineContract):
             return int(statistics.execution_count)
 
         before = runs()
-        engine.detect(make_images(3), [(version, np.array([k])) for k, version in enumerate(loaded)])
+        mixed(engine, make_images(3), [(version, np.array([k])) for k, version in enumerate(loaded)])
         assert runs() - before == 1
 
     def test_request_for_a_version_that_is_not_there_fails_alone(

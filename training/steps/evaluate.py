@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.calibration import is_anomalous
-from flawstream.engines.protocol import Engine, Loaded
-from flawstream.fastflow.score import score_images
-from flawstream.imaging.maps import upsample
+from flawstream.engines.protocol import Engine, HeadRows, Loaded
+from flawstream.imaging.maps import Grid, upsample
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DatasetError
 from schemas.manifest import DefectMetrics, EvaluationMetrics
@@ -47,7 +46,7 @@ class ScoredImage:
 
     path: Path
     score: float
-    grids: tuple[NDArray[np.float32], ...]
+    grids: tuple[Grid, ...]
     side: int
 
     def anomaly_map(self) -> NDArray[np.float32]:
@@ -86,12 +85,11 @@ class ImageScorer:
         for images in decode_batches(paths, form, self._limits):
             pixels = np.stack([image.pixels for image in images])
             rows = np.arange(len(images))
-            grids_of_heads = [self._engine.detect(pixels, [(head, rows)]) for head in self._heads]
-            scores_of_heads = [score_images(grids, self._top_fraction) for grids in grids_of_heads]
+            of_heads = [self._engine.detect(pixels, [HeadRows(head, rows, self._top_fraction)]) for head in self._heads]
             for row in rows.tolist():
                 yield tuple(
-                    ScoredImage(paths[done + row], float(scores[row]), tuple(grid[row] for grid in grids), side)
-                    for grids, scores in zip(grids_of_heads, scores_of_heads, strict=True)
+                    ScoredImage(paths[done + row], float(one.scores[row]), tuple(grid[row] for grid in one.grids), side)
+                    for one in of_heads
                 )
             done += len(images)
 

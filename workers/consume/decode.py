@@ -5,6 +5,7 @@ An image by reference is fetched first; its bytes are freed once it is decoded.
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,16 +49,16 @@ class Decoder:
     """Decodes the images of a batch, each independently of the others.
 
     Args:
-        threads: Images decoded at once.
+        threads: Images decoded at once; None: as many as there are CPUs for this process.
         limits: What is too large.
         clock: For the times.
         references: Fetches images by reference; absent: references are refused.
     """
 
     def __init__(
-        self, threads: int, limits: LimitSettings, clock: Clock, references: ImageFetcher | None = None
+        self, threads: int | None, limits: LimitSettings, clock: Clock, references: ImageFetcher | None = None
     ) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flawstream-decode")
+        self._pool = ThreadPoolExecutor(threads or available_cpus(), thread_name_prefix="flawstream-decode")
         cv2.setNumThreads(1)  # OpenCV's own threads would spin beside these while they wait for work
         self._limits = limits
         self._clock = clock
@@ -150,6 +151,11 @@ class Decoder:
             queued_ms=since_arrival_ms(entry.entry_id, seen_at),
             decode_ms=between_ms(started_at, self._clock.now()),
         )
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def since_arrival_ms(entry_id: str, now: datetime) -> float:

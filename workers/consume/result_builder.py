@@ -23,11 +23,8 @@ def build_result(
 ) -> DetectionResult:
     """Build a result: map, boxes where the verdict is anomalous, times, and the producer's own fields."""
     shape = (image.pixels.shape[0], image.pixels.shape[1])
-    boxes = (
-        find_boxes(upsample(detection.grids, shape), detection.pixel_threshold, image.original_shape)
-        if detection.verdict is Verdict.ANOMALOUS
-        else ()
-    )
+    values = upsample(detection.grids, shape) if detection.verdict is Verdict.ANOMALOUS else None
+    boxes = () if values is None else find_boxes(values, detection.pixel_threshold, image.original_shape)
     return DetectionResult(
         id=message.id,
         category=message.category,
@@ -36,7 +33,7 @@ def build_result(
         threshold=detection.threshold,
         verdict=detection.verdict,
         model=detection.model,
-        map=encode_map(detection.grids, shape, codec, threshold=detection.pixel_threshold),
+        map=encode_map(detection.grids, shape, codec, threshold=detection.pixel_threshold, values=values),
         boxes=boxes,
         image_shape=image.original_shape,
         captured_at=message.captured_at,

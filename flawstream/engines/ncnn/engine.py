@@ -16,18 +16,30 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from flawstream.engines.ncnn.graphs import NcnnGraph, backbone_graphs, flow_graphs, is_mostly_3x3, require_ncnn
 from flawstream.engines.numpy_whitening import array_normaliser
 from flawstream.engines.openvino.compile import ImageGraph, openvino_is_installed
 from flawstream.engines.openvino.int8_graph import Int8Flows
 from flawstream.engines.openvino.int8_versions import load_int8
-from flawstream.engines.protocol import Float32Array, Read, empty_grids, fill_rows, no_files
+from flawstream.engines.protocol import (
+    Float32Array,
+    HeadRows,
+    Read,
+    ScoredBatch,
+    empty_grids,
+    fill_rows,
+    no_files,
+    score_batch,
+    weights_bytes,
+)
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.manifest import Arithmetic, ModelManifest
+
+_COPIES = 3
+"""Memory of a head over its float32 weights: measured 1.6 for the default preset and 2.6 for `resnet18`."""
 
 
 class NcnnEngine:
@@ -44,12 +56,11 @@ class NcnnEngine:
 
     precision: Arithmetic = "float32"
     concurrent_batches = 2  # images of the next batch use cores that are idle at the end of this one
-    copies = 3
-    """Measured 1.6 for the default preset and 2.6 for `resnet18`, because of Winograd-transformed 3x3 weights."""
+    usable = True
 
     def __init__(self, backbone: Backbone, *, int8: bool = False, threads: int = 0) -> None:
         require_ncnn()
-        self.int8 = int8
+        self.trial_arithmetic: Arithmetic | None = "int8" if int8 else None
         self.spec = backbone.spec
         self._threads = threads or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._threads, "ncnn")
@@ -63,7 +74,7 @@ class NcnnEngine:
 
     def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Head | Int8Flows":
         """Fold a head, convert it to ncnn graphs and run them once."""
-        if self.int8 and (version := load_int8(head, manifest, read)) is not None:
+        if self.trial_arithmetic and (version := load_int8(head, manifest, read)) is not None:
             return version
         loaded = _Head(FoldedHead(head), self._threads)
         features = [np.zeros(shape, np.float32) for shape in self.spec.feature_shapes]
@@ -72,21 +83,24 @@ class NcnnEngine:
             loaded.run_on_one_thread(scale, values)
         return loaded
 
-    def detect(
-        self, images: Pixels, heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]
-    ) -> list[Float32Array]:
+    def memory_of(self, head: FastFlowHead) -> int:
+        """Estimate the memory of a head in bytes, with its 3x3 weights in Winograd's form too."""
+        return _COPIES * weights_bytes(head)
+
+    def warm_up(self) -> None:
+        """Do nothing: `load` runs each head."""
+
+    def detect(self, images: Pixels, heads: Sequence[HeadRows]) -> ScoredBatch:
         """Run backbone and head, each image on one thread; see `Engine`."""
         with self._batches_lock:
             self._batches += 1
         try:
-            return self._detect(np.ascontiguousarray(images), heads)
+            return score_batch(self._grids(np.ascontiguousarray(images), heads), heads)
         finally:
             with self._batches_lock:
                 self._batches -= 1
 
-    def _detect(
-        self, images: Pixels, heads: Sequence[tuple["_Head | Int8Flows", NDArray[np.int64]]]
-    ) -> list[Float32Array]:
+    def _grids(self, images: Pixels, heads: Sequence[HeadRows]) -> list[Float32Array]:
         grids = empty_grids(len(images), self.spec)
 
         def detect_image(task: tuple[int, "_Head"]) -> None:
@@ -94,7 +108,7 @@ class NcnnEngine:
             features = self._backbone.run_on_one_thread(images[row])
             fill_rows(grids, row, list(map(head.run_on_one_thread, range(len(features)), features)))
 
-        tasks = [(row, head) for head, rows in heads if isinstance(head, _Head) for row in rows.tolist()]
+        tasks = [(row, head) for head, rows, _ in heads if isinstance(head, _Head) for row in rows.tolist()]
         one_left_over = len(tasks) % self._threads == 1 and self._batches == 1
         last = tasks.pop() if one_left_over else None
         for _ in self._pool.map(detect_image, tasks):  # iterated to raise the tasks' exceptions
@@ -103,7 +117,7 @@ class NcnnEngine:
             row, head = last
             features = self._backbone.run_on_all_threads(images[row])
             fill_rows(grids, row, head.run_on_all_threads(features, self._pool))
-        for flows, rows in heads:
+        for flows, rows, _ in heads:
             if isinstance(flows, Int8Flows):
                 fill_rows(grids, rows, flows(self._features(images[rows])))
         return grids

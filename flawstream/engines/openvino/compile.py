@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +74,6 @@ class CompiledModule:
         dtype: Dtype of all inputs.
         listed: Whether the module takes one list.
         threads: CPU threads; 0: all.
-        precision: bf16 has no effect on CPUs without such instructions.
 
     Raises:
         ConfigError: OpenVINO is not installed.
@@ -88,9 +87,7 @@ class CompiledModule:
         dtype: torch.dtype,
         listed: bool = False,
         threads: int = 0,
-        precision: Literal["f32", "bf16"] = "f32",
     ) -> None:
-        self._precision = precision
         self._graph = convert(_TupleModule(module, listed=listed), shapes, dtype)
         self._threads = threads
         self._compiled = self._compile()
@@ -115,7 +112,7 @@ class CompiledModule:
     def _compile(self) -> Any:
         import openvino  # noqa: PLC0415 - an optional extra, installed if `convert` succeeded
 
-        config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": self._precision, "PERFORMANCE_HINT": "LATENCY"}
+        config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if self._threads:
             config["INFERENCE_NUM_THREADS"] = self._threads
         return openvino.compile_model(self._graph, "CPU", config)

@@ -1,7 +1,6 @@
 """OpenVINO on a CPU. Needs the extra `openvino`."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -10,19 +9,21 @@ from numpy.typing import NDArray
 from flawstream.engines.openvino.compile import CompiledModule
 from flawstream.engines.openvino.int8_graph import Int8Flows
 from flawstream.engines.openvino.int8_versions import load_int8
-from flawstream.engines.protocol import Read, no_files, run_heads
+from flawstream.engines.protocol import HeadRows, Read, ScoredBatch, no_files, run_heads, score_batch, weights_bytes
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.manifest import Arithmetic, ModelManifest
 
+_COPIES = 4
+"""Memory of a head over its float32 weights: measured 3.1 after a batch of 1, and 3.7 after one of 8."""
+
 
 class OpenvinoEngine:
-    """Computes versions without an int8 graph in float32 or bfloat16.
+    """Computes versions without an int8 graph in float32.
 
     Args:
         backbone: The frozen network.
-        precision: Arithmetic of backbone and heads.
         int8: Whether to compute versions in int8 that passed the int8 trial.
         threads: CPU threads; 0: all.
 
@@ -30,38 +31,32 @@ class OpenvinoEngine:
         ConfigError: OpenVINO is not installed.
     """
 
+    precision: Arithmetic = "float32"
     concurrent_batches = 1
-    copies = 4
-    """Measured 3.1 after a batch of 1 and 3.7 after one of 8: weights, repacked weights and activations."""
+    usable = True
 
     def __init__(
         self,
         backbone: Backbone,
         *,
-        precision: Literal["f32", "bf16"] = "f32",
         int8: bool = False,
         threads: int = 0,
     ) -> None:
         self.spec = backbone.spec
-        self.precision: Arithmetic = "bfloat16" if precision == "bf16" else "float32"
-        self._hint: Literal["f32", "bf16"] = precision
         self._threads = threads
-        self.int8 = int8
+        self.trial_arithmetic: Arithmetic | None = "int8" if int8 else None
         form = PixelForm.of(self.spec)
-        self._backbone = CompiledModule(
-            backbone, [form.shape], dtype=getattr(torch, form.dtype), precision=precision, threads=threads
-        )
+        self._backbone = CompiledModule(backbone, [form.shape], dtype=getattr(torch, form.dtype), threads=threads)
 
     def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Run | Int8Flows":
         """Fold a head, compile it and run it once."""
-        if self.int8 and (version := load_int8(head, manifest, read)) is not None:
+        if self.trial_arithmetic and (version := load_int8(head, manifest, read)) is not None:
             return version
         compiled = CompiledModule(
             FoldedHead(head),
             self.spec.feature_shapes,
             dtype=torch.float32,
             listed=True,
-            precision=self._hint,
             threads=self._threads,
         )
 
@@ -71,11 +66,16 @@ class OpenvinoEngine:
         run([np.zeros((1, *shape), np.float32) for shape in self.spec.feature_shapes])
         return run
 
-    def detect(
-        self, images: Pixels, heads: Sequence[tuple["_Run | Int8Flows", NDArray[np.int64]]]
-    ) -> list[NDArray[np.float32]]:
+    def memory_of(self, head: FastFlowHead) -> int:
+        """Estimate the memory of a head in bytes: weights, repacked weights and activations."""
+        return _COPIES * weights_bytes(head)
+
+    def warm_up(self) -> None:
+        """Do nothing: `load` runs each head."""
+
+    def detect(self, images: Pixels, heads: Sequence[HeadRows]) -> ScoredBatch:
         """Run the backbone, then each head on its rows; see `Engine`."""
-        return run_heads(self._backbone(images), heads, self.spec)
+        return score_batch(run_heads(self._backbone(images), heads, self.spec), heads)
 
 
 _Run = Callable[[Sequence[NDArray[np.float32]]], list[NDArray[np.float32]]]

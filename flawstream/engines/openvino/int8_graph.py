@@ -1,7 +1,7 @@
 """The flows of a model version as an int8 graph: OpenVINO IR beside the weights, run image by image on a CPU.
 
 What is not in int8 in it, the state between a flow's steps above all, is computed in bfloat16 where the CPU has it.
-Whether a version may be judged so is `training.steps.quantise`'s to find out. Needs the extra `openvino`.
+Whether a version may be judged so is `training.steps.trials`'s to find out. Needs the extra `openvino`.
 
 Shape legend: B images, C channels, H W height and width of a scale's grid, s a scale.
 """

@@ -17,7 +17,7 @@ def load_int8(head: FastFlowHead, manifest: ModelManifest | None, read: Read) ->
         RegistryError: The graph is missing or damaged.
         RuntimeError: It cannot be compiled.
     """
-    if manifest is None or manifest.int8_trial is None:
+    if manifest is None or manifest.trial_in("int8") is None:
         return None
     return open_int8(head, {name: read(name) for name in (GRAPH_FILE, CONSTANTS_FILE)}, manifest.backbone)
 

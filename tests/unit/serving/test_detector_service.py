@@ -192,7 +192,7 @@ async def test_promoted_version_is_swapped_in_while_images_come(registry: Counti
 async def test_category_that_was_let_go_is_loaded_again(
     registry: CountingRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TinyEngine, "copies", 1_000_000)  # none is small enough to have another beside it
+    monkeypatch.setattr(TinyEngine, "memory_of", lambda *_: 1_000_000)  # none has another beside it
     for category in ("bottle", "cable"):
         write_version(registry, category)
     async with running(registry, max_resident_mb=1) as service:

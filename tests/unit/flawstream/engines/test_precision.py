@@ -1,4 +1,4 @@
-"""What `detector.precision` means on a GPU, as far as it shows without one: what is refused, and that TF32 is off."""
+"""What `detector.precision` and `detector.device` mean, as far as it shows without a GPU."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fakes import png
+from pydantic import ValidationError
 
-from flawstream.engines.choose import make_engine
+from flawstream.engines.choose import make_engine, resolve_engine
 from flawstream.engines.device import open_device
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.backbone import Backbone
@@ -43,18 +44,31 @@ def tf32_allowed() -> dict[str, bool]:
     return {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
 
 
-@pytest.mark.parametrize("engine", ["auto", "torch"])
-@pytest.mark.usefixtures("gpu")
-def test_bfloat16_on_a_gpu_is_refused_before_weights_are_loaded(engine: str) -> None:
-    settings = DetectorSettings.model_validate({"engine": engine, "precision": "bf16"})
-    with pytest.raises(ConfigError, match=r"bf16 is not supported on a GPU.*9 of 489 verdicts.*use auto, .* or f32"):
-        make_engine(settings, lambda: pytest.fail("the backbone was loaded"))
+@pytest.mark.parametrize("precision", ["bf16", "f16"])
+def test_precision_that_nothing_proves_is_no_setting(precision: str) -> None:
+    with pytest.raises(ValidationError, match="Input should be 'auto' or 'f32'"):
+        DetectorSettings.model_validate({"precision": precision})
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_bfloat16_on_a_cpu_is_computed_in_on_request() -> None:
-    engine = make_engine(DetectorSettings(engine="torch", precision="bf16"), lambda: Backbone(SMALL))
-    assert isinstance(engine, TorchEngine)
+@pytest.mark.parametrize("settings", [{"engine": "cuda"}, {"device": "cuda"}, {"engine": "torch", "device": "cuda:1"}])
+def test_gpu_that_is_not_there_is_refused_before_weights_are_loaded(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"needs a GPU|cannot be used \(.+\); set it to auto or cpu"):
+        make_engine(DetectorSettings.model_validate(settings), lambda: pytest.fail("the backbone was loaded"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_gpu_that_the_machine_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert open_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match=r"detector\.device=cuda:2, but there are 2 GPUs"):
+        open_device("cuda:2")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_is_the_engine_for_gpus_unless_the_cpu_is_asked_for() -> None:
+    assert resolve_engine("auto") == "cuda"
+    assert resolve_engine("auto", "cpu") != "cuda"
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -80,7 +94,8 @@ def features_of(image: Path) -> None:
 @pytest.mark.parametrize(
     "start",
     [
-        pytest.param(lambda _: TorchEngine(Backbone(SMALL)), id="engine"),
+        pytest.param(lambda _: TorchEngine(Backbone(SMALL)), id="torch"),
+        pytest.param(lambda _: make_engine(DetectorSettings(), lambda: Backbone(SMALL)), id="cuda"),
         pytest.param(features_of, id="training"),
     ],
 )

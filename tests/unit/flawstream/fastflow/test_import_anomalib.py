@@ -16,15 +16,18 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import engine_bench
 from helpers.command_line import Run, make_run
 from helpers.places import ROOT, TESTS
 from helpers.small_backbones import SIDE, shrink
 from helpers.tiny_models import write_version
 from torch import Tensor
 
+from flawstream.engines.cuda.engine import CudaEngine
 from flawstream.engines.openvino.engine import OpenvinoEngine
 from flawstream.engines.torch_engine import TorchEngine
 from flawstream.fastflow.anomalib import ANOMALIB_BACKBONES, AnomalibModel, read_anomalib
+from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FoldedHead
 from flawstream.fastflow.score import likelihood_map
 from flawstream.imaging.decode import decode_image
@@ -158,14 +161,20 @@ def test_imported_version_is_served_and_gives_anomalib_s_maps(
     assert BACKBONE_FILE in manifest.files
     assert manifest.backbone.resize == "antialias"
     path.unlink()
-    for make in (TorchEngine, OpenvinoEngine):
+    for make in (TorchEngine, OpenvinoEngine, cuda_program):
         engine = make(open_backbone(registry, manifest, ModelSettings()))
         loaded = ModelStore(registry, engine, 1).load("bottle").loaded
         for count in (1, 3):  # the graphs are of any batch size
             many = images.numpy().repeat(count, axis=0).astype(np.float32)
-            grids = engine.detect(many, [(loaded, np.arange(len(many)))])
-            ours = likelihood_map([torch.from_numpy(grid) for grid in grids], (SIDE, SIDE))
+            ours = likelihood_map(
+                [torch.from_numpy(grid) for grid in engine_bench.judge(engine, loaded, many)], (SIDE, SIDE)
+            )
             assert (ours - theirs).abs().max() <= LIMIT
+
+
+def cuda_program(backbone: Backbone) -> CudaEngine:
+    """Run what a GPU would in strict float32, on a CPU."""
+    return CudaEngine(backbone, half=False, max_batch=2, device=torch.device("cpu"))
 
 
 def import_version(path: Path, root: Path, normal_images: Path, run: Run, *options: str) -> None:

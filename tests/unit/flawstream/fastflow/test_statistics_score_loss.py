@@ -12,8 +12,18 @@ from torch import Tensor
 
 from flawstream.fastflow.flow import Flow
 from flawstream.fastflow.loss import negative_log_likelihood
-from flawstream.fastflow.score import anomaly_grid, image_scores, likelihood_score
+from flawstream.fastflow.score import (
+    HIGHEST_SCORE,
+    anomaly_grid,
+    finite_scores,
+    half_grid,
+    image_scores,
+    likelihood_score,
+    ranked_scores,
+    top_positions,
+)
 from flawstream.fastflow.statistics import FeatureStatistics
+from flawstream.imaging.maps import published_grid
 from schemas.errors import ShapeError
 
 
@@ -184,3 +194,24 @@ def test_loss_falls_within_a_few_steps() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.03, 0.5, 1.0])
+def test_images_with_numbers_of_positions_of_their_own_are_scored_as_alone(fraction: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grids = [torch.rand((3, side, side), generator=generator) for side in (8, 4)]
+    counts = torch.tensor([top_positions(16, fraction), 1, 16])
+    scores = ranked_scores(grids, counts)
+    for row, alone in enumerate((fraction, 0.0, 1.0)):
+        torch.testing.assert_close(scores[row], image_scores(grids, alone)[row])
+
+
+def test_value_that_is_no_number_is_never_a_low_score() -> None:
+    grids = [torch.tensor([[[0.0, float("nan")], [1.0, 2.0]], [[0.0, float("inf")], [1.0, 2.0]]])]
+    scores = ranked_scores(grids, torch.tensor([1, 1]))
+    assert (finite_scores(scores.numpy()) == HIGHEST_SCORE).all()
+
+
+def test_half_grid_is_the_published_grid() -> None:
+    values = torch.tensor([[[0.1, 70_000.0], [float("nan"), float("inf")]]])
+    np.testing.assert_array_equal(half_grid(values).numpy(), published_grid(values.numpy()))

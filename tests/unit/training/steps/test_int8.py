@@ -26,14 +26,15 @@ from flawstream.engines.openvino.int8_graph import (
 from flawstream.engines.protocol import arithmetic_of
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
-from schemas.manifest import EvaluationMetrics, FlowSpec, Int8Trial, ModelManifest, Normalisation
+from schemas.manifest import ArithmeticTrial, EvaluationMetrics, FlowSpec, ModelManifest, Normalisation
 from schemas.settings import LimitSettings, ModelSettings
 from training.datasets.samples import Sample
 from training.pipeline import EvaluatedVersion, EvaluationData, evaluate_version
-from training.steps import quantise as int8
+from training.steps import quantise, trials
 from training.steps.evaluate import ImageScorer
 from training.steps.features import FeatureExtractor
-from training.steps.quantise import Judged, choose_int8, make_candidates, write_flows
+from training.steps.quantise import write_flows
+from training.steps.trials import Judged, choose_candidate, make_candidates
 
 pytestmark = pytest.mark.skipif(not openvino_is_installed(), reason="OpenVINO is not installed")
 
@@ -69,7 +70,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def on_a_cpu_for_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "int8_pays", lambda: True)
+    monkeypatch.setattr(trials, "int8_pays", lambda: True)
 
 
 def judge(
@@ -100,24 +101,24 @@ def test_flows_that_judge_as_float32_does_are_kept_with_the_proof_and_thresholds
         Sample(path, anomalous=number >= COUNT // 2, defect="rough", mask=None) for number, path in enumerate(paths)
     )
     found = judge(extractor, head, paths, test)
-    trial = found.int8[-1]
+    trial = found.trials[-1]
     assert trial.kept
-    assert trial.rank_correlation >= int8.LEAST_RANK
+    assert trial.rank_correlation >= trials.LEAST_RANK
     assert trial.normal_images == COUNT // 2
     assert trial.image_auroc is not None
     assert trial.lost_defects == 0
-    assert set(found.int8_files) == {GRAPH_FILE, CONSTANTS_FILE}
+    assert set(found.trial_files) == {GRAPH_FILE, CONSTANTS_FILE}
     assert trial.calibration is not None
     assert (trial.calibration.arithmetic, found.calibration.arithmetic) == ("int8", "float32")
     assert trial.metrics is not None
     assert trial.metrics.recall is not None
 
     manifest = make_manifest(spec=extractor.spec, flow=FLOW).model_copy(
-        update={"calibration": found.calibration, "int8": found.int8}
+        update={"calibration": found.calibration, "trials": found.trials}
     )
     engine = OpenvinoEngine(extractor.backbone, int8=True)
     assert manifest.calibration_in(arithmetic_of(engine, manifest)) == trial.calibration
-    loaded = engine.load(head, manifest, dict(found.int8_files).__getitem__)
+    loaded = engine.load(head, manifest, dict(found.trial_files).__getitem__)
     scorer = ImageScorer(engine, [loaded], LimitSettings(), 0.03)
     served = sorted(image.score for (image,) in scorer.score(paths[1::2]))
     assert served == pytest.approx(trial.calibration.scores, rel=0.02)  # a batch of one may take another graph
@@ -131,7 +132,7 @@ def test_backbone_stays_in_float32(
     extractor: FeatureExtractor, paths: list[Path], normalisation: Normalisation
 ) -> None:
     head = make_head(extractor, FLOW.model_copy(update={"normalisation": normalisation}))
-    [candidate] = make_candidates(extractor, head, paths[::2], COUNT // 2)
+    [candidate] = make_candidates(extractor, OpenvinoEngine(extractor.backbone), head, paths[::2], COUNT // 2)
     assert isinstance(candidate.loaded, Int8Flows)
 
 
@@ -140,10 +141,10 @@ def test_graphs_that_do_harm_are_told_and_not_kept(
     extractor: FeatureExtractor, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = make_head(extractor)
-    monkeypatch.setattr(int8, "quantise", _coarsely)
+    monkeypatch.setattr(quantise, "quantise", _coarsely)
     found = judge(extractor, head, paths)
-    assert [(trial.scope, trial.kept) for trial in found.int8] == [("flows", False)]
-    assert not found.int8_files
+    assert [(trial.scope, trial.kept) for trial in found.trials] == [("flows", False)]
+    assert not found.trial_files
 
 
 def _coarsely(module: torch.nn.Module, run: object) -> int:
@@ -159,14 +160,14 @@ def _coarsely(module: torch.nn.Module, run: object) -> int:
 
 @pytest.mark.usefixtures("on_a_cpu_for_int8")
 def test_too_few_images_prove_nothing(extractor: FeatureExtractor, paths: list[Path]) -> None:
-    assert make_candidates(extractor, make_head(extractor), paths[:30], 19) == []
+    assert make_candidates(extractor, OpenvinoEngine(extractor.backbone), make_head(extractor), paths[:30], 19) == []
 
 
 def test_nothing_is_tried_where_int8_does_not_pay(
     extractor: FeatureExtractor, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "int8_pays", lambda: False)
-    assert make_candidates(extractor, make_head(extractor), paths, COUNT) == []
+    monkeypatch.setattr(trials, "int8_pays", lambda: False)
+    assert make_candidates(extractor, OpenvinoEngine(extractor.backbone), make_head(extractor), paths, COUNT) == []
 
 
 NORMAL_SCORES = np.arange(1.0, 101.0)
@@ -178,10 +179,10 @@ def judged(held_out: np.ndarray, defective: Sequence[float] = ()) -> Judged:
     return Judged(held_out, np.array(defective), calibration, EvaluationMetrics())
 
 
-def the_trial(int8_form: Judged, exact: Judged) -> Int8Trial:
+def the_trial(int8_form: Judged, exact: Judged) -> ArithmeticTrial:
     """Compare one candidate; only its files matter."""
-    candidate = int8.Int8Candidate({"graph": b""}, None)  # type: ignore[arg-type]
-    (trial,), files = choose_int8([candidate], [int8_form], exact)
+    candidate = trials.Candidate("int8", "flows", None, {"graph": b""})
+    (trial,), files = choose_candidate([candidate], [int8_form], exact)
     assert bool(files) is trial.kept
     return trial
 
@@ -210,22 +211,22 @@ def test_int8_whose_verdicts_on_normal_images_differ_beyond_the_interval_is_not_
             scores[100 - swapped :].copy(),
         )
         trial = the_trial(judged(scores), judged(NORMAL_SCORES))
-        assert trial.rank_correlation >= int8.LEAST_RANK
+        assert trial.rank_correlation >= trials.LEAST_RANK
         assert trial.changed_verdicts == 2 * swapped
         assert trial.kept is kept
 
 
 def test_version_of_before_that_has_no_thresholds_of_int8_is_served_in_float32() -> None:
     trial = the_trial(judged(NORMAL_SCORES), judged(NORMAL_SCORES))
-    old = make_manifest().model_copy(update={"int8": (trial.model_copy(update={"calibration": None}),)})
+    old = make_manifest().model_copy(update={"trials": (trial.model_copy(update={"calibration": None}),)})
     assert trial.kept
-    assert old.int8_trial is None
-    assert old.model_copy(update={"int8": (trial,)}).int8_trial == trial
+    assert old.trial_in("int8") is None
+    assert old.model_copy(update={"trials": (trial,)}).trial_in("int8") == trial
 
 
 def test_older_version_with_a_backbone_in_int8_is_read_and_served_in_float32(extractor: FeatureExtractor) -> None:
     trial = the_trial(judged(NORMAL_SCORES), judged(NORMAL_SCORES)).model_copy(update={"scope": "version"})
-    written = make_manifest(spec=extractor.spec, flow=FLOW).model_copy(update={"int8": (trial,)}).model_dump_json()
+    written = make_manifest(spec=extractor.spec, flow=FLOW).model_copy(update={"trials": (trial,)}).model_dump_json()
     old = ModelManifest.model_validate_json(written)
     engine = OpenvinoEngine(extractor.backbone, int8=True)
     assert arithmetic_of(engine, old) == "float32"

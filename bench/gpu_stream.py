@@ -1,0 +1,111 @@
+"""JPEGs of solar cells through Valkey and `flawstream worker`, as a plant has it: one process, and several."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from flawstream.engines.choose import make_engine
+from flawstream.fastflow.backbone import Backbone
+from flawstream.registry.registry import Registry
+from schemas.keys import StreamKeys
+from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, RedisSettings, TrainingSettings
+from training.datasets.elpv import export_elpv
+from training.datasets.mvtec import load_mvtec
+from training.pipeline import TrainingJob, run_job
+from training.steps.features import FeatureExtractor
+from workers.redis.embedded import EmbeddedServer
+
+IMAGES = 6000
+COUNTED_FROM = 1000
+"""Results before the time is taken: the worker is at work by then."""
+WORKERS = (1, 4)
+TIMEOUT_S = 60.0
+POLL_S = 0.01
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Train a version for one epoch, then have all images judged by each number of workers."""
+    root = folder / "stream"
+    (data,) = load_mvtec(export_elpv(folder / "elpv"), ["mono"])
+    backbone = Backbone(ModelSettings())
+    engine = make_engine(DetectorSettings(), lambda: backbone)
+    job = TrainingJob(data, ModelSettings(), TrainingSettings(epochs=1), str(root))
+    *_, last = run_job(job, FeatureExtractor(backbone, LimitSettings()), engine)
+    assert last.manifest is not None  # noqa: S101 - a job ends with it or raises
+    Registry(str(root)).promote(data.name, last.manifest.version)
+    images = [sample.path.read_bytes() for sample in data.test]
+    found: dict[str, Any] = {"image_bytes": sum(map(len, images)) // len(images)}
+    for count in WORKERS:
+        rate = _rate(root, count, data.name, images)
+        found[f"{count} workers"] = round(rate, 1)
+        print(f"  {count} worker processes: {rate:,.0f} img/s", flush=True)
+    return found
+
+
+def _rate(root: Path, workers: int, category: str, images: list[bytes]) -> float:
+    """Push all images first, then start the workers; return images a second once they are at work."""
+    keys = StreamKeys(prefix=RedisSettings().prefix)
+    with EmbeddedServer() as server, contextlib.closing(redis.Redis.from_url(server.url)) as client:
+        pipeline = client.pipeline(transaction=False)
+        for number, image in enumerate(islice(cycle(images), IMAGES)):
+            pipeline.xadd(keys.images, {"id": f"{number}", "category": category, "image": image})
+            if number % 100 == 0:
+                pipeline.execute()
+        pipeline.execute()
+        with contextlib.ExitStack() as running:
+            for number in range(workers):
+                running.enter_context(_worker(root, server.url, f"worker-{number}"))
+            began_s = _wait_for(client, keys.results, COUNTED_FROM)
+            counted_from = client.xlen(keys.results)
+            ended_s = _wait_for(client, keys.results, IMAGES)
+        if client.xlen(keys.dead):
+            raise RuntimeError(f"{client.xlen(keys.dead)} images became dead letters")
+        return (IMAGES - counted_from) / (ended_s - began_s)
+
+
+def _wait_for(client: redis.Redis, key: str, count: int) -> float:
+    seen, changed_s = -1, time.perf_counter()
+    while (length := client.xlen(key)) < count:
+        if length != seen:
+            seen, changed_s = length, time.perf_counter()
+        elif time.perf_counter() - changed_s > TIMEOUT_S:
+            raise RuntimeError(f"{length} of {count} results after {TIMEOUT_S:g} s without another")
+        time.sleep(POLL_S)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _worker(root: Path, url: str, name: str) -> Iterator[None]:
+    command = [
+        sys.executable,
+        "-m",
+        "flawstream_cli",
+        "worker",
+        "--redis",
+        url,
+        "--registry",
+        str(root),
+        "--name",
+        name,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ, text=True)  # noqa: S603 - our own interpreter
+    assert process.stdout is not None  # noqa: S101 - Popen was given a pipe
+    ready = process.stdout.readline()
+    if not ready:
+        raise RuntimeError("a worker ended before it was ready")
+    json.loads(ready)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(TIMEOUT_S)

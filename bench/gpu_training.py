@@ -1,0 +1,73 @@
+"""Speed of training on a GPU: an epoch of one category, and many categories at once in one process."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu_engine import PRESETS, random_model
+from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.head import FastFlowHead
+from schemas.manifest import BackboneSpec, FlowSpec
+from schemas.settings import ModelSettings, TrainingSettings
+from training.steps.features import FeatureStore
+from training.steps.fit import fit_head
+
+IMAGES = 330
+"""As ELPV mono has without those that are held out."""
+EPOCHS = 8
+NOT_COUNTED = 3
+"""Epochs in which libraries choose their kernels and graphs are captured."""
+AT_ONCE = 16
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Measure both presets."""
+    found: dict[str, Any] = {}
+    for preset in PRESETS:
+        model = random_model(preset, folder)
+        spec = Backbone(model).spec
+        store = _random_features(folder, spec)
+        epoch_s, whole_s = _train(1, spec, model, store)
+        found[spec.name] = {"images": IMAGES, "epoch_s": round(epoch_s, 4), "whole_s": round(whole_s, 2)}
+        print(f"  {spec.name}: {epoch_s * 1000:.0f} ms an epoch of {IMAGES} images", flush=True)
+        if preset == PRESETS[0]:
+            at_once_s, _ = _train(AT_ONCE, spec, model, store)
+            found["at_once"] = {"categories": AT_ONCE, "times": round(at_once_s / epoch_s, 2)}
+            print(f"  {AT_ONCE} categories at once take {at_once_s / epoch_s:.2f} times as long as one ({spec.name})")
+    return found
+
+
+def _random_features(folder: Path, spec: BackboneSpec) -> FeatureStore:
+    store = FeatureStore(folder, IMAGES, spec.feature_shapes)
+    generator = torch.Generator().manual_seed(0)
+    store.put(slice(None), [torch.randn((IMAGES, *shape), generator=generator) for shape in spec.feature_shapes])
+    return store
+
+
+def _train(categories: int, spec: BackboneSpec, model: ModelSettings, store: FeatureStore) -> tuple[float, float]:
+    """Train categories in threads; return the mean seconds of a counted epoch, and of the whole."""
+    recipe = TrainingSettings(epochs=EPOCHS)
+    ready = threading.Barrier(categories)
+    spans: list[tuple[float, float]] = []
+
+    def train(seed: int) -> None:
+        head = FastFlowHead(spec, FlowSpec.of(model), seed=seed)
+        started_s = 0.0
+        for step in fit_head(head, store, np.arange(IMAGES), recipe):
+            if step.epoch == NOT_COUNTED:
+                ready.wait()
+                started_s = time.perf_counter()
+        spans.append((started_s, time.perf_counter()))
+
+    began_s = time.perf_counter()
+    threads = [threading.Thread(target=train, args=(seed,)) for seed in range(categories)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole_s = time.perf_counter() - began_s
+    return (max(end for _, end in spans) - min(start for start, _ in spans)) / (EPOCHS - NOT_COUNTED), whole_s

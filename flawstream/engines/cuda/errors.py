@@ -1,0 +1,37 @@
+"""Errors of CUDA and its libraries, told apart by their texts: torch has one exception class for most of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from schemas.errors import DeviceLostError
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # the driver and torch's allocator
+    "_ALLOC_FAILED",  # cuBLAS and cuDNN: CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+    "cudaErrorMemoryAllocation",
+)
+_LOST = ("CUDA error", "CUDNN_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_INTERNAL")
+
+
+@contextmanager
+def cuda_errors() -> Iterator[None]:
+    """Turn errors of CUDA into those that callers act on.
+
+    Raises:
+        MemoryError: The device, or a library on it, is out of memory: less may fit.
+        DeviceLostError: The process can no longer use the device; every later call fails too.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+            raise MemoryError(reason) from error
+        if any(words in text for words in _LOST):
+            raise DeviceLostError(
+                f"the GPU failed ({reason}); this process cannot use it any more and must be replaced"
+            ) from error
+        raise
