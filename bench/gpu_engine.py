@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ SECONDS = 1.0
 PROFILED_CALLS = 10
 TOP_FRACTION = 0.03
 MIXED_BATCH = 32
+TURNS = 4
 
 
 class Loaded:
@@ -93,7 +95,7 @@ def overlapped_rate(one: Loaded, batch: int) -> float:
     count = one.engine.concurrent_batches
     with ThreadPoolExecutor(count) as threads:
         began_s = time.perf_counter()
-        calls = sum(map(len, threads.map(lambda _: seconds_of(lambda: one.judge(batch)), range(count))))
+        calls = sum(map(len, threads.map(lambda _: seconds_of(partial(one.judge, batch)), range(count))))
     return batch * calls / (time.perf_counter() - began_s)
 
 
@@ -102,29 +104,28 @@ def measure(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for preset in PRESETS:
         name = ModelSettings(preset=preset).backbone
-        found[name] = {}
-        for half in (True, False):
-            one = Loaded(preset, 1, folder, half=half)
-            arithmetic = "float16" if half else "float32"
-            speeds: dict[str, dict[str, float]] = {}
-            worst = 0.0
-            for batch in BATCHES:
-                first, *rest = seconds_of(lambda: one.judge(batch))  # noqa: B023 - called in this turn
-                median = statistics.median(rest)
-                worst = max(worst, first / median)
-                speeds[str(batch)] = {
-                    "one at a time": round(batch / median, 1),
-                    "two in flight": round(overlapped_rate(one, batch), 1),
-                    "first call over median": round(first / median, 2),
-                }
-            found[name][arithmetic] = speeds
-            for kind in ("one at a time", "two in flight"):
-                rates = ", ".join(f"{batch}: {speed[kind]:,.0f}" for batch, speed in speeds.items())
-                print(f"  {name} {arithmetic}, {kind}, img/s by batch: {rates}", flush=True)
-            print(f"  {name} {arithmetic}: warm-up {one.warm_up_s:.1f} s, slowest first call {worst:.1f} medians")
-            if half:
-                found[name] |= _use_of_the_gpu(one, speeds)
+        found[name] = _measure_preset(preset, folder, half=True) | _measure_preset(preset, folder, half=False)
     return found
+
+
+def _measure_preset(preset: PresetName, folder: Path, *, half: bool) -> dict[str, Any]:
+    one = Loaded(preset, 1, folder, half=half)
+    title = f"  {one.backbone.spec.name} {'float16' if half else 'float32'}"
+    speeds: dict[str, dict[str, float]] = {}
+    for batch in BATCHES:
+        first, *rest = seconds_of(partial(one.judge, batch))
+        median = statistics.median(rest)
+        speeds[str(batch)] = {
+            "one at a time": round(batch / median, 1),
+            "two in flight": round(overlapped_rate(one, batch), 1),
+            "first call over median": round(first / median, 2),
+        }
+    for kind in ("one at a time", "two in flight"):
+        rates = ", ".join(f"{batch}: {speed[kind]:,.0f}" for batch, speed in speeds.items())
+        print(f"{title}, {kind}, img/s by batch: {rates}", flush=True)
+    slowest = max(speed["first call over median"] for speed in speeds.values())
+    print(f"{title}: warm-up {one.warm_up_s:.1f} s, slowest first call {slowest:.1f} medians")
+    return {"float16": speeds, **_use_of_the_gpu(one, speeds)} if half else {"float32": speeds}
 
 
 def _use_of_the_gpu(one: Loaded, speeds: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -147,16 +148,17 @@ def _use_of_the_gpu(one: Loaded, speeds: dict[str, dict[str, float]]) -> dict[st
 
 def measure_mixed(folder: Path) -> dict[str, Any]:
     """Measure a batch of several categories beside one of a single category, in turns."""
-    found: dict[str, Any] = {}
-    for preset in PRESETS:
-        one = Loaded(preset, max(CATEGORIES), folder, half=True)
-        times: dict[int, list[float]] = {count: [] for count in CATEGORIES}
-        for _ in range(4):
-            for count in CATEGORIES:
-                times[count] += seconds_of(lambda: one.judge(MIXED_BATCH, count), SECONDS / 4)  # noqa: B023
-        rates = {str(count): round(MIXED_BATCH / statistics.median(taken), 1) for count, taken in times.items()}
-        share = round(rates[str(max(CATEGORIES))] / rates["1"], 3)
-        name = one.backbone.spec.name
-        found[name] = {"images_per_s": rates, "share": share}
-        print(f"  {name}, batch of {MIXED_BATCH}, img/s by categories: {rates}; most over one: {share:.2f}", flush=True)
-    return found
+    return {ModelSettings(preset=preset).backbone: _measure_mixed_preset(preset, folder) for preset in PRESETS}
+
+
+def _measure_mixed_preset(preset: PresetName, folder: Path) -> dict[str, Any]:
+    one = Loaded(preset, max(CATEGORIES), folder, half=True)
+    times: dict[int, list[float]] = {count: [] for count in CATEGORIES}
+    for _ in range(TURNS):
+        for count in CATEGORIES:
+            times[count] += seconds_of(partial(one.judge, MIXED_BATCH, count), SECONDS / TURNS)
+    rates = {str(count): round(MIXED_BATCH / statistics.median(taken), 1) for count, taken in times.items()}
+    share = round(rates[str(max(CATEGORIES))] / rates["1"], 3)
+    name = one.backbone.spec.name
+    print(f"  {name}, batch of {MIXED_BATCH}, img/s by categories: {rates}; most over one: {share:.2f}", flush=True)
+    return {"images_per_s": rates, "share": share}

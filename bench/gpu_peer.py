@@ -9,6 +9,7 @@ from bench.gpu_engine import BATCHES, PRESETS
 from schemas.settings import ModelSettings
 
 SECONDS = 1.0
+TIMEOUT_S = 400.0
 TRAIN_IMAGES = 412
 
 
@@ -31,7 +32,11 @@ def run_peer(python: str, folder: Path, *, training: bool) -> dict[str, Any]:
     job_file, result_file = folder / "peer.json", folder / "peer-result.json"
     job_file.write_text(json.dumps(job))
     script = Path(__file__).parent / "peers" / "anomalib_gpu.py"
-    subprocess.run([python, "-W", "ignore", str(script), str(job_file), str(result_file)], check=True)  # noqa: S603 - our own script
+    command = [python, "-W", "ignore", str(script), str(job_file), str(result_file)]
+    try:
+        subprocess.run(command, check=True, timeout=TIMEOUT_S)  # noqa: S603 - our own script
+    except subprocess.TimeoutExpired:
+        print(f"  stopped after {TIMEOUT_S:g} s; what it had measured by then counts")
     found: dict[str, Any] = json.loads(result_file.read_text())
     for backbone, ways in found["speed"].items():
         for way, speeds in ways.items():

@@ -1,13 +1,10 @@
 """JPEGs of solar cells through Valkey and `flawstream worker`, as a plant has it: one process, and several."""
 
 import contextlib
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,8 @@ from training.steps.features import FeatureExtractor
 from workers.redis.embedded import EmbeddedServer
 
 IMAGES = 6000
+"""For each worker."""
+PUSHED_AT_ONCE = 200
 COUNTED_FROM = 1000
 """Results before the time is taken: the worker is at work by then."""
 WORKERS = (1, 4)
@@ -53,24 +52,27 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def _rate(root: Path, workers: int, category: str, images: list[bytes]) -> float:
-    """Push all images first, then start the workers; return images a second once they are at work."""
+    """Start all workers, then push all images; return images a second once all are at work."""
     keys = StreamKeys(prefix=RedisSettings().prefix)
     with EmbeddedServer() as server, contextlib.closing(redis.Redis.from_url(server.url)) as client:
-        pipeline = client.pipeline(transaction=False)
-        for number, image in enumerate(islice(cycle(images), IMAGES)):
-            pipeline.xadd(keys.images, {"id": f"{number}", "category": category, "image": image})
-            if number % 100 == 0:
-                pipeline.execute()
-        pipeline.execute()
         with contextlib.ExitStack() as running:
-            for number in range(workers):
-                running.enter_context(_worker(root, server.url, f"worker-{number}"))
+            started = [_start(root, server.url, f"worker-{number}") for number in range(workers)]
+            for process in started:
+                running.callback(_stop, process)
+            for process in started:
+                _wait_until_ready(process)
+            pipeline = client.pipeline(transaction=False)
+            for number, image in enumerate(islice(cycle(images), workers * IMAGES)):
+                pipeline.xadd(keys.images, {"id": f"{number}", "category": category, "image": image})
+                if number % PUSHED_AT_ONCE == 0:
+                    pipeline.execute()
+            pipeline.execute()
             began_s = _wait_for(client, keys.results, COUNTED_FROM)
             counted_from = client.xlen(keys.results)
-            ended_s = _wait_for(client, keys.results, IMAGES)
+            ended_s = _wait_for(client, keys.results, workers * IMAGES)
         if client.xlen(keys.dead):
             raise RuntimeError(f"{client.xlen(keys.dead)} images became dead letters")
-        return (IMAGES - counted_from) / (ended_s - began_s)
+        return (workers * IMAGES - counted_from) / (ended_s - began_s)
 
 
 def _wait_for(client: redis.Redis, key: str, count: int) -> float:
@@ -84,28 +86,18 @@ def _wait_for(client: redis.Redis, key: str, count: int) -> float:
     return time.perf_counter()
 
 
-@contextlib.contextmanager
-def _worker(root: Path, url: str, name: str) -> Iterator[None]:
-    command = [
-        sys.executable,
-        "-m",
-        "flawstream_cli",
-        "worker",
-        "--redis",
-        url,
-        "--registry",
-        str(root),
-        "--name",
-        name,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ, text=True)  # noqa: S603 - our own interpreter
+def _start(root: Path, url: str, name: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "flawstream_cli", "worker"]
+    command += ["--redis", url, "--registry", str(root), "--name", name]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: S603 - our own interpreter
+
+
+def _wait_until_ready(process: "subprocess.Popen[str]") -> None:
     assert process.stdout is not None  # noqa: S101 - Popen was given a pipe
-    ready = process.stdout.readline()
-    if not ready:
+    if not process.stdout.readline():
         raise RuntimeError("a worker ended before it was ready")
-    json.loads(ready)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(TIMEOUT_S)
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    process.send_signal(signal.SIGTERM)
+    process.wait(TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ EPOCHS = 8
 NOT_COUNTED = 3
 """Epochs in which libraries choose their kernels and graphs are captured."""
 AT_ONCE = 16
+TIMEOUT_S = 60.0
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -51,23 +53,19 @@ def _random_features(folder: Path, spec: BackboneSpec) -> FeatureStore:
 def _train(categories: int, spec: BackboneSpec, model: ModelSettings, store: FeatureStore) -> tuple[float, float]:
     """Train categories in threads; return the mean seconds of a counted epoch, and of the whole."""
     recipe = TrainingSettings(epochs=EPOCHS)
-    ready = threading.Barrier(categories)
-    spans: list[tuple[float, float]] = []
+    ready = threading.Barrier(categories, timeout=TIMEOUT_S)
 
-    def train(seed: int) -> None:
+    def train(seed: int) -> tuple[float, float]:
         head = FastFlowHead(spec, FlowSpec.of(model), seed=seed)
         started_s = 0.0
         for step in fit_head(head, store, np.arange(IMAGES), recipe):
             if step.epoch == NOT_COUNTED:
                 ready.wait()
                 started_s = time.perf_counter()
-        spans.append((started_s, time.perf_counter()))
+        return started_s, time.perf_counter()
 
     began_s = time.perf_counter()
-    threads = [threading.Thread(target=train, args=(seed,)) for seed in range(categories)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(categories) as threads:
+        spans = list(threads.map(train, range(categories)))
     whole_s = time.perf_counter() - began_s
     return (max(end for _, end in spans) - min(start for start, _ in spans)) / (EPOCHS - NOT_COUNTED), whole_s

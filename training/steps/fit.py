@@ -97,7 +97,13 @@ def fit_head(
         features = whiten_across_folds(statistics, features, rows, settings.seed)
         rows = np.arange(len(rows))
     epochs = _epochs_on_gpu if device.type == "cuda" else _epochs_on_cpu
-    yield from epochs(head, features, rows, settings, white=few_images, device=device)
+    try:
+        yield from epochs(head, features, rows, settings, white=few_images, device=device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU has no memory to train on {len(rows)} images ({error}); train on fewer images, with a smaller "
+            "model.input_size or training.batch_size, or on another GPU"
+        ) from error
     if few_images:
         head.shrink_flows(_SHRINK_SHARE)
     head.eval()
@@ -172,24 +178,20 @@ def _epochs_on_gpu(
 def _white_on_device(
     head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], *, white: bool, device: torch.device
 ) -> list[Tensor]:
-    """Copy features to the device and whiten them there: one (N, C_s, H_s, W_s) float32 tensor per scale.
-
-    Raises:
-        ConfigError: They do not fit in the device's memory.
-    """
-    parts: list[list[Tensor]] = []
-    try:
-        for start in range(0, len(rows), _COPIED_IMAGES):
-            chunk = [scale.to(device) for scale in features.take(rows[start : start + _COPIED_IMAGES])]
-            if not white:
-                chunk = [statistics(scale) for statistics, scale in zip(head.statistics, chunk, strict=True)]
-            parts.append([scale.contiguous(memory_format=torch.channels_last) for scale in chunk])
-        return [torch.cat(scales) for scales in zip(*parts, strict=True)]
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the GPU has no memory for the features of {len(rows)} training images ({error}); train on fewer images, "
-            "with a smaller model.input_size, or on another GPU"
-        ) from error
+    """Copy features to the device and whiten them there: one (N, C_s, H_s, W_s) float32 tensor per scale."""
+    whole: list[Tensor] = []
+    for start in range(0, len(rows), _COPIED_IMAGES):
+        chunk = [scale.to(device) for scale in features.take(rows[start : start + _COPIED_IMAGES])]
+        if not white:
+            chunk = [statistics(scale) for statistics, scale in zip(head.statistics, chunk, strict=True)]
+        if not whole:
+            whole = [
+                torch.empty((len(rows), *scale.shape[1:]), device=device, memory_format=torch.channels_last)
+                for scale in chunk
+            ]
+        for all_images, scale in zip(whole, chunk, strict=True):
+            all_images[start : start + len(scale)] = scale
+    return whole
 
 
 def _steps(images: int, settings: TrainingSettings) -> int:

@@ -129,6 +129,7 @@ class GraphedStep:
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which filled what is above
 
     def run(self, rows: NDArray[np.int64], rate: float, momentum: float) -> None:
         """Take one step; does not wait for the device.

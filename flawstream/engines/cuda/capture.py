@@ -25,6 +25,10 @@ def capture(run: Callable[[], object], stream: torch.cuda.Stream, pool: Any = No
         torch.OutOfMemoryError: The graph's memory does not fit.
     """
     graph = torch.cuda.CUDAGraph()
-    with _CAPTURING, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    with (
+        _CAPTURING,
+        torch.cuda.stream(stream),  # restores the thread's stream if the capture fails
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
         run()
     return graph

@@ -11,14 +11,14 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from flawstream.engines.cuda.errors import cuda_errors
 from flawstream.engines.cuda.fold import fold_batch_norms
@@ -67,14 +67,15 @@ class CudaEngine:
         self._form = PixelForm.of(backbone.spec)
         self._sizes = ladder(max_batch)
         side = backbone.spec.input_size
-        example = torch.zeros((1, 3, side, side), device=backbone.shift.device)
-        network, _ = fold_batch_norms(backbone.network, example)
+        example = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
+        network, _ = fold_batch_norms(backbone.network, example.to(backbone.shift.device))
         with cuda_errors():
             self._networks = {
                 dtype: copy.deepcopy(network).to(self._device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
                 for dtype in ((torch.float32, torch.float16) if half else (torch.float32,))
             }
             self._shift, self._factor = backbone.shift.to(self._device), backbone.factor.to(self._device)
+        self._whiten = choose_whiten(self._device)
         self._families: dict[tuple[FlowSpec, torch.dtype], _Family] = {}
         self._loading = threading.Lock()
         self._is_warm = False
@@ -102,33 +103,47 @@ class CudaEngine:
 
     def _load(self, head: FastFlowHead, dtype: torch.dtype) -> "_Slot":
         with self._loading, self._errors():
-            family = self._families.setdefault((head.flow_spec, dtype), _Family(head.flow_spec, dtype))
             try:
-                if not family.free:
-                    self._grow(family)
+                with cuda_errors():
+                    family = self._family_with_room(head.flow_spec, dtype)
+                    index = family.free.pop()
+                    slot = _Slot(family, index)
+                    weakref.finalize(slot, family.free.append, index)
+                    family.stack.put(index, head)
+                    self._wait()
             except MemoryError as error:
                 raise RegistryError(
                     f"the GPU has no memory for another category ({error}); lower detector.max_resident_mb or "
                     "detector.max_batch_images"
                 ) from error
-            index = family.free.pop()
-            assert family.stack is not None  # noqa: S101 - `_grow` made it
-            family.stack.put(index, head)
-            self._wait()
-        slot = _Slot(family, index)
-        weakref.finalize(slot, family.free.append, index)
         return slot
 
     def warm_up(self) -> None:
         """Capture the graphs of all batch sizes; from now on, loading captures what it changes.
+
+        The largest sizes that do not fit in memory are dropped.
 
         Raises:
             ConfigError: The device has too little memory for even one image.
         """
         with self._loading, self._errors():
             self._is_warm = True
-            for family in self._families.values():
-                self._capture(family.lanes)
+            while self._sizes:
+                try:
+                    for family in self._families.values():
+                        family.lanes = SimpleQueue()  # frees what was captured before
+                        with cuda_errors():
+                            family.lanes = self._make_lanes(family.stack, family.dtype)
+                except MemoryError as error:
+                    *fewer, size = self._sizes
+                    log.warning("batches of %d images do not fit in the GPU's memory (%s): not used", size, error)
+                    self._sizes = tuple(fewer)
+                else:
+                    return
+        raise ConfigError(
+            "the GPU has too little memory for even one image; lower detector.max_resident_mb, or choose another "
+            "detector.device"
+        )
 
     def detect(self, images: Pixels, heads: Sequence[HeadRows]) -> ScoredBatch:
         """Compute a batch; see `Engine`. Batches above the largest captured size are split.
@@ -149,82 +164,83 @@ class CudaEngine:
             families.setdefault(slot.family, []).append(head.rows)
         in_half = all(family.dtype is torch.float16 for family in families)
         grids = [np.empty((count, side, side), np.float16 if in_half else np.float32) for side in self.spec.grid_sizes]
+        sizes = self._sizes  # they may become fewer meanwhile
         with self._errors():
             for family, parts in families.items():
                 rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
                 whole = len(rows) == count
-                for start in range(0, len(rows), self._sizes[-1]):
+                for start in range(0, len(rows), sizes[-1]):
                     # rows of a whole batch are taken in the batch's order, which needs no copy
-                    chosen = slice(start, start + self._sizes[-1]) if whole else rows[start : start + self._sizes[-1]]
-                    found = self._run(family, images[chosen], slots[chosen], counts[chosen])
+                    chosen = slice(start, start + sizes[-1]) if whole else rows[start : start + sizes[-1]]
+                    found = self._run(family, images[chosen], slots[chosen], counts[chosen], sizes)
                     scores[chosen] = finite_scores(np.asarray(found[0], np.float32))
                     for grid, values in zip(grids, found[1:], strict=True):
                         grid[chosen] = values
         return ScoredBatch(scores, grids)
 
     def _run(
-        self, family: "_Family", images: Pixels, slots: NDArray[np.int64], counts: NDArray[np.int64]
+        self,
+        family: "_Family",
+        images: Pixels,
+        slots: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        sizes: Sequence[int],
     ) -> list[NDArray[np.generic]]:
-        size = next(size for size in self._sizes if size >= len(images))
-        lanes = family.lanes
+        size = next(size for size in sizes if size >= len(images))
+        lanes, stack = family.lanes, family.stack
         lane = lanes.get()
         try:
-            lane.capture(size)  # before `warm_up`, as training calls it
+            with cuda_errors():
+                lane.capture(size)  # before `warm_up`, as training calls it
             return lane.run(images, slots, counts, size)
+        except MemoryError:
+            lane = self._make_lane(stack, family.dtype)  # its other graphs may have lost what libraries keep for them
+            raise
         finally:
             lanes.put(lane)
 
-    def _grow(self, family: "_Family") -> None:
-        """Double the slots of a family: a new stack with new lanes, then both are swapped in."""
-        old = family.stack
-        slots = 2 * old.slots if old is not None else _FIRST_SLOTS
+    def _family_with_room(self, flow: FlowSpec, dtype: torch.dtype) -> "_Family":
+        """Return the family of a configuration; where it has no free slot, double its slots.
+
+        A new stack with new lanes is made beside the old one, and then both are swapped in.
+        """
+        family = self._families.get((flow, dtype))
+        if family is not None and family.free:
+            return family
+        slots = _FIRST_SLOTS if family is None else 2 * family.stack.slots
         with torch.device(self._device):
-            stack = StackedHeads(self.spec, family.flow, slots, dtype=family.dtype, whiten=choose_whiten(self._device))
-        if old is not None:
-            stack.copy_slots(old)
-            self._wait()
-        lanes: SimpleQueue[Lane] = SimpleQueue()
-        for _ in range(_LANES):
-            lanes.put(Lane(self._program(stack, family.dtype), self._form, self._sizes[-1], self._device))
+            stack = StackedHeads(self.spec, flow, slots, dtype=dtype, whiten=self._whiten)
+        if family is not None:
+            stack.copy_slots(family.stack)
+        lanes = self._make_lanes(stack, dtype)
+        if family is None:
+            family = self._families[flow, dtype] = _Family(dtype, stack, lanes)
+            family.free += range(slots - 1, -1, -1)
+        else:
+            family.free += range(slots - 1, family.stack.slots - 1, -1)
+            family.stack, family.lanes = stack, lanes
+        return family
+
+    def _make_lanes(self, stack: StackedHeads, dtype: torch.dtype) -> "SimpleQueue[Lane]":
+        """Make lanes over a stack, with the graphs of all batch sizes once the engine is warm.
+
+        Raises:
+            MemoryError, DeviceLostError: As in `errors.cuda_errors`, if called inside it.
+        """
+        lanes = [self._make_lane(stack, dtype) for _ in range(_LANES)]
+        self._wait()
         if self._is_warm:
-            self._capture(lanes)
-        family.free += range(slots - 1, -1 if old is None else old.slots - 1, -1)
-        family.stack, family.lanes = stack, lanes
+            for size in sorted(self._sizes, reverse=True):  # the smaller ones find room in its memory
+                for lane in lanes:
+                    lane.capture(size)
+        queue: SimpleQueue[Lane] = SimpleQueue()
+        for lane in lanes:
+            queue.put(lane)
+        return queue
 
-    def _program(self, stack: StackedHeads, dtype: torch.dtype) -> Program:
-        """Return what a graph captures: from pixels to scores and grids."""
-        network = self._networks[dtype]
-
-        def run(images: Tensor, slots: Tensor, counts: Tensor) -> list[Tensor]:
-            pixels = (images.permute(0, 3, 1, 2).float() - self._shift) * self._factor
-            grids = stack(network(pixels.to(dtype, memory_format=torch.channels_last)), slots)
-            return [
-                ranked_scores(grids, counts),
-                *(half_grid(grid) if dtype is torch.float16 else grid for grid in grids),
-            ]
-
-        return run
-
-    def _capture(self, lanes: "SimpleQueue[Lane]") -> None:
-        """Capture all batch sizes, the largest first; sizes that do not fit in memory are dropped, for all lanes."""
-        taken = [lanes.get() for _ in range(_LANES)]
-        try:
-            for size in sorted(self._sizes, reverse=True):
-                try:
-                    for lane in taken:
-                        with cuda_errors():
-                            lane.capture(size)
-                except MemoryError as error:
-                    self._sizes = tuple(other for other in self._sizes if other < size)
-                    log.warning("batches of %d images do not fit in the GPU's memory (%s): not used", size, error)
-        finally:
-            for lane in taken:
-                lanes.put(lane)
-        if not self._sizes:
-            raise ConfigError(
-                "the GPU has too little memory for even one image; lower detector.max_resident_mb, or choose another "
-                "detector.device"
-            )
+    def _make_lane(self, stack: StackedHeads, dtype: torch.dtype) -> Lane:
+        program = make_program(self._networks[dtype], self._shift, self._factor, stack, dtype)
+        return Lane(program, self._form, self._sizes[-1], self._device)
 
     def _wait(self) -> None:
         """Wait for what this thread has copied: lanes have streams of their own."""
@@ -234,22 +250,43 @@ class CudaEngine:
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Turn errors as `cuda_errors` does, and remember that the device was lost."""
+        on_gpu = self._device.type == "cuda"
         try:
-            with cuda_errors():
+            with cuda_errors(), torch.cuda.device(self._device) if on_gpu else nullcontext():
                 yield
         except DeviceLostError:
             self._lost = True
             raise
 
 
+def make_program(network: nn.Module, shift: Tensor, factor: Tensor, stack: StackedHeads, dtype: torch.dtype) -> Program:
+    """Return what a graph captures: from pixels to scores and grids.
+
+    Args:
+        network: Returns features; in `dtype` and channels-last.
+        shift: Subtracted from pixels, (1, 3, 1, 1) float32.
+        factor: Multiplies them, (1, 3, 1, 1) float32.
+        stack: The heads.
+        dtype: Arithmetic of network and heads; grids are in it.
+    """
+
+    def run(images: Tensor, slots: Tensor, counts: Tensor) -> list[Tensor]:
+        pixels = (images.permute(0, 3, 1, 2).float() - shift) * factor
+        grids = stack(network(pixels.to(dtype, memory_format=torch.channels_last)), slots)
+        published = [half_grid(grid) for grid in grids] if dtype is torch.float16 else grids
+        return [ranked_scores(grids, counts), *published]
+
+    return run
+
+
+@dataclass(slots=True, eq=False)
 class _Family:
     """Heads of one configuration and arithmetic: a stack, its lanes, and its free slots."""
 
-    def __init__(self, flow: FlowSpec, dtype: torch.dtype) -> None:
-        self.flow, self.dtype = flow, dtype
-        self.stack: StackedHeads | None = None
-        self.lanes: SimpleQueue[Lane] = SimpleQueue()
-        self.free: list[int] = []
+    dtype: torch.dtype
+    stack: StackedHeads
+    lanes: "SimpleQueue[Lane]"
+    free: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

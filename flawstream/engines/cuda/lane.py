@@ -50,7 +50,8 @@ class Lane:
         self._host_outputs: list[Tensor] = []
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if self._on_gpu:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+            # high priority: those streams are not given to others, whose graphs free what libraries keep for a stream
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]  # torch
             self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
@@ -69,7 +70,11 @@ class Lane:
             for _ in range(_WARM_UP_RUNS):  # libraries choose their kernels and allocate in the first runs
                 self._step(size)
         self._stream.synchronize()
-        self._graphs[size] = capture(partial(self._step, size), self._stream, self._pool)
+        graph = capture(partial(self._step, size), self._stream, self._pool)
+        with torch.cuda.stream(self._stream):
+            graph.replay()  # the first replay uploads it
+        self._stream.synchronize()
+        self._graphs[size] = graph
 
     @torch.inference_mode()
     def run(

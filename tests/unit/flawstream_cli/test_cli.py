@@ -101,7 +101,7 @@ def test_unknown_settings_section_is_refused_with_a_hint(run: Run, monkeypatch: 
         (("train", "{folder}", "--input-size", "50"), "model.input_size: Input should be a multiple of 32"),
         (
             ("serve", "--engine", "warp"),
-            "detector.engine: Input should be 'auto', 'torch', 'openvino', 'ncnn' or 'triton'",
+            "detector.engine: Input should be 'auto', 'cuda', 'torch', 'openvino', 'ncnn' or 'triton'",
         ),
         (("watch", "--redis", "redis://:secret@plant/0"), "redis.url: Value error, a password must not be in"),
         (("watch", "--redis", "http://plant"), "redis.url has the scheme 'http'"),

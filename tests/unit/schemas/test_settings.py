@@ -132,7 +132,7 @@ def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ("MODEL__STRIDES", "8,16"),
         ("TRAINING__FALSE_ALARM_RATE", "0"),
         ("TRAINING__FALSE_ALARM_RATE", "1"),
-        ("DETECTOR__ENGINE", "cuda"),
+        ("DETECTOR__ENGINE", "tensorrt"),
         ("WORKER__MAP_CODEC", "jpeg"),
         ("API__PORT", "65536"),
         ("REDIS__BLOCK_MS", "5000"),

@@ -15,6 +15,7 @@ from helpers.engine_bench import FLOW, SIZE, TOP_FRACTION, assert_same, judge, l
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flawstream.engines.cuda import engine as cuda_engine
 from flawstream.engines.cuda.engine import CudaEngine
 from flawstream.engines.cuda.errors import cuda_errors
 from flawstream.engines.cuda.fold import fold_batch_norms
@@ -23,7 +24,7 @@ from flawstream.engines.protocol import HeadRows
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.stacked import StackedHeads
 from flawstream.imaging.pixels import Pixels
-from schemas.errors import ConfigError, DeviceLostError
+from schemas.errors import ConfigError, DeviceLostError, RegistryError
 from schemas.settings import ModelSettings
 
 CPU = torch.device("cpu")
@@ -153,6 +154,61 @@ def test_device_without_memory_for_one_image_is_refused(backbone: Backbone, monk
         engine.warm_up()
 
 
+def test_category_for_which_there_is_no_memory_is_refused_and_the_others_serve_on(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(backbone)
+    kept = [load(engine, make_head(backbone, 0), k) for k in range(8)]
+    expected = judge(engine, kept[0], make_images(2))
+
+    monkeypatch.setattr(cuda_engine, "StackedHeads", out_of_memory)
+    with pytest.raises(RegistryError, match=r"no memory for another category .* lower detector\.max_resident_mb"):
+        load(engine, make_head(backbone, 1), 8)
+    assert_same(judge(engine, kept[0], make_images(2)), expected)
+    assert engine.usable
+
+
+def test_no_memory_for_graphs_over_more_slots_leaves_the_batch_sizes_as_they_are(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(backbone)
+    kept = [load(engine, make_head(backbone, 0), k) for k in range(8)]
+    engine.warm_up()
+    expected = judge(engine, kept[0], make_images(4))
+    with monkeypatch.context() as patch:
+        capture_up_to(0, patch)
+        with pytest.raises(RegistryError, match="no memory for another category"):
+            load(engine, make_head(backbone, 1), 8)
+    assert_same(judge(engine, kept[0], make_images(4)), expected)
+    assert load(engine, make_head(backbone, 1), 8).index >= 8
+
+
+def test_engine_whose_first_category_did_not_fit_can_be_warmed_up(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(backbone)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_engine, "StackedHeads", lambda *_, **__: pytest.fail("is not reached"))
+        patch.setattr(CudaEngine, "_family_with_room", out_of_memory)
+        with pytest.raises(RegistryError, match="no memory"):
+            load(engine, make_head(backbone, 0), 0)
+    engine.warm_up()
+    judge(engine, load(engine, make_head(backbone, 0), 0), make_images(1))
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB")
+
+
+def test_capture_that_ran_out_of_memory_is_told_from_a_lost_device() -> None:
+    """What a capture raises last hides what went wrong in it."""
+    with pytest.raises(MemoryError), cuda_errors():  # noqa: PT012 - the one error comes of the other
+        try:
+            out_of_memory()
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+
+
 def test_sizes_are_captured_before_the_engine_is_ready_and_again_when_slots_grow(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,16 +318,16 @@ def randomise(network: nn.Module) -> None:
 
 WHITEN = """
 import torch
-from flawstream.engines.cuda.whiten import make_kernel
+from flawstream.engines.cuda.whiten_kernel import whiten_in_place
 from flawstream.fastflow.stacked import whiten_plainly
 generator = torch.Generator().manual_seed(0)
-whiten = make_kernel()
 for dtype in (torch.float32, torch.float16):
     for size in (1, 5, 8):
         matrices = torch.randn(3, 4, 2, size, size, generator=generator).to(dtype)
         positions = torch.randn(6, 4, 2, size, generator=generator).to(dtype)
         slots = torch.tensor([2, 0, 1, 1, 2, 0])
-        torch.testing.assert_close(whiten(positions, matrices, slots), whiten_plainly(positions, matrices, slots))
+        found = whiten_in_place(positions, matrices, slots)
+        torch.testing.assert_close(found, whiten_plainly(positions, matrices, slots))
 """
 
 
@@ -283,3 +339,19 @@ def test_triton_kernel_whitens_as_plain_torch_does() -> None:
         [sys.executable, "-c", WHITEN], env=environment, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
+
+
+def test_triton_kernel_compiles_for_a_gpu() -> None:
+    """Which needs none; only to run it would."""
+    compiler = pytest.importorskip("triton.compiler")
+    backends = pytest.importorskip("triton.backends.compiler")
+    from flawstream.engines.cuda.whiten_kernel import multiply  # noqa: PLC0415 - needs Triton
+
+    signature = {"positions": "*fp16", "matrices": "*fp16", "slots": "*i64", "out": "*fp16", "per_image": "i32"}
+    source = compiler.ASTSource(
+        fn=multiply,
+        signature=signature | {"size": "constexpr", "width": "constexpr"},
+        constexprs={"size": 40, "width": 64},
+    )
+    compiled = compiler.compile(source, target=backends.GPUTarget("cuda", 90, 32))
+    assert "ptx" in compiled.asm
