@@ -1,4 +1,4 @@
-"""Errors of CUDA and its libraries, told apart by their texts: torch has one exception class for most of them."""
+"""Errors of CUDA and its libraries, distinguished by their texts: torch has one exception class for most of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
