@@ -68,3 +68,11 @@ def is_closed_while_writing(error: BaseException) -> bool:
     (github.com/redis/redis-py/issues/4287).
     """
     return any(frame.f_code.co_name == "_send_packed_command" for frame, _ in walk_tb(error.__traceback__))
+
+
+def is_closed_at_once(error: BaseException) -> bool:
+    """Return whether the connection was lost before the first command was written.
+
+    Source: github.com/python/cpython/blob/3.11/Lib/asyncio/streams.py, `FlowControlMixin._drain_helper`.
+    """
+    return "Connection lost" in str(error)

@@ -24,6 +24,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from schemas.errors import ConfigError, FlawstreamError, StreamUnavailableError
 from workers.redis.connection import PasswordFileError, StreamConnection, address
 from workers.redis.error_texts import (
+    is_closed_at_once,
     is_closed_while_writing,
     is_no_cluster,
     is_transient_reply,
@@ -123,7 +124,7 @@ def _unreachable_cluster(client: StreamConnection, error: RedisClusterException)
 
 def _unavailable(client: StreamConnection, error: BaseException) -> StreamUnavailableError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return StreamUnavailableError(
-        f"the stream server at {address(client)} does not answer ({reason}); "
-        "see that it runs and that redis.url names it"
-    )
+    cure = "see that it runs and that redis.url names it"
+    if is_closed_at_once(error):  # asyncio may see the end of the connection before TLS says why
+        cure += "; with TLS also that it accepts the certificate in redis.tls_cert_file"
+    return StreamUnavailableError(f"the stream server at {address(client)} does not answer ({reason}); {cure}")
