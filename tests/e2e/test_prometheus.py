@@ -46,6 +46,8 @@ from workers.redis.embedded import EmbeddedServer, free_port
 pytestmark = needs_prometheus
 
 PATIENCE_S = 180.0
+REFRESH_S = 0.5
+KNOWN_AFTER_S = 4 * REFRESH_S
 patiently = partial(wait_until, deadline_s=PATIENCE_S, every_s=0.5)
 """Ray and Prometheus look only every few seconds."""
 GUIDE = ROOT / "docs" / "how-to" / "monitor.md"
@@ -94,6 +96,7 @@ class Plant:
         head: The process that started the Ray cluster.
         registry: What the detectors load from.
         spec: Of its versions' backbone.
+        damaged_at_s: When a damaged version was written, by the monotonic clock.
     """
 
     redis: RedisSettings
@@ -102,6 +105,7 @@ class Plant:
     head: int
     registry: Registry
     spec: BackboneSpec
+    damaged_at_s: float = 0.0
 
     def stream_workers(self) -> list[int]:
         """Find the processes of this cluster's stream workers: children of its raylet, which is the head's child."""
@@ -120,10 +124,16 @@ class Plant:
             for _ in range(12):
                 redis("XADD", "flawstream:images", "*", "category", "bottle", "image", b"no image")
             write_version(self.registry, "broken", spec=self.spec, weights=b"no weights")
+            self.damaged_at_s = time.monotonic()
             redis("XADD", "flawstream:images", "*", "category", "ghost", "image", png())
 
     def push_for_damaged(self) -> None:
-        """Push for a category whose version is damaged; a detector knows it once it has looked for new ones."""
+        """Push for a category whose version is damaged.
+
+        What a detector knows of the registry is at most `refresh_s` old: an image that came earlier would be of an
+        unknown category, and a dead letter.
+        """
+        time.sleep(max(0.0, self.damaged_at_s + KNOWN_AFTER_S - time.monotonic()))
         with RawRedis(self.port) as redis:
             redis("XADD", "flawstream:images", "*", "category", "broken", "image", png())
 
@@ -202,7 +212,7 @@ def write_settings(folder: Path, redis: str, worker: str) -> Path:
                 "worker": {"claim_idle_ms": 5000, "sweep_s": 1.0},
                 "registry": {"root": str(folder / "models")},
                 "api": {"port": free_port()},
-                "detector": {"engine": "torch", "refresh_s": 0.5},
+                "detector": {"engine": "torch", "refresh_s": REFRESH_S},
                 "model": {"input_size": 64, "flow_steps": 2},
                 "training": {"epochs": 60, "batch_size": 4, "false_alarm_rate": 0.4},
                 "metrics": {"port": int(worker.rpartition(":")[2]), "report_s": 0.5},
