@@ -27,10 +27,12 @@ from flawstream.imaging.decode import decode_image
 from flawstream.imaging.pixels import PixelForm
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.registry.versions import open_backbone
+from schemas.manifest import ModelManifest
 from schemas.presets import PresetName
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
+from training.datasets.samples import CategoryData
 from training.pipeline import TrainingJob, run_job
 from training.steps.features import FeatureExtractor
 
@@ -109,12 +111,18 @@ def main(preset: str, weights: str, data: str, root: str) -> None:
     """Train, publish and promote a version."""
     (category,) = load_mvtec(Path(data))
     model = ModelSettings.model_validate({"preset": preset, "weights": weights})
+    train_here(category, model, TrainingSettings(epochs=EPOCHS), root)
+
+
+def train_here(data: CategoryData, model: ModelSettings, recipe: TrainingSettings, root: str) -> ModelManifest:
+    """Train, publish and promote a version in this process, on the engine that serves."""
     backbone = Backbone(model)
     engine = make_local_engine(DetectorSettings(), lambda: backbone)
-    job = TrainingJob(category, model, TrainingSettings(epochs=EPOCHS), root)
+    job = TrainingJob(data, model, recipe, root)
     *_, last = run_job(job, FeatureExtractor(backbone, LimitSettings()), engine)
     assert last.manifest is not None  # noqa: S101 - a job ends with it or raises
-    Registry(root).promote(category.name, last.manifest.version)
+    Registry(root).promote(data.name, last.manifest.version)
+    return last.manifest
 
 
 def import_checkpoint(checkpoint: Path, cells: Cells, folder: Path) -> Version:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from bench.engine_versions import train_here
 from flawstream.calibration import is_anomalous
 from flawstream.engines.choose import make_engine
 from flawstream.engines.protocol import Engine, arithmetic_of
@@ -21,10 +22,8 @@ from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, Tra
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import Sample
-from training.pipeline import TrainingJob, run_job
 from training.report.metrics import image_metrics
 from training.steps.evaluate import ImageScorer
-from training.steps.features import FeatureExtractor
 
 CATEGORY = "mono"
 
@@ -40,14 +39,8 @@ def measure(folder: Path) -> dict[str, Any]:
     """Train with the default recipe, then judge all test images three ways."""
     root = str(folder / "correctness")
     (data,) = load_mvtec(export_elpv(folder / "elpv"), [CATEGORY])
-    model = ModelSettings()
-    backbone = Backbone(model)
     began_s = time.perf_counter()
-    engine = make_engine(DetectorSettings(), lambda: backbone)
-    job = TrainingJob(data, model, TrainingSettings(), root)
-    *_, last = run_job(job, FeatureExtractor(backbone, LimitSettings()), engine)
-    manifest = last.manifest
-    assert manifest is not None  # noqa: S101 - a job ends with it or raises
+    manifest = train_here(data, ModelSettings(), TrainingSettings(), root)
     trained_s = time.perf_counter() - began_s
     print(f"  trained on {manifest.training.train_images} images in {trained_s:.1f} s", flush=True)
     labels = np.array([sample.anomalous for sample in data.test])

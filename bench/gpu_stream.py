@@ -11,15 +11,11 @@ from typing import Any
 
 import redis
 
-from flawstream.engines.choose import make_engine
-from flawstream.fastflow.backbone import Backbone
-from flawstream.registry.registry import Registry
+from bench.engine_versions import train_here
 from schemas.keys import StreamKeys
-from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, RedisSettings, TrainingSettings
+from schemas.settings import ModelSettings, RedisSettings, TrainingSettings
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
-from training.pipeline import TrainingJob, run_job
-from training.steps.features import FeatureExtractor
 from workers.redis.embedded import EmbeddedServer
 
 IMAGES = 6000
@@ -36,12 +32,7 @@ def measure(folder: Path) -> dict[str, Any]:
     """Train a version for one epoch, then have all images judged by each number of workers."""
     root = folder / "stream"
     (data,) = load_mvtec(export_elpv(folder / "elpv"), ["mono"])
-    backbone = Backbone(ModelSettings())
-    engine = make_engine(DetectorSettings(), lambda: backbone)
-    job = TrainingJob(data, ModelSettings(), TrainingSettings(epochs=1), str(root))
-    *_, last = run_job(job, FeatureExtractor(backbone, LimitSettings()), engine)
-    assert last.manifest is not None  # noqa: S101 - a job ends with it or raises
-    Registry(str(root)).promote(data.name, last.manifest.version)
+    train_here(data, ModelSettings(), TrainingSettings(epochs=1), str(root))
     images = [sample.path.read_bytes() for sample in data.test]
     found: dict[str, Any] = {"image_bytes": sum(map(len, images)) // len(images)}
     for count in WORKERS:
