@@ -15,9 +15,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from flawstream.imaging.jpeg import read_jpeg_header
+from flawstream.imaging.memory import DecodingMemory
 from flawstream.imaging.pixels import PixelForm, Pixels
-from flawstream.imaging.png import check_chunks
+from flawstream.imaging.png import check_chunks, unpacked_bytes
 from flawstream.imaging.resize import resize
+from flawstream.imaging.tiff import read_tiff_layout
 from schemas.errors import MessageError, Reason
 from schemas.settings import LimitSettings
 
@@ -25,9 +28,16 @@ logging.getLogger("PIL").setLevel(logging.INFO)  # at DEBUG it logs an image's t
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _CURE = "send a JPEG, PNG, WebP, BMP or TIFF"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE, _PNG_SIGNATURE = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_STORED_BYTES_A_PIXEL = 3
+"""What may be stored for each pixel of the largest image: eight bits of three channels."""
+_MOST_PASSES = 20
+"""What a decoder may go over pixels in all, in largest images. libjpeg's own progressive files have ten scans."""
+_BYTES_A_PIXEL = 6  # two copies in three channels: measured for OpenCV's decoders
 _BMP_RUN_LENGTHS = (1, 2)  # BI_RLE8, BI_RLE4: OpenCV decodes 1 KB in 4 s, to 62 million pixels
 _ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
+
+_MEMORY = DecodingMemory()
 
 # A damaged image raises an error; OpenCV would print it on stderr as well.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -54,13 +64,25 @@ class _Header:
         format: Pillow's name of the format.
         width: Pixels, as stored.
         height: Pixels, as stored.
+        unpacked_bytes: Of the pixels as stored, before they are converted.
+        passes: How often a decoder goes over all pixels.
         orientation: From EXIF, 1 (upright) to 8. Only for JPEG: OpenCV applies it for other formats.
     """
 
     format: str
     width: int
     height: int
+    unpacked_bytes: int
+    passes: int = 1
     orientation: int = 1
+
+    def decoding_bytes(self, form: PixelForm) -> int:
+        """Estimate the memory that decoding takes."""
+        pixels = self.width * self.height
+        if self.format == "JPEG" and form.resize == "area":  # decoded at a smaller scale, down to an eighth
+            scale = min(1.0, max(1 / 8, 2 * form.side_px / max(1, min(self.width, self.height))))
+            pixels = int(pixels * scale**2)
+        return self.unpacked_bytes + _BYTES_A_PIXEL * pixels
 
 
 def decode_image(data: bytes, form: PixelForm, limits: LimitSettings) -> DecodedImage:
@@ -78,7 +100,12 @@ def decode_image(data: bytes, form: PixelForm, limits: LimitSettings) -> Decoded
         MessageError: `undecodable` or `too_large`.
     """
     header = _read_header(data)
-    _refuse_oversized(header.width, header.height, limits)
+    _refuse_oversized(header, limits)
+    with _MEMORY.take(header.decoding_bytes(form), limits.max_decoding_bytes):
+        return _decode(data, form, header)
+
+
+def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
     try:
         if header.format == "JPEG":
             return _decode_jpeg(data, form, header)
@@ -105,16 +132,22 @@ def _decode_jpeg(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
 def _read_header(data: bytes) -> _Header:
     """Read format, size and orientation without decoding a pixel."""
     try:
+        if data.startswith(_JPEG_SIGNATURE):
+            return _read_jpeg_header(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that our own limits refuse
             if data.startswith(_PNG_SIGNATURE):
                 check_chunks(data)  # before Pillow, which takes a second for tens of thousands of chunks
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                pixels = image.width * image.height
                 if image.info.get("compression") in _BMP_RUN_LENGTHS:
                     raise ValueError("a run-length encoded BMP")  # noqa: TRY301 - reported as a damaged header
-                if image.format in ("JPEG", "MPO"):  # MPO: a JPEG followed by more images
-                    return _Header("JPEG", image.width, image.height, _orientation(image.info.get("exif")))
-                return _Header(str(image.format), image.width, image.height)
+                if image.format == "PNG":
+                    return _Header("PNG", image.width, image.height, unpacked_bytes(data))
+                if image.format == "TIFF":
+                    layout = read_tiff_layout(image, data)
+                    return _Header("TIFF", image.width, image.height, layout.unpacked_bytes, layout.passes)
+                return _Header(str(image.format), image.width, image.height, len(image.getbands()) * pixels)
     except UnidentifiedImageError:
         raise MessageError(
             Reason.UNDECODABLE,
@@ -124,6 +157,12 @@ def _read_header(data: bytes) -> _Header:
         raise MessageError(Reason.TOO_LARGE, f"{_short(error)}; send a smaller image") from None
     except Exception as error:  # noqa: BLE001 - Pillow raises any exception on damaged headers
         raise MessageError(Reason.UNDECODABLE, f"the image's header is damaged ({_short(error)}); {_CURE}") from None
+
+
+def _read_jpeg_header(data: bytes) -> _Header:
+    header = read_jpeg_header(data)
+    coefficients = 2 * header.components * header.width * header.height if header.keeps_coefficients else 0
+    return _Header("JPEG", header.width, header.height, coefficients, header.passes, _orientation(header.exif))
 
 
 def _refuse_damaged_tiff(data: bytes) -> None:
@@ -137,7 +176,7 @@ def _refuse_damaged_tiff(data: bytes) -> None:
                 raise ValueError(_short(error)) from None
 
 
-def _orientation(exif_data: bytes | None) -> int:
+def _orientation(exif_data: bytes) -> int:
     if not exif_data:
         return 1
     exif = Image.Exif()
@@ -166,11 +205,13 @@ def _orient(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(_TURNS[orientation](pixels))
 
 
-def _refuse_oversized(width: int, height: int, limits: LimitSettings) -> None:
-    if width * height > limits.max_pixels:
+def _refuse_oversized(header: _Header, limits: LimitSettings) -> None:
+    width, height = header.width, header.height
+    pixels = width * height
+    if pixels > limits.max_pixels:
         raise MessageError(
             Reason.TOO_LARGE,
-            f"{width} x {height} = {width * height:,} pixels are more than the allowed {limits.max_pixels:,}; "
+            f"{width} x {height} = {pixels:,} pixels are more than the allowed {limits.max_pixels:,}; "
             "send a smaller image or raise limits.max_pixels",
         )
     if max(width, height) > limits.max_aspect * min(width, height):
@@ -178,6 +219,19 @@ def _refuse_oversized(width: int, height: int, limits: LimitSettings) -> None:
             Reason.TOO_LARGE,
             f"the aspect ratio of {width} x {height} pixels is over {limits.max_aspect:g} to 1; "
             "crop the image or raise limits.max_aspect",
+        )
+    if header.format != "JPEG" and header.unpacked_bytes > _STORED_BYTES_A_PIXEL * limits.max_pixels:
+        raise MessageError(
+            Reason.TOO_LARGE,
+            f"the {header.format} unpacks to {header.unpacked_bytes:,} bytes, more than {_STORED_BYTES_A_PIXEL} for "
+            f"each of the allowed {limits.max_pixels:,} pixels; send fewer pixels, bits or channels, or raise "
+            "limits.max_pixels",
+        )
+    if header.passes * pixels > _MOST_PASSES * limits.max_pixels:
+        raise MessageError(
+            Reason.TOO_LARGE,
+            f"the {header.format} has {header.passes:,} scans of {width} x {height} pixels, more than {_MOST_PASSES} "
+            f"of the allowed {limits.max_pixels:,} pixels; send a baseline JPEG",
         )
 
 

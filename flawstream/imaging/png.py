@@ -4,6 +4,8 @@ One damaged bit in a length makes it allocate and clear up to 2 GB (measured: 2 
 """
 
 _SIGNATURE_BYTES = 8
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""By colour type: grey, RGB, palette, grey with alpha, RGB with alpha."""
 _FRAME_BYTES = 12  # length, type and checksum of a chunk
 _MAX_CHUNKS = 1 << 13
 
@@ -26,3 +28,17 @@ def check_chunks(data: bytes) -> None:
         if kind == b"IEND":
             return
     raise ValueError(f"it has more than {_MAX_CHUNKS:,} chunks")
+
+
+def unpacked_bytes(data: bytes) -> int:
+    """Compute the size of the pixels as stored, before they are converted.
+
+    Source: the same, section 11.2.1.
+
+    Raises:
+        ValueError: The header is missing or has an unknown colour type.
+    """
+    if data[12:16] != b"IHDR" or data[25] not in _CHANNELS:
+        raise ValueError("it does not begin with a header, or has an unknown colour type")
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    return (width * _CHANNELS[data[25]] * data[24] + 7) // 8 * height

@@ -175,6 +175,21 @@ def _jpeg_within_limits(chance: random.Random) -> tuple[bytes, frozenset[Reason]
     return bytes(data), _UNDECODABLE
 
 
+def _jpeg_scans(chance: random.Random) -> tuple[bytes, frozenset[Reason]]:
+    """Repeat the last scan of a progressive JPEG: a decoder goes over all coefficients for each."""
+    file = io.BytesIO()
+    Image.new("RGB", (512, 512)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scan * chance.randint(1_100, 4_000) + data[-2:], _UNDECODABLE
+
+
+def _jpeg_segments(chance: random.Random) -> tuple[bytes, frozenset[Reason]]:
+    return b"\xff\xd8" + b"\xff\xfe\x00\x02" * chance.randint(5_000, 200_000) + photograph(chance, "jpeg")[
+        2:
+    ], _UNDECODABLE
+
+
 def _webp_size(chance: random.Random) -> tuple[bytes, frozenset[Reason]]:
     width, height = chance.randint(8_001, 1 << 15), chance.randint(8_001, 1 << 15)
     canvas = b"\x10\x00\x00\x00" + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
@@ -241,6 +256,14 @@ def _tiff_counts(chance: random.Random) -> tuple[bytes, frozenset[Reason]]:
     return _tiff(*entries), _EITHER
 
 
+def _tiff_tile(chance: random.Random) -> tuple[bytes, frozenset[Reason]]:
+    """Claim a tile that is many times as large as the image."""
+    tile = 16 * chance.randint(600, 4_000)
+    entries = [entry for entry in _tiff_entries(64, 64, strip_bytes=64) if entry[0] not in (273, 278, 279)]
+    tiles = [(322, 4, 1, tile), (323, 4, 1, tile), (324, 4, 1, 8), (325, 4, 1, 64)]
+    return _tiff(*entries, *tiles, tail=bytes(64)), _EITHER
+
+
 def _tiff_pages(chance: random.Random) -> tuple[bytes, frozenset[Reason]]:
     """Chain pages without end: each directory says that the next one is itself."""
     entries = _tiff_entries(chance.randint(1_000, 7_000), 7_000, strip_bytes=16)
@@ -255,12 +278,15 @@ _BOMBS: tuple[tuple[str, _Bomb], ...] = (
     ("png bomb, chunks", _png_chunks),
     ("jpeg bomb, size", _jpeg_size),
     ("jpeg bomb, within limits", _jpeg_within_limits),
+    ("jpeg bomb, scans", _jpeg_scans),
+    ("jpeg bomb, segments", _jpeg_segments),
     ("webp bomb, size", _webp_size),
     ("bmp bomb, size", _bmp_size),
     ("bmp bomb, within limits", _bmp_within_limits),
     ("bmp bomb, run lengths", _bmp_runs),
     ("tiff bomb, size", _tiff_size),
     ("tiff bomb, strips", _tiff_strips),
+    ("tiff bomb, tile", _tiff_tile),
     ("tiff bomb, directory", _tiff_directory),
     ("tiff bomb, counts", _tiff_counts),
     ("tiff bomb, pages", _tiff_pages),
