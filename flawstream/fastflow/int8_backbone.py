@@ -60,7 +60,7 @@ def noise_images(count: int, side_px: int) -> NDArray[np.uint8]:
     frequency[0, 0] = 1.0  # the mean, which is set below
     noise = np.fft.irfft2(np.fft.rfft2(white, axes=(1, 2)) / frequency[None, :, :, None], (side_px, side_px), (1, 2))
     levels = (noise - noise.mean()) / noise.std() * _CONTRAST + 128.0
-    return levels.clip(0, 255).astype(np.uint8)
+    return np.asarray(levels.clip(0, 255), np.uint8)
 
 
 def round_up(value: float) -> float:

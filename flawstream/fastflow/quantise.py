@@ -90,7 +90,7 @@ def quantise(
                 hooks.callback(child.register_forward_pre_hook(observe_range).remove)
         with torch.inference_mode():
             run()
-    quantised = {
+    quantised: dict[nn.Module, nn.Module] = {
         convolution: QuantisedConv(convolution, round_range(low), round_range(high), weight_steps)
         for convolution, (low, high) in ranges.items()
     }
