@@ -1,6 +1,6 @@
 """How fast the engines judge what `flawstream train` publishes, beside anomalib with the same backbone, in turns.
 
-    python -m bench.engine --peer-python .venv-anomalib/bin/python [--rounds 5] [--presets resnet18]
+    python -m bench.engine --peer-python .venv-anomalib/bin/python [--rounds 5] [--presets resnet18] [--arithmetic int8]
 
 For each preset a version is trained and published by `training.pipeline`, which `flawstream train` runs: one epoch on
 few solar cells, as speed does not depend on how well it was trained. Each of our engines has a process of its own,
@@ -25,14 +25,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from bench.engine_versions import CATEGORY, Cells, Reference, Version, import_checkpoint, train, write_cells
 from schemas.presets import PresetName
-from schemas.settings import ModelSettings
+from schemas.settings import BackboneArithmetic, ModelSettings
 
 PRESETS: tuple[PresetName, ...] = ("efficientnet_lite0", "resnet18")
 IMPORTED: PresetName = "resnet18"
@@ -163,7 +163,9 @@ def take_turns(contenders: Sequence[Contender], rounds: int) -> None:
                     contender.seconds[batch] += seconds
 
 
-def compare(preset: PresetName, cells: Cells, folder: Path, peer_python: str, rounds: int) -> Compared:
+def compare(
+    preset: PresetName, cells: Cells, folder: Path, peer_python: str, rounds: int, *, arithmetic: BackboneArithmetic
+) -> Compared:
     """Make the versions of one preset and measure them beside anomalib.
 
     Args:
@@ -172,6 +174,7 @@ def compare(preset: PresetName, cells: Cells, folder: Path, peer_python: str, ro
         folder: For everything that is made.
         peer_python: Python of the environment that has anomalib.
         rounds: How often each engine has its turn.
+        arithmetic: Of the backbone of the version that is trained.
     """
     settings = ModelSettings(preset=preset)
     configuration = {
@@ -182,7 +185,7 @@ def compare(preset: PresetName, cells: Cells, folder: Path, peer_python: str, ro
         "hidden_ratio": settings.hidden_ratio,
     }
     _note(f"{preset}: training a version ...")
-    versions = {"trained": train(preset, cells, folder)}
+    versions = {"trained": train(preset, arithmetic, cells, folder)}
     checkpoint = folder / "checkpoint.pt"
     if preset == IMPORTED:
         _note(f"{preset}: making a model of anomalib's and importing it ...")
@@ -293,6 +296,9 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True, help="Python of the environment that has anomalib.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument(
+        "--arithmetic", choices=get_args(BackboneArithmetic), default="float32", help="Of our backbone."
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     compared = []
@@ -301,7 +307,9 @@ def main() -> None:
         for preset in arguments.presets:
             folder = Path(name) / preset
             folder.mkdir()
-            compared.append(compare(preset, cells, folder, arguments.peer_python, arguments.rounds))
+            compared.append(
+                compare(preset, cells, folder, arguments.peer_python, arguments.rounds, arithmetic=arguments.arithmetic)
+            )
     show(compared)
 
 

@@ -29,7 +29,7 @@ from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.registry.versions import open_backbone
 from schemas.manifest import ModelManifest
 from schemas.presets import PresetName
-from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
+from schemas.settings import BackboneArithmetic, DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
 from training.datasets.elpv import export_elpv
 from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import CategoryData
@@ -100,17 +100,17 @@ def write_cells(folder: Path, judged: int) -> Cells:
     return Cells(folder / "data", [whole.test[row].path for row in rows])
 
 
-def train(preset: PresetName, cells: Cells, folder: Path) -> Version:
+def train(preset: PresetName, arithmetic: BackboneArithmetic, cells: Cells, folder: Path) -> Version:
     """Train a version in a process of its own; a preset whose weights no package has gets random ones."""
     version = Version(folder / "trained", weights_of(preset, folder))
-    _run({}, "bench.engine_versions", preset, version.weights, cells.folder, version.root)
+    _run({}, "bench.engine_versions", preset, arithmetic, version.weights, cells.folder, version.root)
     return version
 
 
-def main(preset: str, weights: str, data: str, root: str) -> None:
+def main(preset: str, arithmetic: str, weights: str, data: str, root: str) -> None:
     """Train, publish and promote a version."""
     (category,) = load_mvtec(Path(data))
-    model = ModelSettings.model_validate({"preset": preset, "weights": weights})
+    model = ModelSettings.model_validate({"preset": preset, "arithmetic": arithmetic, "weights": weights})
     train_here(category, model, TrainingSettings(epochs=EPOCHS), root)
 
 

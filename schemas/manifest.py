@@ -6,7 +6,7 @@ from pydantic import AliasChoices, AwareDatetime, BaseModel, ConfigDict, Field
 
 from schemas.errors import RegistryError
 from schemas.messages import Category
-from schemas.settings import ModelSettings, Resize
+from schemas.settings import BackboneArithmetic, ModelSettings, Resize
 
 MANIFEST_FORMAT = 3
 """Raised when fields are added that older programs do not know. Older formats are read: 2 calibrated int8 apart, 3 has
@@ -38,6 +38,7 @@ class BackboneSpec(_Part):
         std: Per colour channel, of pixels in [0, 1].
         blocks: Blocks by index from 0, one a scale, where they are chosen in place of stages.
         resize: How images are resized to the input size.
+        arithmetic: In what the network computes: what the flow was trained on, and thresholds were set on.
     """
 
     name: str
@@ -50,17 +51,20 @@ class BackboneSpec(_Part):
     std: tuple[float, float, float]
     blocks: tuple[int, ...] = ()
     resize: Resize = "area"
+    arithmetic: BackboneArithmetic = "float32"
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Return what distinguishes backbones: network, input size, resize, layers and weights."""
-        return self.name, self.input_size, self.resize, self.strides, self.blocks, self.weights_sha256
+        """Return what distinguishes backbones: network, input size, resize, layers, weights and arithmetic."""
+        layers = self.strides, self.blocks
+        return self.name, self.input_size, self.resize, *layers, self.weights_sha256, self.arithmetic
 
     @property
     def summary(self) -> str:
         """Describe `identity` in words."""
         size = f"{self.input_size} px (resize {self.resize})"
-        return f"{self.name} at {size} with {self.layers} and weights {self.weights_sha256[:12]}"
+        arithmetic = "" if self.arithmetic == "float32" else f" in {self.arithmetic}"
+        return f"{self.name} at {size} with {self.layers} and weights {self.weights_sha256[:12]}{arithmetic}"
 
     @property
     def layers(self) -> str:

@@ -67,13 +67,29 @@ def make_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone
 
             return TritonEngine(settings.triton_url, settings.triton_timeout_s)
         case "cuda":
-            return CudaEngine(open_backbone(), half=faster, max_batch=settings.max_batch_images, device=device)
+            return CudaEngine(
+                _in_float32(open_backbone()), half=faster, max_batch=settings.max_batch_images, device=device
+            )
         case "ncnn":
             return NcnnEngine(open_backbone(), int8=faster and int8_pays(), threads=threads)
         case "openvino":
             return OpenvinoEngine(open_backbone(), int8=faster and int8_pays(), threads=threads)
         case _:
             return TorchEngine(open_backbone(), device)
+
+
+def _in_float32(backbone: Backbone) -> Backbone:
+    """Refuse a backbone that no GPU computes.
+
+    Raises:
+        ConfigError: It is in int8.
+    """
+    if backbone.spec.arithmetic != "float32":
+        raise ConfigError(
+            f"the backbone {backbone.spec.summary} is for CPUs: set detector.device=cpu, or train with "
+            "model.arithmetic=float32 for GPUs"
+        )
+    return backbone
 
 
 def make_local_engine(settings: DetectorSettings, open_backbone: Callable[[], Backbone], threads: int = 0) -> Engine:

@@ -72,6 +72,11 @@ def export_version(
         RegistryError: The version is damaged.
     """
     head = FastFlowHead.from_bytes(registry.read_file(manifest, WEIGHTS_FILE), manifest.backbone, manifest.flow)
+    if manifest.backbone.arithmetic != "float32":
+        raise ConfigError(
+            f"{manifest.model} has a backbone in {manifest.backbone.arithmetic}, which is not exported; "
+            "train with model.arithmetic=float32"
+        )
     backbone = open_backbone(registry, manifest, settings)
     extra_outputs = ExtraOutputs(manifest.calibration.top_fraction if options.score else None, options.map)
     if kind is ExportFormat.TRITON:

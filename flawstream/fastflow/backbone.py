@@ -14,6 +14,7 @@ from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
+from flawstream.fastflow.int8_backbone import to_int8
 from flawstream.fastflow.weights import (
     PACKAGED_BACKBONES,
     digest,
@@ -66,6 +67,8 @@ class Backbone(nn.Module):
         self.network = network.module.eval().requires_grad_(requires_grad=False)
         self.shift = nn.Buffer(torch.tensor(network.mean).view(1, 3, 1, 1) * 255)
         self.factor = nn.Buffer(1 / (torch.tensor(network.std).view(1, 3, 1, 1) * 255))
+        if settings.arithmetic == "int8":
+            self.network = to_int8(self.network, self.shift, self.factor, settings.input_size)
         _check_shapes(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -143,6 +146,7 @@ class FeatureNetwork:
             resize=settings.resize,
             mean=self.mean,
             std=self.std,
+            arithmetic=settings.arithmetic,
         )
 
 
@@ -251,6 +255,7 @@ def load_trained_backbone(
         "blocks": spec.blocks,
         "input_size": spec.input_size,
         "resize": spec.resize,
+        "arithmetic": spec.arithmetic,
         "weights": source,
     }
     backbone = Backbone(settings.model_copy(update=update), tensors)

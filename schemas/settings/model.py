@@ -12,6 +12,8 @@ from pydantic import (
 from schemas.presets import PRESETS, PresetName
 from schemas.settings.section import Section
 
+BackboneArithmetic = Literal["float32", "int8"]
+"""In what a backbone computes, in training and serving alike."""
 Resize = Literal["area", "antialias"]
 """How an image becomes the square that a model sees: `flawstream.imaging.resize`."""
 
@@ -40,6 +42,11 @@ class ModelSettings(Section):
         (),
         description="A transformer's blocks by index from 0, in place of stages: where given, strides are not used. "
         "Later blocks are cut off, and the network's last norm is applied.",
+    )
+    arithmetic: BackboneArithmetic = Field(
+        "float32",
+        description="In what the backbone computes, in training and serving alike: `int8` is for CPUs with VNNI or "
+        "AMX. All categories of a service share it.",
     )
     input_size: int = Field(
         256, ge=32, le=2048, multiple_of=32, description="Side in pixels that images are resized to."

@@ -37,7 +37,7 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.fastflow.score import score_images
 from flawstream.imaging.pixels import Pixels
-from schemas.settings import ModelSettings
+from schemas.settings import BackboneArithmetic, ModelSettings
 from training.steps.quantise import write_flows
 
 
@@ -53,13 +53,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class EngineContract(ABC):
     strides: tuple[int, ...] = (8, 16)
+    arithmetic: BackboneArithmetic = "float32"
     tolerance = 1e-3
     """Of a grid's values against plain torch in float32, relative to each and to the largest."""
 
     @pytest.fixture(scope="class")
     @classmethod
     def settings(cls, weights: Path) -> ModelSettings:
-        return ModelSettings(backbone="resnet18", weights=str(weights), strides=cls.strides, input_size=SIZE)
+        return ModelSettings(
+            backbone="resnet18",
+            weights=str(weights),
+            strides=cls.strides,
+            input_size=SIZE,
+            arithmetic=cls.arithmetic,
+        )
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -252,6 +259,13 @@ class TestOpenvinoEngineOnOneScale(TestOpenvinoEngine):
     strides = (16,)
 
 
+class TestOpenvinoEngineWithInt8Backbone(TestOpenvinoEngine):
+    """A value between two steps of int8 may go either way, in torch and in OpenVINO."""
+
+    arithmetic = "int8"
+    tolerance = 3e-2
+
+
 class TestNcnnEngine(EngineContract):
     @classmethod
     def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
@@ -279,6 +293,16 @@ class TestNcnnEngineBehindOpenvino(TestNcnnEngine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ncnn_engine, "is_mostly_3x3", lambda _: False)
             return super().make_engine(settings, reference)
+
+
+class TestNcnnEngineWithInt8Backbone(TestNcnnEngine):
+    arithmetic = "int8"
+    tolerance = 3e-2
+
+    @classmethod
+    def make_engine(cls, settings: ModelSettings, reference: Backbone) -> Engine:
+        pytest.importorskip("openvino")
+        return super().make_engine(settings, reference)
 
 
 class TestCudaEngine(EngineContract):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flawstream.engines.openvino.int8_graph import write_int8
-from flawstream.engines.openvino.quantise import quantise
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
+from flawstream.fastflow.quantise import quantise
 from training.steps.features import FeatureExtractor
 
 _RANGE_IMAGES = 32

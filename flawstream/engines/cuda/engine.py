@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flawstream.engines.cuda.errors import cuda_errors
-from flawstream.engines.cuda.fold import fold_batch_norms
 from flawstream.engines.cuda.lane import LADDER, Lane, Program, ladder
 from flawstream.engines.cuda.whiten import choose_whiten
 from flawstream.engines.protocol import HeadRows, Read, ScoredBatch, no_files
 from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.fold import fold_batch_norms
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.score import finite_scores, half_grid, ranked_scores, top_positions
 from flawstream.fastflow.stacked import StackedHeads

@@ -1,9 +1,9 @@
 """ncnn on a CPU: the fastest engine there in float32. Needs the extra `ncnn`, faster with `openvino`.
 
 Each image runs through backbone and head on one thread, so that cores do not wait for one another, and a batch of many
-categories is as fast as a batch of one. Heads run in ncnn. The backbone runs in ncnn if it is mostly 3x3 convolutions,
-as a ResNet is, otherwise in OpenVINO if that is installed. Versions that passed the int8 trial run in int8, if the CPU
-has instructions for it.
+categories is as fast as a batch of one. Heads run in ncnn. The backbone runs in ncnn if it is mostly 3x3 convolutions
+in float32, as a ResNet is, otherwise in OpenVINO if that is installed; an int8 backbone needs OpenVINO. Versions that
+passed the int8 trial run their flows in int8, if the CPU has instructions for it.
 
 Shape legend: B images, S side of an image in pixels, C channels, H W height and width of a scale's grid, s a scale.
 """
@@ -36,6 +36,7 @@ from flawstream.engines.protocol import (
 from flawstream.fastflow.backbone import Backbone
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.imaging.pixels import PixelForm, Pixels
+from schemas.errors import ConfigError
 from schemas.manifest import Arithmetic, ModelManifest
 
 _COPIES = 3
@@ -51,7 +52,7 @@ class NcnnEngine:
         threads: CPU threads; 0: all.
 
     Raises:
-        ConfigError: ncnn is not installed, or cannot run the network and OpenVINO is not installed either.
+        ConfigError: ncnn is not installed, or cannot run the backbone and OpenVINO is not installed either.
     """
 
     precision: Arithmetic = "float32"
@@ -65,7 +66,13 @@ class NcnnEngine:
         self._threads = threads or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._threads, "ncnn")
         self._batches, self._batches_lock = 0, threading.Lock()
-        if openvino_is_installed() and not is_mostly_3x3(backbone):
+        is_int8 = backbone.spec.arithmetic == "int8"
+        if is_int8 and not openvino_is_installed():
+            raise ConfigError(
+                "detector.engine=ncnn runs an int8 backbone with OpenVINO, which is not installed; "
+                "pip install 'flawstream[openvino]', or train with model.arithmetic=float32"
+            )
+        if openvino_is_installed() and (is_int8 or not is_mostly_3x3(backbone)):
             form = PixelForm.of(self.spec)
             dtype = getattr(torch, form.dtype)
             self._backbone: _Backbone = ImageGraph(backbone, form.shape, dtype=dtype, threads=self._threads)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from flawstream.engines.cuda import engine as cuda_engine
 from flawstream.engines.cuda.engine import CudaEngine
 from flawstream.engines.cuda.errors import cuda_errors
-from flawstream.engines.cuda.fold import fold_batch_norms
 from flawstream.engines.cuda.lane import LADDER, Lane, ladder
 from flawstream.engines.protocol import HeadRows
 from flawstream.fastflow.backbone import Backbone
+from flawstream.fastflow.fold import fold_batch_norms
 from flawstream.fastflow.stacked import StackedHeads
 from flawstream.imaging.pixels import Pixels
 from schemas.errors import ConfigError, DeviceLostError, RegistryError

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flawstream.engines.openvino.quantise import QuantisedConv, quantise
+from flawstream.fastflow.quantise import QuantisedConv, quantise
 
 
 def make(*modules: nn.Module, seed: int = 0) -> nn.Sequential:

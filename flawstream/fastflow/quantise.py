@@ -9,15 +9,18 @@ Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
 Shape legend: B images, C channels, H W height and width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 
 import torch
+from timm.layers import Conv2dSame, conv2d_same
 from torch import Tensor, nn
 from torch.nn import functional
 
 _SMALLEST = 1e-8
 _STEPS_SIGNED, _STEPS_UNSIGNED = 127, 255
+
+_Round = Callable[[float], float]
 
 
 class QuantisedConv(nn.Module):
@@ -27,16 +30,18 @@ class QuantisedConv(nn.Module):
         convolution: With float weights; not changed.
         low: Smallest input in the calibrated range; if it is not negative, inputs are unsigned.
         high: Largest input in the calibrated range.
+        weight_steps: Largest integer of a weight, at most 127.
     """
 
-    def __init__(self, convolution: nn.Conv2d, low: float, high: float) -> None:
+    def __init__(self, convolution: nn.Conv2d, low: float, high: float, weight_steps: int = _STEPS_SIGNED) -> None:
         super().__init__()
         self._convolution = convolution
+        self._weight_steps = weight_steps
         self._signed = low < 0
         largest = max(-low, high, _SMALLEST)
         self._input_scale = largest / (_STEPS_SIGNED if self._signed else _STEPS_UNSIGNED)
         channel_max = convolution.weight.detach().abs().amax(dim=(1, 2, 3))
-        self.weight_scale = nn.Buffer(channel_max.clamp_min(_SMALLEST) / _STEPS_SIGNED)
+        self.weight_scale = nn.Buffer(channel_max.clamp_min(_SMALLEST) / weight_steps)
         self.zeros = nn.Buffer(torch.zeros(len(channel_max), dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,18 +49,29 @@ class QuantisedConv(nn.Module):
         bounds = (-_STEPS_SIGNED - 1, _STEPS_SIGNED) if self._signed else (0, _STEPS_UNSIGNED)
         conv = self._convolution
         weight = torch.fake_quantize_per_channel_affine(
-            conv.weight, self.weight_scale, self.zeros, 0, -_STEPS_SIGNED, _STEPS_SIGNED
+            conv.weight, self.weight_scale, self.zeros, 0, -self._weight_steps, self._weight_steps
         )
         x = torch.fake_quantize_per_tensor_affine(x, self._input_scale, 0, *bounds)
-        return functional.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        convolve = conv2d_same if isinstance(conv, Conv2dSame) else functional.conv2d
+        return convolve(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def quantise(module: nn.Module, run: Callable[[], object]) -> int:
+def quantise(
+    module: nn.Module,
+    run: Callable[[], object],
+    *,
+    chosen: Collection[nn.Module] | None = None,
+    weight_steps: int = _STEPS_SIGNED,
+    round_range: _Round = float,
+) -> int:
     """Replace the convolutions of a module by int8 convolutions.
 
     Args:
         module: Changed in place.
         run: Runs the module on representative inputs; called once.
+        chosen: The convolutions to replace; None: all.
+        weight_steps: Largest integer of a weight, at most 127.
+        round_range: Applied to both ends of each range.
 
     Returns:
         The number of replaced convolutions.
@@ -70,11 +86,15 @@ def quantise(module: nn.Module, run: Callable[[], object]) -> int:
 
     with ExitStack() as hooks:
         for child in module.modules():
-            if isinstance(child, nn.Conv2d):
+            if isinstance(child, nn.Conv2d) and (chosen is None or child in chosen):
                 hooks.callback(child.register_forward_pre_hook(observe_range).remove)
         with torch.inference_mode():
             run()
-    _replace(module, {convolution: QuantisedConv(convolution, *range_) for convolution, range_ in ranges.items()})
+    quantised: dict[nn.Module, nn.Module] = {
+        convolution: QuantisedConv(convolution, round_range(low), round_range(high), weight_steps)
+        for convolution, (low, high) in ranges.items()
+    }
+    _replace(module, quantised)
     return len(ranges)
 
 
