@@ -3,11 +3,13 @@
 Knows no encoding: `schemas.wire` turns these into the flat fields of a stream entry and back.
 """
 
+import re
 from collections.abc import Mapping
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from schemas.errors import Reason
 
@@ -16,6 +18,17 @@ CATEGORY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 Category = Annotated[str, Field(pattern=CATEGORY_PATTERN)]
 MessageId = Annotated[str, Field(min_length=1, max_length=256)]
+_DATE = r"^\d{4}-\d\d-\d\d[Tt ]"
+
+
+def _require_date(value: object) -> object:
+    """Refuse a bare number, which would be read as seconds since 1970."""
+    if isinstance(value, datetime) or (isinstance(value, str) and re.match(_DATE, value)):
+        return value
+    raise ValueError("a time has a date and a zone, as in RFC 3339: 2026-11-28T06:00:00.250+01:00")
+
+
+CaptureTime = Annotated[AwareDatetime, BeforeValidator(_require_date)]
 Milliseconds = Annotated[float, Field(ge=0.0)]
 PixelCount = Annotated[int, Field(ge=0)]
 
@@ -58,7 +71,7 @@ class ImageMessage(_Message):
     category: Category
     image: bytes | None = None
     image_ref: str | None = None
-    captured_at: AwareDatetime | None = None
+    captured_at: CaptureTime | None = None
     traceparent: str | None = None
     extra: Mapping[str, bytes] = {}
 
@@ -130,7 +143,7 @@ class DetectionResult(_Message):
     map: AnomalyMap = AnomalyMap(codec=MapCodec.NONE)
     boxes: tuple[Box, ...] = ()
     image_shape: tuple[PixelCount, PixelCount]
-    captured_at: AwareDatetime | None = None
+    captured_at: CaptureTime | None = None
     queued_ms: Milliseconds = 0.0
     decode_ms: Milliseconds = 0.0
     detect_ms: Milliseconds = 0.0

@@ -310,6 +310,7 @@ class Registry:
                 file.flush()
                 os.fsync(file.fileno())  # else the file may be empty after a power cut
             unfinished.replace(target)
+            _sync_folders(target.parent, Path(self._root))
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -324,6 +325,18 @@ class Registry:
                 f"a name must match {CATEGORY_PATTERN}"
             )
         return name
+
+
+def _sync_folders(folder: Path, root: Path) -> None:
+    """Write a folder's names to disk, and those of the folders above it up to the root: a file is found by them."""
+    for one in (folder, *folder.parents):
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if one == root:
+            return
 
 
 def _open_root(root: str) -> tuple[Any, str]:

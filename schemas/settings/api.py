@@ -12,6 +12,11 @@ class ApiSettings(Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    hosts: tuple[str, ...] = Field(
+        (),
+        description="Names in the Host header by which the API may be called; none: those of this machine while `host` "
+        "is a loopback address, and any otherwise.",
+    )
     tokens: tuple[SecretStr, ...] = Field(
         (), description="Tokens of which a request must carry one, as `Authorization: Bearer`; none: all may ask."
     )

@@ -13,16 +13,16 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import AwareDatetime, BaseModel
+from pydantic import BaseModel
 from starlette.types import ASGIApp
 
 from flawstream.imaging.decode import decode_image
 from schemas.errors import FlawstreamError, MessageError, ModelUnavailableError
-from schemas.messages import CATEGORY_PATTERN, Box, DetectionResult, ImageMessage, MapCodec, Verdict
+from schemas.messages import CATEGORY_PATTERN, Box, CaptureTime, DetectionResult, ImageMessage, MapCodec, Verdict
 from schemas.settings import ApiSettings, LimitSettings
 from serving.api.bodies import Bodies
 from serving.api.problems import RETRY, Problem, answer_failures
-from serving.api.security import GuardedApp, Tokens
+from serving.api.security import GuardedApp, Tokens, allowed_hosts
 from workers.consume.result_builder import Times, build_result
 from workers.ports import Deferral, Detector, Refusal
 
@@ -130,7 +130,7 @@ def build_api(
         summary="Anomaly score, verdict and anomaly map for one image.",
         description="For production lines push images to the stream instead: it is durable, and `/v1/detect` is not.",
     )
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(tokens.check)])
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(tokens.check)] if tokens.required else [])
     _add_detect(v1, detector, bodies, limits)
     _add_images(v1, pusher, bodies)
 
@@ -155,14 +155,14 @@ def build_api(
 
     app.include_router(v1)
     answer_failures(app)
-    return GuardedApp(app)
+    return GuardedApp(app, allowed_hosts(settings))
 
 
 def _add_detect(v1: APIRouter, detector: Detector, bodies: Bodies, limits: LimitSettings) -> None:
     @v1.post(
         "/detect",
         summary="Judge one image",
-        responses=_problems(401, 404, 408, 413, 414, 415, 422, 500, 503),
+        responses=_problems(401, 403, 404, 408, 413, 414, 415, 421, 422, 500, 503),
         openapi_extra=_IMAGE_BODY,
     )
     async def post_detect(
@@ -200,7 +200,7 @@ def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
         summary="Push one image to the stream",
         description="The result is published on the results stream. If the response is lost, or is 503, push again "
         "with the same `id`: the push is idempotent.",
-        responses=_problems(401, 408, 413, 414, 422, 429, 500, 503),
+        responses=_problems(401, 403, 408, 413, 414, 421, 422, 429, 500, 503),
         openapi_extra=_IMAGE_BODY,
     )
     async def post_image(
@@ -209,10 +209,10 @@ def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
         *,
         id: Annotated[str, Query(max_length=256, description="Your own id; the entry id if absent.")] = "",  # noqa: A002
         captured_at: Annotated[
-            AwareDatetime | None, Query(description="Time of capture: RFC 3339, with a time zone.")
+            CaptureTime | None, Query(description="Time of capture: RFC 3339, with a time zone.")
         ] = None,
         captured_at_header: Annotated[
-            AwareDatetime | None, Header(alias="Captured-At", description="The same as a header: no escaping of `+`.")
+            CaptureTime | None, Header(alias="Captured-At", description="The same as a header: no escaping of `+`.")
         ] = None,
         traceparent: Annotated[str, Header(description="W3C trace context; copied to the result.")] = "",
     ) -> PushedBody:

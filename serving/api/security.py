@@ -6,10 +6,11 @@ from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 DOCUMENTS = ("/docs", "/static-offline-docs")
 """Paths of the documentation pages, which need scripts and styles and show no data."""
 
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _MAX_QUERY_BYTES = 4096
 """Enough for the longest id with every character escaped."""
 
@@ -121,14 +123,19 @@ class Tokens:
 
 
 class GuardedApp:
-    """ASGI middleware that adds security headers to every response, errors included, and refuses long queries.
+    """ASGI middleware that adds security headers to every response, errors included, and refuses what is no client's.
+
+    That is a long query, a request under a foreign name (a page whose name leads to this machine), and a request that a
+    page of another site made a browser send.
 
     Args:
         app: The wrapped application.
+        hosts: Names in the Host header; None: any.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None = None) -> None:
         self._app = app
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -142,20 +149,52 @@ class GuardedApp:
                 MutableHeaders(scope=message).update(headers)
             await send(message)
 
-        if len(scope["query_string"]) > _MAX_QUERY_BYTES:
-            problem = Problem(reason="too_large", detail=f"the query has more than {_MAX_QUERY_BYTES:,} bytes")
-            await JSONResponse(problem.model_dump(), status_code=414)(scope, receive, send_guarded)
+        if (refused := self._refusal(scope)) is not None:
+            status, problem = refused
+            await JSONResponse(problem.model_dump(), status_code=status)(scope, receive, send_guarded)
             return
         await self._app(scope, receive, send_guarded)
+
+    def _refusal(self, scope: Scope) -> tuple[int, Problem] | None:
+        if len(scope["query_string"]) > _MAX_QUERY_BYTES:
+            return 414, Problem(reason="too_large", detail=f"the query has more than {_MAX_QUERY_BYTES:,} bytes")
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            return 421, Problem(
+                reason="unknown_host", detail=f"no service is called {host[:100]!r} here; see api.hosts"
+            )
+        origin = headers.get("origin")
+        if scope["method"] not in ("GET", "HEAD") and origin is not None and urlsplit(origin).netloc != host:
+            return 403, Problem(
+                reason="foreign_origin", detail="pages of other sites may not send requests to this API"
+            )
+        return None
+
+
+def allowed_hosts(settings: ApiSettings) -> frozenset[str] | None:
+    """Return the names in the Host header by which the API may be called; None: any."""
+    if settings.hosts:
+        return frozenset(map(str.lower, settings.hosts))
+    return _LOOPBACK_NAMES | {settings.host.lower()} if is_loopback(settings.host) else None
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on can be reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _name(host: str) -> str:
+    """Return a Host header without its port."""
+    return host.lower().rpartition("]")[0] + "]" if host.startswith("[") else host.lower().partition(":")[0]
 
 
 def warn_if_open(settings: ApiSettings) -> None:
     """Log a warning if the API can be reached from the network without a token."""
-    try:
-        loopback = ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = settings.host == "localhost"
-    if not loopback and not settings.tokens and settings.tokens_file is None:
+    if not is_loopback(settings.host) and not settings.tokens and settings.tokens_file is None:
         _log.warning(
             "the HTTP API listens on %s without a token: everyone who reaches it can push images and have them "
             "judged; set api.tokens_file, or let it listen on 127.0.0.1",

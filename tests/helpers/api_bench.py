@@ -45,7 +45,7 @@ class Bench:
         api = build_api(self.detector, self.pusher, self._tell, settings or ApiSettings(), LIMITS)
         self.api = api
         transport = httpx.ASGITransport(api, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://flawstream")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost:8000")
 
     async def _tell(self) -> dict[str, object]:
         if isinstance(self.status, Exception):

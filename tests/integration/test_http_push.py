@@ -42,7 +42,7 @@ async def serving(settings: RedisSettings, *, max_images: int = 10) -> AsyncIter
     api = build_api(FakeDetector(), producer, status, ApiSettings(tokens=(SecretStr(TOKEN),)), LimitSettings())
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(api), base_url="http://flawstream", headers=headers
+        transport=httpx.ASGITransport(api), base_url="http://localhost", headers=headers
     ) as client:
         yield client
     await producer.close()

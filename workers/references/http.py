@@ -23,9 +23,18 @@ _RETRIED = frozenset({408, 425, 429})
 _SERVER_ERRORS = range(500, 600)
 _CHUNK_BYTES = 1 << 16
 
-_METADATA = frozenset(map(ip_address, ("100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")))
-"""Addresses from which a cloud's machines get their credentials (Alibaba, Azure, AWS, Google), in none of the classes
-below."""
+_METADATA = frozenset(
+    ip_address(address)
+    for address in (
+        "100.100.100.200",  # Alibaba
+        "168.63.129.16",  # Azure
+        "192.0.0.192",  # Oracle
+        "fd00:ec2::254",  # AWS
+        "fd00:42::42",  # Scaleway
+        "fd20:ce::254",  # Google
+    )
+)
+"""Addresses from which a cloud's machines get their credentials, in none of the classes below."""
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052
 
 

@@ -262,6 +262,8 @@ def test_localhost_alone_may_lead_to_this_machine(address: str) -> None:
         "64:ff9b::7f00:1",
         "2002:a9fe:a9fe::1",  # 6to4 of the same
         "100.100.100.200",
+        "192.0.0.192",
+        "fd00:42::42",
         "168.63.129.16",
         "fd00:ec2::254",
         "fd20:ce::254",

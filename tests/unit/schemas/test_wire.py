@@ -206,6 +206,7 @@ def test_plain_producer_needs_category_and_image_only() -> None:
         ({b"image": b"x", b"category": b"\xff"}, Reason.MALFORMED, "field category is not UTF-8"),
         ({b"image": b"x", b"id": b"i" * 257}, Reason.MALFORMED, "id"),
         ({b"image": b"x", b"captured_at": b"yesterday"}, Reason.MALFORMED, "captured_at"),
+        ({b"image": b"x", b"captured_at": b"0.5"}, Reason.MALFORMED, "captured_at.*date and a zone"),
         ({b"image": b"x", b"captured_at": b"2026-11-23T13:45:00"}, Reason.MALFORMED, "captured_at.*timezone"),
     ],
 )

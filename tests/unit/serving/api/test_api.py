@@ -178,7 +178,8 @@ async def test_message_error_of_the_detector_keeps_its_reason(bench: Bench) -> N
 async def test_openapi_names_every_status_and_the_image_types(bench: Bench) -> None:
     document = (await bench.client.get("/openapi.json")).json()
     detect = document["paths"]["/v1/detect"]["post"]
-    assert set(detect["responses"]) == {"200", "401", "404", "408", "413", "414", "415", "422", "500", "503"}
+    refused = {"401", "403", "404", "408", "413", "414", "415", "421", "422", "500", "503"}
+    assert set(detect["responses"]) == {"200", *refused}
     for status, response in detect["responses"].items():
         (schema,) = (content["schema"]["$ref"] for content in response["content"].values())
         assert schema.endswith("/DetectionBody" if status == "200" else "/Problem")

@@ -168,3 +168,51 @@ async def test_nothing_that_is_sent_or_secret_is_logged(caplog: pytest.LogCaptur
     assert "failed unexpectedly" in caplog.text
     for secret in ("SECRET-PIXELS", "PNG", TOKENS[0], "a-wrong-guess"):
         assert secret not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", ""]
+)
+async def test_request_under_a_foreign_name_is_refused_where_this_machine_alone_is_served(
+    bench: Bench, host: str
+) -> None:
+    """A page whose name was made to lead to this machine is of the same origin for its browser."""
+    response = await bench.push(b"image", headers={"Host": host})
+    assert refusal(response) == (421, "unknown_host")
+    assert bench.pusher.pushed == []
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]"])
+async def test_every_name_of_this_machine_is_its_own(bench: Bench, host: str) -> None:
+    assert (await bench.push(b"image", headers={"Host": host})).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "status"),
+    [
+        (ApiSettings(host="0.0.0.0"), "plant.example", 202),  # noqa: S104 - what is tested
+        (ApiSettings(hosts=("Plant.example",)), "plant.example:80", 202),
+        (ApiSettings(host="0.0.0.0", hosts=("plant.example",)), "localhost", 421),  # noqa: S104
+    ],
+)
+async def test_names_are_those_of_the_settings(settings: ApiSettings, host: str, status: int) -> None:
+    bench = Bench(settings)
+    async with bench.client:
+        assert (await bench.push(b"image", headers={"Host": host})).status_code == status
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost:3000", "null", "http://localhost"])
+async def test_page_of_another_site_pushes_nothing(bench: Bench, origin: str) -> None:
+    response = await bench.push(b"image", headers={"Origin": origin, "Content-Type": "text/plain"})
+    assert refusal(response) == (403, "foreign_origin")
+    assert bench.pusher.pushed == []
+
+
+async def test_own_pages_and_programs_push(bench: Bench) -> None:
+    assert (await bench.push(b"image", headers={"Origin": "http://localhost:8000"})).status_code == 202
+    assert (await bench.push(b"image")).status_code == 202
+
+
+async def test_document_asks_for_no_token_where_there_are_none(bench: Bench) -> None:
+    document = (await bench.client.get("/openapi.json")).json()
+    assert not [about for methods in document["paths"].values() for about in methods.values() if "security" in about]

@@ -102,3 +102,9 @@ async def test_query_that_is_too_long_is_414(bench: Bench) -> None:
     assert refusal(await bench.push(png(), junk="x" * 4096)) == (414, "too_large")
     assert bench.pusher.pushed == []
     assert (await bench.push(png(), id="\N{WHITE SMILING FACE}" * 256)).status_code == 202
+
+
+@pytest.mark.parametrize("time", ["0.5", "1764313200", "20261128", "yesterday", "2026-11-28T06:00:00"])
+async def test_capture_time_without_a_date_and_a_zone_is_422(bench: Bench, time: str) -> None:
+    assert refusal(await bench.push(b"image", captured_at=time))[0] == 422
+    assert bench.pusher.pushed == []
