@@ -27,27 +27,38 @@ class QuantisedConv(nn.Module):
         convolution: With float weights; not changed.
         low: Smallest input in the calibrated range; if it is not negative, inputs are unsigned.
         high: Largest input in the calibrated range.
+
+    Attributes:
+        convolution: As given.
+        bounds: Lowest and highest integer of an input.
+        input_scale: What an integer of an input stands for.
+        weight_scale: (C,) the same of the weights, for each output channel.
+        zeros: (C,) int32 zeros: torch wants the integer that stands for zero.
     """
 
     def __init__(self, convolution: nn.Conv2d, low: float, high: float) -> None:
         super().__init__()
-        self._convolution = convolution
-        self._signed = low < 0
-        largest = max(-low, high, _SMALLEST)
-        self._input_scale = largest / (_STEPS_SIGNED if self._signed else _STEPS_UNSIGNED)
+        self.convolution = convolution
+        self.bounds = (-_STEPS_SIGNED - 1, _STEPS_SIGNED) if low < 0 else (0, _STEPS_UNSIGNED)
+        self.input_scale = max(-low, high, _SMALLEST) / self.bounds[1]
         channel_max = convolution.weight.detach().abs().amax(dim=(1, 2, 3))
         self.weight_scale = nn.Buffer(channel_max.clamp_min(_SMALLEST) / _STEPS_SIGNED)
         self.zeros = nn.Buffer(torch.zeros(len(channel_max), dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W)."""
-        bounds = (-_STEPS_SIGNED - 1, _STEPS_SIGNED) if self._signed else (0, _STEPS_UNSIGNED)
-        conv = self._convolution
+        conv = self.convolution
         weight = torch.fake_quantize_per_channel_affine(
             conv.weight, self.weight_scale, self.zeros, 0, -_STEPS_SIGNED, _STEPS_SIGNED
         )
-        x = torch.fake_quantize_per_tensor_affine(x, self._input_scale, 0, *bounds)
+        x = torch.fake_quantize_per_tensor_affine(x, self.input_scale, 0, *self.bounds)
         return functional.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def int8_weight(self) -> Tensor:
+        """Return the weight in units of `weight_scale`, as int8; rounded as `forward` rounds it."""
+        factor = 1 / self.weight_scale[:, None, None, None]
+        integers = (self.convolution.weight.detach() * factor).round()
+        return integers.clamp(-_STEPS_SIGNED, _STEPS_SIGNED).to(torch.int8)
 
 
 def quantise(module: nn.Module, run: Callable[[], object]) -> int:
