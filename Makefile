@@ -4,13 +4,13 @@
 #   make test          all tests            make check    lint, types, imports
 #   make unit | contracts | integration | e2e | ...   one folder of tests (ARGS goes to pytest)
 #   make coverage      which lines unit tests and contracts run (ARGS=tests/integration adds to them)
-#   make test-chaos | test-fuzz | test-overload   the long forms of what `make test` runs for minutes (ARGS=--help)
+#   make test-chaos | test-fuzz | test-overload | test-leaks   the long forms of what `make test` runs for minutes (ARGS=--help)
 #   make test-chart    the Helm chart in more than a thousand combinations of its values
 #   make test-image    the image's build scripts in a bare Debian, and the chart's containers in what they made (root, debootstrap)
 #   make prometheus    fetch a Prometheus server for the tests of alerts and boards (`make test` does, where there is apt-get)
 #   make boards        write the Grafana boards anew
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
-#   make bench-accuracy | bench-parity | bench-engine   beside anomalib, in an environment of its own (ARGS=--help)
+#   make bench-accuracy | bench-parity | bench-engine | bench-training   beside anomalib, in an environment of its own (ARGS=--help)
 #   make bench-verdicts  what evaluate reports of a version beside what a worker flags, image for image (ARGS=--help)
 #   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
 #   make fmt           format               make constraints   pin the whole tree anew
@@ -30,7 +30,7 @@ PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream bench-verdicts constraints clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-fuzz test-overload test-leaks demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream bench-training bench-verdicts constraints clean
 
 help:
 	@sed -n '1,17s/^# \{0,1\}//p' Makefile
@@ -96,7 +96,7 @@ $(IN_TURN): setup
 coverage: setup
 	@$(PYTEST_AT_ONCE) --cov --cov-report=term tests/unit tests/contracts $(ARGS)
 
-test-chaos test-fuzz test-overload: setup
+test-chaos test-fuzz test-overload test-leaks: setup
 	@PYTHONPATH=tests $(BIN) -m soak.$(@:test-%=%) $(ARGS)
 
 test-chart: setup
@@ -136,6 +136,9 @@ bench-parity: setup peers
 
 bench-engine: setup peers
 	@$(BIN) -m bench.engine --peer-python $(PEERS)/bin/python $(ARGS)
+
+bench-training: setup peers
+	@$(BIN) -m bench.training --peer-python $(PEERS)/bin/python $(ARGS)
 
 bench-stream: setup
 	@PYTHONPATH=tests $(BIN) -m bench.stream $(ARGS)

@@ -31,29 +31,40 @@ class QuantisedConv(nn.Module):
         low: Smallest input in the calibrated range; if it is not negative, inputs are unsigned.
         high: Largest input in the calibrated range.
         weight_steps: Largest integer of a weight, at most 127.
+
+    Attributes:
+        convolution: As given.
+        bounds: Lowest and highest integer of an input.
+        input_scale: What an integer of an input stands for.
+        weight_scale: (C,) the same of the weights, for each output channel.
+        zeros: (C,) int32 zeros: torch wants the integer that stands for zero.
     """
 
     def __init__(self, convolution: nn.Conv2d, low: float, high: float, weight_steps: int = _STEPS_SIGNED) -> None:
         super().__init__()
-        self._convolution = convolution
+        self.convolution = convolution
         self._weight_steps = weight_steps
-        self._signed = low < 0
-        largest = max(-low, high, _SMALLEST)
-        self._input_scale = largest / (_STEPS_SIGNED if self._signed else _STEPS_UNSIGNED)
+        self.bounds = (-_STEPS_SIGNED - 1, _STEPS_SIGNED) if low < 0 else (0, _STEPS_UNSIGNED)
+        self.input_scale = max(-low, high, _SMALLEST) / self.bounds[1]
         channel_max = convolution.weight.detach().abs().amax(dim=(1, 2, 3))
         self.weight_scale = nn.Buffer(channel_max.clamp_min(_SMALLEST) / weight_steps)
         self.zeros = nn.Buffer(torch.zeros(len(channel_max), dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, H, W)."""
-        bounds = (-_STEPS_SIGNED - 1, _STEPS_SIGNED) if self._signed else (0, _STEPS_UNSIGNED)
-        conv = self._convolution
+        conv = self.convolution
         weight = torch.fake_quantize_per_channel_affine(
             conv.weight, self.weight_scale, self.zeros, 0, -self._weight_steps, self._weight_steps
         )
-        x = torch.fake_quantize_per_tensor_affine(x, self._input_scale, 0, *bounds)
+        x = torch.fake_quantize_per_tensor_affine(x, self.input_scale, 0, *self.bounds)
         convolve = conv2d_same if isinstance(conv, Conv2dSame) else functional.conv2d
         return convolve(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def int8_weight(self) -> Tensor:
+        """Return the weight in units of `weight_scale`, as int8; rounded as `forward` rounds it."""
+        factor = 1 / self.weight_scale[:, None, None, None]
+        integers = (self.convolution.weight.detach() * factor).round()
+        return integers.clamp(-self._weight_steps, self._weight_steps).to(torch.int8)
 
 
 def quantise(

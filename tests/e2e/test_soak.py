@@ -1,4 +1,4 @@
-"""The short forms of the long tests; `make test-chaos` and `make test-fuzz` are the long ones."""
+"""The short forms of the long tests; `make test-chaos`, `test-fuzz` and `test-leaks` are the long ones."""
 
 import json
 import os
@@ -41,3 +41,10 @@ def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobod
     report = run("fuzz", "--entries", "600")
     assert (report["lost"], report["duplicates"], report["wrong_reason"], report["worker_restarts"]) == (0, 0, 0, 0)
     assert report["dead"] >= 600
+
+
+def test_memory_of_a_trainer_and_of_detectors_stays_as_it_is() -> None:
+    """Few categories and loads; `make test-leaks` does 200 and 1,000. The program fails where memory grows."""
+    report = run("leaks", "--categories", "12", "--loads", "30", "--engines", "openvino", "ncnn")
+    assert report["ok"]
+    assert set(report) >= {"trainer", "openvino", "ncnn"}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from flawstream.engines.openvino.head_graph import flows_graph
 from flawstream.engines.openvino.int8_graph import write_int8
 from flawstream.fastflow.head import FastFlowHead, FoldedHead
 from flawstream.fastflow.quantise import quantise
@@ -41,19 +42,8 @@ def write_flows(head: FastFlowHead, features: list[Tensor]) -> dict[str, bytes]:
     Returns:
         The files by name.
     """
-    flows = _Flows(FoldedHead(head, by_index=True))
+    folded = FoldedHead(head, by_index=True)
     with torch.inference_mode():
-        normalised = [statistics(scale) for statistics, scale in zip(flows.head.statistics, features, strict=True)]
-    quantise(flows, lambda: flows(*normalised))
-    return write_int8(flows, [tuple(scale.shape[1:]) for scale in features], torch.float32)
-
-
-class _Flows(nn.Module):
-    """Normalised features in, anomaly grids out."""
-
-    def __init__(self, head: FoldedHead) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, *normalised: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.head.score(list(normalised)))
+        normalised = [statistics(scale) for statistics, scale in zip(folded.statistics, features, strict=True)]
+    quantise(folded, lambda: folded.score(normalised))
+    return write_int8(flows_graph(folded, [(*scale.shape[1:],) for scale in features]))

@@ -1,4 +1,7 @@
-"""Conversion of torch modules to compiled OpenVINO graphs. Used by training, export and engines."""
+"""Compiled OpenVINO graphs, and conversion of any torch module to one. Used by training, export and engines.
+
+Heads are converted by `head_graph`: `convert` is for backbones and exports, of which a process converts few.
+"""
 
 import importlib.util
 import threading
@@ -29,6 +32,9 @@ def openvino_is_installed() -> bool:
 
 def convert(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Any:
     """Convert a module to an `openvino.Model` with a dynamic batch size.
+
+    Every conversion keeps memory for good, 25 MB for a head: torch registers each traced module, with its graph, for
+    the life of the process, and OpenVINO's frontend keeps more.
 
     Args:
         module: Takes tensors and returns a tuple of tensors.
@@ -65,30 +71,16 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
-class CompiledModule:
-    """A module as a compiled OpenVINO graph with a dynamic batch size. Not thread-safe.
+class CompiledGraph:
+    """A compiled graph with a dynamic batch size. Not thread-safe.
 
     Args:
-        module: Takes tensors, or one list of tensors, and returns a list of tensors.
-        shapes: Shapes of the inputs without the batch dimension.
-        dtype: Dtype of all inputs.
-        listed: Whether the module takes one list.
+        graph: An `openvino.Model`.
         threads: CPU threads; 0: all.
-
-    Raises:
-        ConfigError: OpenVINO is not installed.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        shapes: Sequence[tuple[int, ...]],
-        *,
-        dtype: torch.dtype,
-        listed: bool = False,
-        threads: int = 0,
-    ) -> None:
-        self._graph = convert(_TupleModule(module, listed=listed), shapes, dtype)
+    def __init__(self, graph: Any, *, threads: int = 0) -> None:
+        self._graph = graph
         self._threads = threads
         self._compiled = self._compile()
         self._outputs = len(self._graph.outputs)
@@ -110,12 +102,31 @@ class CompiledModule:
         return [results[index] for index in range(self._outputs)]
 
     def _compile(self) -> Any:
-        import openvino  # noqa: PLC0415 - an optional extra, installed if `convert` succeeded
+        import openvino  # noqa: PLC0415 - an optional extra, installed where there is a graph
 
         config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if self._threads:
             config["INFERENCE_NUM_THREADS"] = self._threads
         return openvino.compile_model(self._graph, "CPU", config)
+
+
+class CompiledModule(CompiledGraph):
+    """A module as a compiled graph with a dynamic batch size. Not thread-safe.
+
+    Args:
+        module: Takes tensors and returns a list of tensors.
+        shapes: Shapes of the inputs without the batch dimension.
+        dtype: Dtype of all inputs.
+        threads: CPU threads; 0: all.
+
+    Raises:
+        ConfigError: OpenVINO is not installed.
+    """
+
+    def __init__(
+        self, module: nn.Module, shapes: Sequence[tuple[int, ...]], *, dtype: torch.dtype, threads: int = 0
+    ) -> None:
+        super().__init__(convert(_TupleModule(module), shapes, dtype), threads=threads)
 
 
 class ImageGraph:
@@ -134,7 +145,7 @@ class ImageGraph:
     """
 
     def __init__(self, module: nn.Module, shape: tuple[int, ...], *, dtype: torch.dtype, threads: int) -> None:
-        graph = convert(_TupleModule(module, listed=False), [shape], dtype)
+        graph = convert(_TupleModule(module), [shape], dtype)
         import openvino  # noqa: PLC0415 - an optional extra, installed if `convert` succeeded
 
         graph.reshape([1, *shape])
@@ -170,12 +181,11 @@ class ImageGraph:
 
 
 class _TupleModule(nn.Module):
-    """Adapts a module to the signature that the converter can trace: tensors in, a tuple out."""
+    """Adapts a module to the signature that the converter can trace: a tuple out."""
 
-    def __init__(self, module: nn.Module, *, listed: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.listed = listed
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.module(list(inputs)) if self.listed else self.module(*inputs))
+        return tuple(self.module(*inputs))

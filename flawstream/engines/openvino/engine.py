@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flawstream.engines.openvino.compile import CompiledModule
+from flawstream.engines.openvino.compile import CompiledGraph, CompiledModule
+from flawstream.engines.openvino.head_graph import head_graph
 from flawstream.engines.openvino.int8_graph import Int8Flows
 from flawstream.engines.openvino.int8_versions import load_int8
 from flawstream.engines.protocol import HeadRows, Read, ScoredBatch, no_files, run_heads, score_batch, weights_bytes
@@ -49,16 +50,11 @@ class OpenvinoEngine:
         self._backbone = CompiledModule(backbone, [form.shape], dtype=getattr(torch, form.dtype), threads=threads)
 
     def load(self, head: FastFlowHead, manifest: ModelManifest | None, read: Read = no_files) -> "_Run | Int8Flows":
-        """Fold a head, compile it and run it once."""
+        """Fold a head, convert it to a graph, compile it and run it once."""
         if self.trial_arithmetic and (version := load_int8(head, manifest, read)) is not None:
             return version
-        compiled = CompiledModule(
-            FoldedHead(head),
-            self.spec.feature_shapes,
-            dtype=torch.float32,
-            listed=True,
-            threads=self._threads,
-        )
+        graph = head_graph(FoldedHead(head), self.spec.feature_shapes)
+        compiled = CompiledGraph(graph, threads=self._threads)
 
         def run(features: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
             return compiled(*features)

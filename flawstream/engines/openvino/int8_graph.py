@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from flawstream.engines.numpy_whitening import array_normaliser
-from flawstream.engines.openvino.compile import convert, memory_errors, openvino_is_installed
+from flawstream.engines.openvino.compile import memory_errors, openvino_is_installed
 from flawstream.fastflow.head import FastFlowHead
 
 GRAPH_FILE, CONSTANTS_FILE = "int8.xml", "int8.bin"
@@ -40,28 +39,10 @@ def int8_pays() -> bool:
     return openvino_is_installed() and any(torch.cpu.get_capabilities().get(name) for name in _INSTRUCTIONS)
 
 
-def write_int8(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> dict[str, bytes]:
-    """Write a module that `quantised.quantise` has been through, for one image at a time.
+def write_int8(graph: Any) -> dict[str, bytes]:
+    """Write a graph, an `openvino.Model` from `head_graph.flows_graph`, and return the files by name."""
+    import openvino  # noqa: PLC0415 - an optional extra, installed where there is a graph
 
-    Args:
-        module: Takes tensors and gives a tuple of tensors.
-        shapes: Of each input without the batch dimension.
-        dtype: Of all inputs.
-
-    Returns:
-        The files by name.
-
-    Raises:
-        ConfigError: OpenVINO is not installed.
-    """
-    graph = convert(module, shapes, dtype)
-    import openvino  # noqa: PLC0415 - an optional extra, there if `convert` went through
-    from openvino._offline_transformations import (  # noqa: PLC0415 - what OpenVINO's own quantiser calls
-        compress_quantize_weights_transformation,
-    )
-
-    graph.reshape({place: [1, *shape] for place, shape in zip(graph.inputs, shapes, strict=True)})
-    compress_quantize_weights_transformation(graph)  # stores weights as int8
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         openvino.serialize(graph, folder / GRAPH_FILE, folder / CONSTANTS_FILE)
