@@ -1,4 +1,4 @@
-"""The short forms of the long tests; `make test-chaos` and `make test-fuzz` are the long ones."""
+"""The short forms of the long tests; `make test-chaos`, `make test-fuzz` and `make test-score` are the long ones."""
 
 import json
 import os
@@ -41,3 +41,10 @@ def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobod
     report = run("fuzz", "--entries", "600")
     assert (report["lost"], report["duplicates"], report["wrong_reason"], report["worker_restarts"]) == (0, 0, 0, 0)
     assert report["dead"] >= 600
+
+
+def test_scoring_that_is_killed_and_continued_scores_every_image_once_as_a_worker_does() -> None:
+    report = run("score", "--images", "400", "--images-per-part", "25", "--compare", "200")
+    assert (report["rows"], report["missing"], report["doubled"]) == (400, 0, 0)
+    assert (report["other_version"], report["different"], report["compared"]) == (0, 0, 200)
+    assert (report["actors_killed"], report["commands_killed"]) == (1, 2)
