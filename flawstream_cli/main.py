@@ -21,6 +21,7 @@ COMMANDS = {
     "datasets": "Check data sets, list what they hold, and write public ones as folders.",
     "train": "Train every category of a data set, in parallel on Ray.",
     "evaluate": "Measure the current model versions on labelled test images.",
+    "score": "Score stored images into Parquet files.",
     "serve": "Serve the trained categories until Ctrl-C.",
     "worker": "Judge images from the stream in one process, without Ray.",
     "profile": "Measure the time per image of each stage.",

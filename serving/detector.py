@@ -252,13 +252,32 @@ def make_detector(
         RegistryError: The registry or all its current versions cannot be read, or these have several backbones.
         TransientError: The engine is on another machine and does not answer.
     """
-    registry = Registry(registry_root)
+    return open_detector(Registry(registry_root), model, settings, metrics)
+
+
+def open_detector(
+    registry: Registry,
+    model: ModelSettings,
+    settings: DetectorSettings,
+    metrics: Metrics = NO_METRICS,
+    *,
+    threads: int = 0,
+) -> DetectorService:
+    """Build a detector for the current versions of a registry; see `make_detector`.
+
+    Args:
+        registry: The registry.
+        model: As for `make_detector`.
+        settings: As for `make_detector`.
+        metrics: Metrics to update.
+        threads: CPU threads of ncnn and OpenVINO; 0: all.
+    """
     newest = newest_manifest(registry)
 
     def backbone() -> Backbone:
         return Backbone(model) if newest is None else open_backbone(registry, newest, model)
 
-    engine = make_engine(settings, backbone)
+    engine = make_engine(settings, backbone, threads)
     quiet_torch(engine)
     return DetectorService(registry, engine, settings, metrics)
 

@@ -104,7 +104,23 @@ class Detector(Protocol):
         ...
 
 
-class StreamReader(Protocol):
+class Releaser(Protocol):
+    """Releases entries that this consumer does not complete."""
+
+    async def release(self, ids: Collection[str], *, at_once: bool = True) -> None:
+        """Release entries: their delivery to this consumer does not count.
+
+        Args:
+            ids: Ids of the entries.
+            at_once: Whether they may be claimed at once, or only after the idle time of any other entry.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ...
+
+
+class StreamReader(Releaser, Protocol):
     """Delivers entries of the images stream to one named consumer of the workers' consumer group."""
 
     async def read(self, max_entries: int, max_bytes: int) -> list[Entry]:
@@ -135,18 +151,6 @@ class StreamReader(Protocol):
         """Renew the idle time of entries, so that no other consumer claims them (XCLAIM JUSTID).
 
         An entry that another consumer owns by now stays with it.
-
-        Raises:
-            StreamUnavailableError: The server does not answer.
-        """
-        ...
-
-    async def release(self, ids: Collection[str], *, at_once: bool = True) -> None:
-        """Release entries: their delivery to this consumer does not count.
-
-        Args:
-            ids: Ids of the entries.
-            at_once: Whether they may be claimed at once, or only after the idle time of any other entry.
 
         Raises:
             StreamUnavailableError: The server does not answer.

@@ -1,4 +1,4 @@
-"""The short forms of the long tests; `make test-chaos`, `test-fuzz` and `test-leaks` are the long ones."""
+"""The short forms of the long tests; `make test-chaos`, `test-fuzz`, `test-leaks` and `test-score` are the long ones."""
 
 import json
 import os
@@ -48,3 +48,10 @@ def test_memory_of_a_trainer_and_of_detectors_stays_as_it_is() -> None:
     report = run("leaks", "--categories", "12", "--loads", "30", "--engines", "openvino", "ncnn")
     assert report["ok"]
     assert set(report) >= {"trainer", "openvino", "ncnn"}
+
+
+def test_scoring_that_is_killed_and_continued_scores_every_image_once_as_a_worker_does() -> None:
+    report = run("score", "--images", "400", "--images-per-part", "25", "--compare", "200")
+    assert (report["rows"], report["missing"], report["doubled"]) == (400, 0, 0)
+    assert (report["other_version"], report["different"], report["compared"]) == (0, 0, 200)
+    assert (report["actors_killed"], report["commands_killed"]) == (1, 2)

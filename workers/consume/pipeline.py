@@ -24,8 +24,8 @@ from workers.ports import (
     Entry,
     Judgement,
     Refusal,
+    Releaser,
     ResultSink,
-    StreamReader,
 )
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Pipeline:
 
     def __init__(
         self,
-        reader: StreamReader,
+        reader: Releaser,
         sink: ResultSink,
         detector: Detector,
         decoder: Decoder,
