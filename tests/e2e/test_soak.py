@@ -1,4 +1,4 @@
-"""The short forms of the long tests; `make test-chaos`, `test-fuzz`, `test-leaks` and `test-score` are the long ones."""
+"""The short forms of the long tests: `make test-chaos`, `test-fuzz`, `test-leaks` and `test-score`."""
 
 import json
 import os
