@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,7 +22,7 @@ from schemas.errors import DetectorDiedError, DetectorOverloadedError, Flawstrea
 from schemas.keys import all_keys
 from schemas.settings import Settings
 from serving.api.api import build_api
-from serving.autoscaling import autoscaling_stats
+from serving.autoscaling import LoadReports
 from serving.detector import make_detector
 from serving.ray_metrics import RayMetrics
 from workers.consume.sharded import ShardedWorker
@@ -106,7 +107,8 @@ class DetectorDeployment:
         self._service = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
         await self._service.start()
         self._client = make_client(settings.redis)  # only used with autoscaling
-        self._backlog = Backlog(self._client, all_keys(settings.redis))
+        backlog = Backlog(self._client, all_keys(settings.redis))
+        self._load = LoadReports(backlog, lambda: self._service.work)
 
     async def pixel_form(self) -> PixelForm:
         """Return the form that images must have."""
@@ -132,8 +134,8 @@ class DetectorDeployment:
             await self._client.aclose()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Report the backlog; Serve calls this only with autoscaling."""
-        return await autoscaling_stats(self._backlog)
+        """Report what arrives and what this replica can do; Serve calls this only with autoscaling."""
+        return await self._load.make()
 
 
 class StreamWorkerDeployment:
@@ -156,7 +158,9 @@ class StreamWorkerDeployment:
             RayMetrics(settings.metrics.max_categories),
             tracer=self._exit.enter_context(open_tracer(settings.tracing)),
         )
-        self._backlog = Backlog(self._client, all_keys(settings.redis))
+        backlog = Backlog(self._client, all_keys(settings.redis))
+        # one that has images waiting for it always works: it reads as long as it has a free slot
+        self._load = LoadReports(backlog, lambda: (self._worker.stats.completed, time.monotonic()))
         self._stop = asyncio.Event()
         self._loop_task = asyncio.create_task(self._worker.run(self._stop))
 
@@ -166,8 +170,8 @@ class StreamWorkerDeployment:
         return self._worker.stats.as_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Report the backlog; Serve calls this only with autoscaling."""
-        return await autoscaling_stats(self._backlog)
+        """Report what arrives and what this replica can do; Serve calls this only with autoscaling."""
+        return await self._load.make()
 
     async def check_health(self) -> None:
         """Fail if the worker's loop has ended unexpectedly, so that Serve replaces the replica."""

@@ -99,6 +99,11 @@ class DetectorService:
             "calls_s": self._batcher.calls_s,
         }
 
+    @property
+    def work(self) -> tuple[int, float]:
+        """Return how many images were judged, and the seconds in which any was."""
+        return self._batcher.images, self._batcher.busy_s
+
     async def pixel_form(self) -> PixelForm:
         """Return the form that images must have."""
         return PixelForm.of(self._engine.spec)

@@ -76,8 +76,8 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
                     "redis": {"url": server.url, "block_ms": 100},
                     "registry": {"root": str(folder)},
                     "api": {"port": port, "tokens_file": tokens},
-                    "worker": {"max_replicas": MOST, "images_per_replica": PER_REPLICA, "claim_idle_ms": 600_000},
-                    "detector": {"engine": "torch", "max_replicas": 2, "images_per_replica": 10 * PER_REPLICA},
+                    "worker": {"max_replicas": MOST, "claim_idle_ms": 600_000},
+                    "detector": {"engine": "torch", "max_replicas": 2},
                 }
             )
         )
