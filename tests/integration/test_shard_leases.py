@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.fakes import FakeDetector, png
+from helpers.places import ROOT, TESTS
 from helpers.raw_redis import RawRedis
 from helpers.redis_servers import Server
 from helpers.redis_servers import running as running_servers
@@ -58,11 +59,12 @@ def settings(server: Server) -> Settings:
 @pytest.fixture
 def start(settings: Settings) -> Iterator[Start]:
     """Return a function that starts a worker and waits until it runs."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
     with ExitStack() as stack:
 
         def begin(name: str) -> subprocess.Popen[bytes]:
             command = [sys.executable, "-m", "helpers.shard_worker", settings.model_dump_json(), name]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603 - our own interpreter
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)  # noqa: S603 - our own program
             stack.callback(process.wait)
             stack.callback(process.kill)
             assert process.stdout is not None
@@ -157,7 +159,8 @@ async def test_shards_are_served_while_workers_join_leave_are_killed_and_paused(
 
     third.send_signal(signal.SIGTERM)
     await await_readers(server, settings, {"a": [0, 1], "b": [2, 3]})
-    assert third.wait() == 0
+    await wait_until_async(lambda: third.poll() is not None, "the end of the worker that was stopped", deadline_s=20)
+    assert third.returncode == 0
 
     enough = len(pushed) + 100
     await wait_until_async(lambda: len(pushed) >= enough, "images after the last change")
