@@ -85,7 +85,8 @@ class ShardLoops:
             if not stop.is_set():
                 self._follow(tasks)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), HEARTBEAT_S)
+                    async with asyncio.timeout(HEARTBEAT_S):
+                        await stop.wait()
 
     def _follow(self, tasks: asyncio.TaskGroup) -> None:
         """Start and stop loops, so that they are those of the leases."""

@@ -39,7 +39,7 @@ class BacklogState:
     @property
     def waiting(self) -> int:
         """Return how many images were not yet delivered; unlike `lag` always known."""
-        return self.images - self.pending
+        return max(0, self.images - self.pending)  # pending may be what somebody deleted
 
     @property
     def arrived(self) -> int | None:
