@@ -91,6 +91,7 @@ class ShardedWorker:
         in_flight = self._settings.worker.in_flight
         if len(self._shards) == 1:
             self._metrics.set(m.SHARDS_READ, 1)
+            self._metrics.set(m.SHARDS_UNREAD, 0)
             await self._make_loop(0, Slots(in_flight)).run(stop)
             return
         leases = ShardLeases(self.consumer, len(self._shards))
