@@ -108,7 +108,7 @@ class DrainBatcher(Generic[Tag, Out]):
         batches: Batches run.
         images: Images in them.
         halvings: How often a batch did not fit in memory.
-        detect_s: Seconds in which a batch ran.
+        detect_s: Seconds in which a batch ran, until none did.
         calls_s: Seconds from a call's arrival to its answer, over all calls; those that overlap count each.
     """
 
@@ -162,6 +162,12 @@ class DrainBatcher(Generic[Tag, Out]):
     def queued_images(self) -> int:
         """Return how many images wait."""
         return len(self._waiting)
+
+    @property
+    def busy_s(self) -> float:
+        """Return the seconds in which a batch ran, those that run now included."""
+        running_s = time.perf_counter() - self._running_since_s if self._running else 0.0
+        return self.detect_s + running_s
 
     async def submit(self, images: Pixels, tags: Sequence[Tag]) -> list[Out]:
         """Have images judged, together with those of other calls.

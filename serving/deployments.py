@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,9 +22,10 @@ from schemas.errors import DetectorDiedError, DetectorOverloadedError, Flawstrea
 from schemas.keys import all_keys
 from schemas.settings import Settings
 from serving.api.api import build_api
-from serving.autoscaling import autoscaling_stats
+from serving.autoscaling import LoadReports
 from serving.detector import make_detector
 from serving.ray_metrics import RayMetrics
+from serving.routing import CATEGORIES_FIT, placement_of, split
 from workers.consume.sharded import ShardedWorker
 from workers.observe.backlog import Backlog
 from workers.observe.stream_gauges import StreamGauges, report_for_ever
@@ -59,11 +61,27 @@ class HandleDetector:
     async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         """Judge a batch; see `workers.ports.Detector`.
 
+        Where the categories do not all fit into one replica, each replica gets the images of its categories.
+
         Raises:
             DetectorOverloadedError: The queue is full, no replica is available, or none answered in time; nothing is
                 returned even if some images were judged.
             DetectorDiedError: The replica died during the call.
         """
+        calls = split(categories, placement_of(self._handle.deployment_name))
+        if len(calls) == 1:
+            return await self._detect(images, categories)
+        answers = await asyncio.gather(
+            *(self._detect(images[rows], [categories[row] for row in rows]) for rows in calls), return_exceptions=True
+        )
+        judgements: dict[int, Judgement] = {}
+        for rows, answer in zip(calls, answers, strict=True):
+            if isinstance(answer, BaseException):
+                raise answer
+            judgements.update(zip(rows, answer, strict=True))
+        return [judgements[row] for row in range(len(categories))]
+
+    async def _detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         try:
             outcomes: Sequence[Judgement] = await self._call("detect", images, list(categories))
         except DetectorOverloadedError as error:
@@ -106,7 +124,8 @@ class DetectorDeployment:
         self._service = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
         await self._service.start()
         self._client = make_client(settings.redis)  # only used with autoscaling
-        self._backlog = Backlog(self._client, all_keys(settings.redis))
+        backlog = Backlog(self._client, all_keys(settings.redis))
+        self._load = LoadReports(backlog, lambda: self._service.work)
 
     async def pixel_form(self) -> PixelForm:
         """Return the form that images must have."""
@@ -120,6 +139,10 @@ class DetectorDeployment:
         """Return the status of the detector."""
         return self._service.status()
 
+    async def record_routing_stats(self) -> dict[str, object]:
+        """Report to the request router whether all categories fit into memory; Serve calls this now and then."""
+        return {CATEGORIES_FIT: self._service.categories_fit}
+
     async def check_health(self) -> None:
         """Fail if a loop of the detector has ended, so that Serve replaces the replica."""
         if not self._service.alive:
@@ -132,8 +155,8 @@ class DetectorDeployment:
             await self._client.aclose()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Report the backlog; Serve calls this only with autoscaling."""
-        return await autoscaling_stats(self._backlog)
+        """Report what arrives and what this replica can do; Serve calls this only with autoscaling."""
+        return await self._load.make()
 
 
 class StreamWorkerDeployment:
@@ -156,7 +179,9 @@ class StreamWorkerDeployment:
             RayMetrics(settings.metrics.max_categories),
             tracer=self._exit.enter_context(open_tracer(settings.tracing)),
         )
-        self._backlog = Backlog(self._client, all_keys(settings.redis))
+        backlog = Backlog(self._client, all_keys(settings.redis))
+        # one that has images waiting for it always works: it reads as long as it has a free slot
+        self._load = LoadReports(backlog, lambda: (self._worker.stats.completed, time.monotonic()))
         self._stop = asyncio.Event()
         self._loop_task = asyncio.create_task(self._worker.run(self._stop))
 
@@ -166,8 +191,8 @@ class StreamWorkerDeployment:
         return self._worker.stats.as_dict()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Report the backlog; Serve calls this only with autoscaling."""
-        return await autoscaling_stats(self._backlog)
+        """Report what arrives and what this replica can do; Serve calls this only with autoscaling."""
+        return await self._load.make()
 
     async def check_health(self) -> None:
         """Fail if the worker's loop has ended unexpectedly, so that Serve replaces the replica."""

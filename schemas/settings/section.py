@@ -20,9 +20,11 @@ class ScaledSection(Section):
 
     replicas: int = Field(1, ge=0, description="Replicas to run; with max_replicas the fewest.")
     max_replicas: int | None = Field(
-        None, ge=1, description="Most replicas; with it their number follows the backlog, between replicas and this."
+        None,
+        ge=1,
+        description="Most replicas; with it their number follows the images that arrive, between replicas and this.",
     )
-    images_per_replica: int = Field(
-        500, ge=1, description="Images waiting for each replica, above which replicas are added."
+    catch_up_s: float = Field(
+        60.0, gt=0, description="With max_replicas: time in which images that wait are to be done, by more replicas."
     )
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for a replica.")

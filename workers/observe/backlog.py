@@ -24,6 +24,7 @@ class BacklogState:
         results: Results on the results streams.
         dead: Dead letters on the dead-letter streams.
         counters: Refusals, duplicates and trimmed results since the servers' data began, by name.
+        delivered: How many images were ever delivered, redeliveries not counted. None where a server does not know.
     """
 
     images: int
@@ -33,6 +34,22 @@ class BacklogState:
     results: int
     dead: int
     counters: Mapping[str, int]
+    delivered: int | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Return how many images were not yet delivered; unlike `lag` always known."""
+        return max(0, self.images - self.pending)  # pending may be what somebody deleted
+
+    @property
+    def arrived(self) -> int | None:
+        """Return how many images have ever arrived; None where a server does not know."""
+        return None if self.delivered is None else self.delivered + self.waiting
+
+    @property
+    def refused(self) -> int:
+        """Return how many pushes were ever refused; a producer that retries is counted with every try."""
+        return sum(count for name, count in self.counters.items() if name.startswith("refused"))
 
 
 class Backlog:
@@ -77,12 +94,13 @@ class Backlog:
         reply: list[Any] = await self._script(
             keys=[keys.images, keys.results, keys.dead, keys.counters], args=[keys.group]
         )
-        images, pending, lag, age_ms, results, dead, counted = reply
+        images, pending, lag, delivered, age_ms, results, dead, counted = reply
         names, values = counted[::2], counted[1::2]
         return BacklogState(
             images=images,
             pending=pending,
             lag=lag,
+            delivered=delivered,
             oldest_s=None if age_ms < 0 else age_ms / 1000,
             results=results,
             dead=dead,
@@ -91,16 +109,21 @@ class Backlog:
 
 
 def _sum(shards: Sequence[BacklogState]) -> BacklogState:
-    lags = [shard.lag for shard in shards]
     counters: Counter[str] = Counter()
     for shard in shards:
         counters.update(shard.counters)
     return BacklogState(
         images=sum(shard.images for shard in shards),
         pending=sum(shard.pending for shard in shards),
-        lag=None if None in lags else sum(lag for lag in lags if lag is not None),
+        lag=_total([shard.lag for shard in shards]),
+        delivered=_total([shard.delivered for shard in shards]),
         oldest_s=max((shard.oldest_s for shard in shards if shard.oldest_s is not None), default=None),
         results=sum(shard.results for shard in shards),
         dead=sum(shard.dead for shard in shards),
         counters=dict(counters),
     )
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None

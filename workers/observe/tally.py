@@ -43,6 +43,11 @@ class WorkerStats:
     deferred: int = 0
     errors: int = 0
 
+    @property
+    def completed(self) -> int:
+        """Return how many images were completed, with a result or a dead letter."""
+        return self.results + self.dead.total()
+
     def as_dict(self) -> dict[str, object]:
         """Return the counts, ready for JSON."""
         return asdict(self) | {"dead": {str(reason): count for reason, count in self.dead.items()}}

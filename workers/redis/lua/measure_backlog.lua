@@ -1,12 +1,13 @@
 #!lua flags=no-writes
 -- Measure the backlog of a shard.
 -- KEYS: images, results, dead, counters.  ARGV: the workers' group.
--- Returns {images, pending, lag or null, age of the oldest in ms or -1, results, dead, {counter, value, ...}}.
+-- Returns {images, pending, lag or null, ever delivered or null, age of the oldest in ms or -1, results, dead,
+-- {counter, value, ...}}.
 
 local images, group = KEYS[1], ARGV[1]
 
 local length = redis.call('XLEN', images)
-local pending, lag = 0, length -- without a group nothing was delivered
+local pending, lag, delivered = 0, length, 0 -- without a group nothing was delivered
 local groups = redis.pcall('XINFO', 'GROUPS', images)
 if groups['err'] then
     if not string.find(groups['err'], 'no such key', 1, true) then -- where there is no such key, nobody has pushed yet
@@ -19,7 +20,7 @@ else
             info[row[i]] = row[i + 1]
         end
         if info['name'] == group then
-            pending, lag = info['pending'], info['lag']
+            pending, lag, delivered = info['pending'], info['lag'], info['entries-read']
         end
     end
 end
@@ -38,6 +39,6 @@ if oldest then
 end
 
 return {
-    length, pending, lag, age_ms,
+    length, pending, lag, delivered, age_ms,
     redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), redis.call('HGETALL', KEYS[4]),
 }
