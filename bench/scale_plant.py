@@ -1,7 +1,7 @@
 """A plant on a simulated clock: cameras, shards, stream workers, detectors and nodes, under the real policies.
 
-`serving.scaling` decides how many workers and detectors there are, `workers.consume.shard_leases` who reads which shard,
-`serving.routing` which detector takes a call. What is simulated is the work between their decisions.
+`serving.scaling` decides how many workers and detectors there are, `workers.consume.shard_leases` who reads which
+shard, `serving.routing` which detector takes a call. What is simulated is the work between their decisions.
 
 Approximated:
 
@@ -85,7 +85,7 @@ class Layout:
     detectors_a_node: int
     workers: int
     detectors: int
-    bundle: int = 16
+    bundle: int = 32
     categories: int = 1
     hot_categories: int = 0
     hot_share: float = 0.0
@@ -422,8 +422,8 @@ class Plant:
             self.at(self.now_s + _RETRY_S, lambda: self._call(call))
             return
         if self._fits:
-            names = self._random.sample(list(listed), len(listed))
-            ranking = sorted(names, key=lambda name: listed[name].node != call.batch.worker.node)
+            here, pick = call.batch.worker.node, self._random.random
+            ranking = sorted(listed, key=lambda name: pick() + (listed[name].node != here))  # local ones first
         else:
             ranking = list(replicas_of(call.categories[0], listed))
         detector = listed[choose(ranking, {name: one.calls for name, one in listed.items()})[0]]
@@ -474,7 +474,7 @@ class Plant:
             self._run_batch(detector)
 
     def _run_batch(self, detector: _Detector) -> None:
-        """Start a batch of whole calls, at least one. (The real one divides calls.)"""
+        """Start a batch of whole calls, at least one; the real one divides calls."""
         images = 0
         most = self._settings.detector.max_batch_images
         while detector.queue and (not detector.running or images + detector.queue[0].images <= most):
