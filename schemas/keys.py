@@ -49,6 +49,11 @@ class StreamKeys(BaseModel):
         return f"{self.images}:bytes"
 
     @property
+    def workers(self) -> str:
+        """Return the name of the hash of the workers' heartbeats; that of shard 0 is used."""
+        return f"{self._base}:workers"
+
+    @property
     def group(self) -> str:
         """Return the name of the workers' consumer group on the images stream."""
         return "workers"

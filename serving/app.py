@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.context import _get_global_client  # no public function returns Serve's address
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -37,6 +37,8 @@ _DETECTOR = "Detector"
 _WORKER = "StreamWorker"
 _SHUTDOWN_S = 30.0
 _SLOT_IMAGES_FACTOR = 2
+_ROUTING_S = 5.0
+"""Time between two reports of a detector to the request router."""
 
 
 def build(settings: Settings) -> serve.Application:
@@ -57,6 +59,9 @@ def build(settings: Settings) -> serve.Application:
         max_ongoing_requests=max(8, _SLOT_IMAGES_FACTOR * detector.max_queue_images),
         num_cpus=detector.num_cpus,
         num_gpus=detector.num_gpus,
+        request_router_config=RequestRouterConfig(
+            request_router_class="serving.request_router:CategoryRouter", request_routing_stats_period_s=_ROUTING_S
+        ),
     ).bind(settings)
     workers = None
     if worker.replicas:
@@ -67,9 +72,13 @@ def build(settings: Settings) -> serve.Application:
             max_ongoing_requests=8,
             num_cpus=worker.num_cpus,
         ).bind(settings, detectors)
-    return _deployment(ApiDeployment, name="Api", num_replicas=1, max_ongoing_requests=256, num_cpus=0).bind(
-        settings, detectors, workers
-    )
+    return _deployment(
+        ApiDeployment,
+        name="Api",
+        num_replicas=settings.api.replicas,
+        max_ongoing_requests=256,
+        num_cpus=settings.api.num_cpus,
+    ).bind(settings, detectors, workers)
 
 
 def require_startable(settings: Settings) -> None:

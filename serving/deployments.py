@@ -25,6 +25,7 @@ from serving.api.api import build_api
 from serving.autoscaling import LoadReports
 from serving.detector import make_detector
 from serving.ray_metrics import RayMetrics
+from serving.routing import CATEGORIES_FIT, placement_of, split
 from workers.consume.sharded import ShardedWorker
 from workers.observe.backlog import Backlog
 from workers.observe.stream_gauges import StreamGauges, report_for_ever
@@ -60,11 +61,27 @@ class HandleDetector:
     async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         """Judge a batch; see `workers.ports.Detector`.
 
+        Where the categories do not all fit into one replica, each replica gets the images of its categories.
+
         Raises:
             DetectorOverloadedError: The queue is full, no replica is available, or none answered in time; nothing is
                 returned even if some images were judged.
             DetectorDiedError: The replica died during the call.
         """
+        calls = split(categories, placement_of(self._handle.deployment_name))
+        if len(calls) == 1:
+            return await self._detect(images, categories)
+        answers = await asyncio.gather(
+            *(self._detect(images[rows], [categories[row] for row in rows]) for rows in calls), return_exceptions=True
+        )
+        judgements: dict[int, Judgement] = {}
+        for rows, answer in zip(calls, answers, strict=True):
+            if isinstance(answer, BaseException):
+                raise answer
+            judgements.update(zip(rows, answer, strict=True))
+        return [judgements[row] for row in range(len(categories))]
+
+    async def _detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         try:
             outcomes: Sequence[Judgement] = await self._call("detect", images, list(categories))
         except DetectorOverloadedError as error:
@@ -121,6 +138,10 @@ class DetectorDeployment:
     async def status(self) -> dict[str, object]:
         """Return the status of the detector."""
         return self._service.status()
+
+    async def record_routing_stats(self) -> dict[str, object]:
+        """Report to the request router whether all categories fit into memory; Serve calls this now and then."""
+        return {CATEGORIES_FIT: self._service.categories_fit}
 
     async def check_health(self) -> None:
         """Fail if a loop of the detector has ended, so that Serve replaces the replica."""

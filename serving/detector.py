@@ -90,6 +90,7 @@ class DetectorService:
             "input_size": self._engine.spec.input_size,
             "categories": self._store.known,
             "resident": self._store.resident,
+            "loads": self._store.loads,
             "resident_mb": round(self._store.resident_bytes / 1e6, 1),
             "batches": self._batcher.batches,
             "images": self._batcher.images,
@@ -103,6 +104,11 @@ class DetectorService:
     def work(self) -> tuple[int, float]:
         """Return how many images were judged, and the seconds in which any was."""
         return self._batcher.images, self._batcher.busy_s
+
+    @property
+    def categories_fit(self) -> bool:
+        """Return whether all categories fit into the memory for loaded versions."""
+        return self._store.categories_fit
 
     async def pixel_form(self) -> PixelForm:
         """Return the form that images must have."""

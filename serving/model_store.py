@@ -62,6 +62,9 @@ class ModelStore:
         engine: Engine that runs them; a version with another backbone is refused.
         max_resident_bytes: The memory limit. The version used last stays loaded, even if it is larger.
         metrics: Metrics to update.
+
+    Attributes:
+        loads: Versions loaded since the start.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ModelStore:
         self._known: dict[str, str] = {}
         self._failures: dict[str, _Failure] = {}
         self._metrics = metrics
+        self.loads = 0
 
     @property
     def known(self) -> dict[str, str]:
@@ -99,6 +103,13 @@ class ModelStore:
         with self._lock:
             largest = max((model.size_bytes for model in self._models.values()), default=0)
             return self._size() + largest <= self._max_resident_bytes
+
+    @property
+    def categories_fit(self) -> bool:
+        """Whether the versions of all categories fit, if those not loaded are as large as the loaded ones."""
+        with self._lock:
+            loaded = len(self._models)
+            return not loaded or self._size() / loaded * len(self._known) <= self._max_resident_bytes
 
     def get(self, category: str) -> ResidentModel | None:
         """Return the loaded version of a category, or None."""
@@ -165,6 +176,7 @@ class ModelStore:
     def _update_metrics(
         self, loaded: ResidentModel, swapped: ResidentModel | None, unloaded: list[ResidentModel]
     ) -> None:
+        self.loads += 1
         self._metrics.add(m.MODEL_LOADS, outcome="swap" if swapped else "first")
         for model in (swapped, *unloaded):
             if model is not None:

@@ -10,11 +10,41 @@ al., arXiv 1608.01350), so that one category that everybody pushes is judged by 
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 
+CATEGORIES_FIT = "categories_fit"
+"""Name of what each replica reports for routing: whether all categories fit into its memory."""
+
 _MOST_OF_MEAN = 1.25
 """A replica takes a call as long as it has at most this many times the mean of all replicas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a process knows of a deployment's replicas.
+
+    Attributes:
+        replicas: Their ids.
+        categories_fit: Whether all categories fit into each one's memory.
+    """
+
+    replicas: frozenset[str] = frozenset()
+    categories_fit: bool = True
+
+
+_placements: dict[str, Placement] = {}
+
+
+def set_placement(deployment: str, placement: Placement) -> None:
+    """Take note of a deployment's replicas; the request router does, in its own thread."""
+    _placements[deployment] = placement
+
+
+def placement_of(deployment: str) -> Placement:
+    """Return what this process knows of a deployment's replicas."""
+    return _placements.get(deployment, Placement())
 
 
 def replicas_of(category: str, replicas: Collection[str]) -> tuple[str, ...]:
@@ -27,17 +57,18 @@ def replicas_of(category: str, replicas: Collection[str]) -> tuple[str, ...]:
     return _ranked(category, tuple(sorted(replicas)))
 
 
-def split(categories: Sequence[str], replicas: Collection[str]) -> list[list[int]]:
+def split(categories: Sequence[str], placement: Placement) -> list[list[int]]:
     """Divide a batch into calls, one for each replica that is first for some of its categories.
 
     Args:
         categories: Each image's category.
-        replicas: Ids of the replicas; with none or one the batch stays whole.
+        placement: The replicas; the batch stays whole where the categories fit into each of them, and with one or none.
 
     Returns:
         For each call the rows of its images, ascending; together every row once.
     """
-    if len(replicas) < 2:  # noqa: PLR2004 - there is nothing to choose
+    replicas = placement.replicas
+    if placement.categories_fit or len(replicas) < 2:  # noqa: PLR2004 - there is nothing to choose
         return [list(range(len(categories)))]
     rows_of: dict[str, list[int]] = {}
     for row, category in enumerate(categories):

@@ -51,7 +51,7 @@ _PRODUCER = (
 )
 _WORKER = (
     _Grant("time"),
-    _Grant(_SCRIPTS, "images results dead counters"),
+    _Grant(_SCRIPTS, "images results dead counters workers"),
     _Grant(
         "xreadgroup xack xdel xlen xrange xpending xclaim xautoclaim "
         "xgroup|create xgroup|delconsumer xinfo|groups xinfo|consumers",
@@ -60,6 +60,7 @@ _WORKER = (
     _Grant("xadd xlen", "results dead"),
     _Grant("xtrim xpending xinfo|groups", "results"),
     _Grant("hincrby hgetall", "counters"),
+    _Grant("hincrby hget hgetall hdel", "workers"),
 )
 _GRANTS = {
     Role.PRODUCER: _PRODUCER,

@@ -175,6 +175,13 @@ BATCH_IMAGES = Histogram(
     buckets=_IMAGES,
 )
 
+# --- shards, of a worker
+SHARDS_READ = Gauge("flawstream_shards_read", "Shards that a worker reads.")
+SHARDS_UNREAD = Gauge(
+    "flawstream_shards_unread",
+    "Shards whose every reader missed its last heartbeats, as this worker sees it: aggregate with max, not sum.",
+)
+
 # --- drift, measured by workers
 P_VALUE = Histogram("flawstream_p_value", "p-values of results; uniform without drift.", ("category",), buckets=_SHARES)
 WINDOW_IMAGES = Gauge(

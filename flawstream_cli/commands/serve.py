@@ -72,6 +72,10 @@ def serve(
     with contextlib.ExitStack() as stack:
         if embedded:
             print_message(f"starting an embedded Valkey server in {data_dir} ...")
+            print_message(
+                "each push is on the disk before it is confirmed, which limits it to some hundreds a second; "
+                "for more bring a server of your own with --redis (docs/how-to/many-shards.md)"
+            )
             server = stack.enter_context(EmbeddedServer(data_dir, redis_port or free_port(_REDIS_PORT)))
             settings = with_redis(settings, server.url)
         if ray_address is None:  # a remote cluster may reach servers and folders that this machine cannot

@@ -221,7 +221,6 @@ _REPLICAS = lines(
     "Of each deployment, as reported by Ray Serve. Fewer than expected: see the deployment in Ray's dashboard.",
     Query(f"sum by (deployment) ({select('ray_serve_deployment_replica_healthy')})", "{{deployment}}"),
     runbook="FlawstreamReplicasRestart",
-    width=12,
 )
 _STARTS = lines(
     "Replicas and workers started",
@@ -237,7 +236,15 @@ _STARTS = lines(
         "worker {{instance}}",
     ),
     runbook="FlawstreamReplicasRestart",
-    width=12,
+)
+
+_SHARDS = lines(
+    "Shards",
+    "none",
+    "Shards whose readers missed their last heartbeats (`unread`, 0 within seconds), and the shards that each worker "
+    "reads, added up: more than there are, as neighbours read some together.",
+    Query(f"max({select(m.SHARDS_UNREAD)})", "unread"),
+    Query(f"sum({select(m.SHARDS_READ)})", "read"),
 )
 
 BOARD = Board(
@@ -252,6 +259,6 @@ BOARD = Board(
         ("Errors", [_DEAD, _RETRIES, _BUGS]),
         ("Latency", [_LATENCY, _STAGES, _MEANS]),
         ("Detectors", [_BATCHES, _QUEUE, _FULL, _LOADS, _RESIDENT, _MEMORY]),
-        ("Replicas", [_REPLICAS, _STARTS]),
+        ("Replicas", [_REPLICAS, _STARTS, _SHARDS]),
     ],
 )

@@ -18,3 +18,9 @@ class ApiSettings(Section):
     tokens_file: Path | None = Field(
         None, description="File of tokens, one a line, such as a mounted secret; instead of `tokens`."
     )
+    replicas: int = Field(1, ge=1, description="Replicas to run, behind one address on every node.")
+    num_cpus: float = Field(
+        0.1,
+        ge=0,
+        description="CPUs that Ray reserves for a replica; with 0 one may run on a head that has no CPUs for work.",
+    )

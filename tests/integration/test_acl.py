@@ -35,6 +35,7 @@ WHO_RUNS = {
     "trim.lua": (Role.WORKER, Role.SERVICE),
     "_capacity.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
     "heartbeat.lua": (Role.WORKER, Role.SERVICE),
+    "shard_heartbeat.lua": (Role.WORKER, Role.SERVICE),
 }
 """Whoever adds a script says here who runs it."""
 TOLD = {"list_dead_letters.lua": {"command": ("XRANGE", "XREVRANGE")}}

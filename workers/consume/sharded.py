@@ -1,9 +1,8 @@
-"""One worker over all shards: a loop for each, with one decoder and one detector for all. Knows no Ray and no model."""
+"""The stream worker of a process: a loop for each shard that it reads, with one decoder and one detector for all."""
 
 import asyncio
-from collections import Counter
-from dataclasses import fields
 
+from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from flawstream.telemetry.traces import NO_TRACER, Tracer
 from schemas.keys import all_keys
@@ -11,7 +10,11 @@ from schemas.settings import Settings
 from workers.consume.clock import SystemClock
 from workers.consume.decode import Decoder
 from workers.consume.reader import RedisStreamReader
+from workers.consume.shard_leases import ShardLeases
+from workers.consume.shard_loops import ShardLoops
+from workers.consume.shard_members import ShardMembers
 from workers.consume.sink import RedisResultSink
+from workers.consume.slots import Slots
 from workers.consume.worker import StreamWorker
 from workers.observe.backlog import Backlog
 from workers.observe.drift import DriftMonitor
@@ -24,10 +27,10 @@ from workers.references import ReferenceFetcher
 
 
 class ShardedWorker:
-    """The stream worker of a process. Without shards it has one loop.
+    """The stream worker of a process. Knows no Ray and no model.
 
-    Every worker reads every shard, so that no shard depends on one worker. The batches in flight are divided among
-    the loops, at least one each.
+    Without shards, or with one, it has one loop. With more, the workers share the shards among themselves: see
+    `workers.consume.shard_leases`. The batches in flight are divided among the loops, at least one each.
 
     Args:
         client: A client of the stream server or cluster.
@@ -53,47 +56,61 @@ class ShardedWorker:
         tracer: Tracer = NO_TRACER,
     ) -> None:
         self.consumer = consumer
-        clock = SystemClock()
-        shards = all_keys(settings.redis)
-        worker = settings.worker.model_copy(update={"in_flight": max(1, settings.worker.in_flight // len(shards))})
-        self._references = ReferenceFetcher(settings.references, settings.limits, client, clock)
-        self._decoder = Decoder(worker.decode_threads, settings.limits, clock, self._references)
+        self._client = client
+        self._detector = detector
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = SystemClock()
+        self._shards = all_keys(settings.redis)
+        self._references = ReferenceFetcher(settings.references, settings.limits, client, self._clock)
+        self._decoder = Decoder(settings.worker.decode_threads, settings.limits, self._clock, self._references)
         self._drift = DriftMonitor(metrics, settings.metrics.window_images, settings.metrics.max_categories)
-        self._gauges = StreamGauges(Backlog(client, shards), metrics)
-        self._report_s = settings.metrics.report_s
-        self._loops = [
-            StreamWorker(
-                RedisStreamReader(client, keys, consumer, settings.redis, claim_idle_ms=worker.claim_idle_ms),
-                RedisResultSink(client, keys, consumer),
-                detector,
-                self._decoder,
-                clock,
-                settings=worker,
-                retention=RedisRetention(client, keys, settings.backlog),
-                tally=Tally(metrics, self._drift, tracer),
-            )
-            for keys in shards
+        self._tally = Tally(metrics, self._drift, tracer)
+        self._gauges = StreamGauges(Backlog(client, self._shards), metrics)
+        self._readers = [
+            RedisStreamReader(client, keys, consumer, settings.redis, claim_idle_ms=settings.worker.claim_idle_ms)
+            for keys in self._shards
         ]
 
     @property
     def stats(self) -> WorkerStats:
         """Return what all loops together have done since the start."""
-        total = WorkerStats()
-        for one in fields(WorkerStats):
-            sums = [getattr(loop.stats, one.name) for loop in self._loops]
-            setattr(total, one.name, sum(sums, Counter()) if one.name == "dead" else sum(sums))
-        return total
+        return self._tally.stats
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then finish the batches in flight; what takes too long is released."""
-        reporting = asyncio.create_task(report_for_ever(self._report_s, [self._gauges.report, self._report_drift]))
+        reports = [self._gauges.report, self._report_drift]
+        reporting = asyncio.create_task(report_for_ever(self._settings.metrics.report_s, reports))
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for loop in self._loops:
-                    tasks.create_task(loop.run(stop))
+            await self._work(stop)
         finally:
             reporting.cancel()
             await asyncio.gather(reporting, return_exceptions=True)
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        in_flight = self._settings.worker.in_flight
+        if len(self._shards) == 1:
+            self._metrics.set(m.SHARDS_READ, 1)
+            await self._make_loop(0, Slots(in_flight)).run(stop)
+            return
+        leases = ShardLeases(self.consumer, len(self._shards))
+        members = ShardMembers(self._client, self._shards[0], self.consumer)
+        await ShardLoops(leases, members, self._make_loop, in_flight=in_flight, metrics=self._metrics).run(stop)
+
+    def _make_loop(self, shard: int, slots: Slots) -> StreamWorker:
+        """Make the loop of a shard. Its reader stays the same: what was pending at the start is read once."""
+        keys = self._shards[shard]
+        return StreamWorker(
+            self._readers[shard],
+            RedisResultSink(self._client, keys, self.consumer),
+            self._detector,
+            self._decoder,
+            self._clock,
+            settings=self._settings.worker,
+            retention=RedisRetention(self._client, keys, self._settings.backlog),
+            tally=self._tally,
+            slots=slots,
+        )
 
     async def _report_drift(self) -> None:
         self._drift.report()

@@ -10,6 +10,7 @@ from workers.consume.heartbeat import Heartbeat
 from workers.consume.pipeline import Pipeline
 from workers.consume.reclaim import Reclaimer
 from workers.consume.retry import Retry
+from workers.consume.slots import Slots
 from workers.observe.tally import Tally, WorkerStats
 from workers.ports import Clock, Detector, Entry, ResultSink, Retention, StreamReader
 from workers.redis.backoff import backoff_s
@@ -31,6 +32,7 @@ class StreamWorker:
         settings: Sizes and limits of the loop.
         retention: Trims the results at every sweep; absent: they are not trimmed.
         tally: Counts and times what is done; absent: for `stats` alone.
+        slots: One for each batch in flight; absent: as many as `settings` says.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class StreamWorker:
         settings: WorkerSettings,
         retention: Retention | None = None,
         tally: Tally | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self._tally = tally or Tally()
         self._reader = reader
         self._settings = settings
-        self._slots = asyncio.Semaphore(settings.in_flight)
+        self._slots = slots or Slots(settings.in_flight)
         self._batches: set[asyncio.Task[None]] = set()
         self._retry = Retry(clock, self._tally)
         self._pipeline = Pipeline(
@@ -117,12 +120,9 @@ class StreamWorker:
                 entries = []
                 self._retry.log_failure("reading", error)
                 await self._retry.wait(backoff_s(failures))
-            if self._retry.is_stopping():
+            if not entries:
                 self._slots.release()
-                self._pipeline.in_flight |= {entry.entry_id for entry in entries}  # not begun: `run` releases them
-            elif not entries:
-                self._slots.release()
-            elif _is_redelivered(entries):
+            elif self._retry.is_stopping() or _is_redelivered(entries):
                 await self._complete(entries)
             else:
                 batch = asyncio.create_task(self._complete(entries))

@@ -11,7 +11,10 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, MessageError, Reason
+from serving import routing
 from serving.deployments import HandleDetector
+from serving.routing import Placement, split
+from workers.ports import Refusal
 
 pytestmark = pytest.mark.anyio
 
@@ -44,9 +47,12 @@ NOTHING = object()
 class Handle:
     """A Serve handle that gives the outcomes told, one a call, and for `NOTHING` never any."""
 
+    deployment_name = "Detector"
+
     def __init__(self, *outcomes: object) -> None:
         self.outcomes = list(outcomes)
         self.calls: list[str] = []
+        self.arguments: list[tuple[Any, ...]] = []
         self.responses: list[Response] = []
 
     def __getattr__(self, method: str) -> "Method":
@@ -58,8 +64,9 @@ class Method:
         self._handle = handle
         self._name = name
 
-    def remote(self, *_: object) -> Response:
+    def remote(self, *arguments: Any) -> Response:
         self._handle.calls.append(self._name)
+        self._handle.arguments.append(arguments)
         self._handle.responses.append(Response(self._handle.outcomes.pop(0)))
         return self._handle.responses[-1]
 
@@ -121,3 +128,33 @@ async def test_error_raised_in_a_replica_comes_out_without_the_replica_s_traceba
 async def test_timeout_raised_in_a_replica_is_not_taken_for_our_own() -> None:
     with pytest.raises(RayTaskError):
         await HandleDetector(Handle(raised_in_a_replica(TimeoutError())), NEVER_S).detect(IMAGES, ["bottle"])
+
+
+CATEGORIES = [f"part-{number}" for number in range(8)]
+BATCH = np.arange(8, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3)
+
+
+@pytest.fixture
+def two_replicas(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Have two replicas into each of which the categories do not fit; gives the rows of each one's call."""
+    placement = Placement(frozenset({"one", "other"}), categories_fit=False)
+    monkeypatch.setattr(routing, "_placements", {"Detector": placement})
+    return split(CATEGORIES, placement)
+
+
+async def test_each_replica_gets_the_images_of_its_categories_and_judgements_come_back_in_order(
+    two_replicas: list[list[int]],
+) -> None:
+    handle = Handle(*([Refusal(Reason.POISON, str(row)) for row in rows] for rows in two_replicas))
+    judgements = await HandleDetector(handle, NEVER_S).detect(BATCH, CATEGORIES)
+    assert [one.detail for one in judgements if isinstance(one, Refusal)] == [str(row) for row in range(8)]
+    assert len(handle.arguments) == 2
+    for (images, categories), rows in zip(handle.arguments, two_replicas, strict=True):
+        assert categories == [CATEGORIES[row] for row in rows]
+        assert images[:, 0, 0, 0].tolist() == rows
+
+
+async def test_batch_is_judged_again_as_a_whole_where_one_of_its_calls_fails(two_replicas: list[list[int]]) -> None:
+    handle = Handle([Refusal(Reason.POISON, "")] * len(two_replicas[0]), ActorDiedError())
+    with pytest.raises(DetectorDiedError):
+        await HandleDetector(handle, NEVER_S).detect(BATCH, CATEGORIES)

@@ -72,6 +72,20 @@ def test_least_recently_used_category_goes_first(tmp_path: Path) -> None:
     assert bench.store.load("cable").manifest.model == "cable@v1"
 
 
+def test_categories_fit_as_long_as_there_is_memory_for_all_of_them(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, models=2)
+    write_version(bench.registry, "bottle")
+    write_version(bench.registry, "cable")
+    bench.store.refresh()
+    assert bench.store.categories_fit, "nothing is known of their size yet"
+    bench.store.load("bottle")
+    assert bench.store.categories_fit
+    write_version(bench.registry, "screw")
+    bench.store.refresh()
+    assert not bench.store.categories_fit
+    assert bench.store.loads == 1
+
+
 def test_model_larger_than_the_budget_serves_alone(tmp_path: Path) -> None:
     bench = Bench(tmp_path, models=0)
     for category in ("bottle", "cable"):

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.routing import choose, replicas_of, split
+from serving.routing import Placement, choose, replicas_of, split
 
 replica_names = st.sets(st.text("abcdef0123456789", min_size=4, max_size=8), min_size=1, max_size=12)
 categories = st.lists(st.text(min_size=1, max_size=8), max_size=32)
@@ -33,7 +33,7 @@ def test_categories_are_spread_evenly() -> None:
 
 @given(categories, replica_names)
 def test_split_has_every_row_once_and_keeps_a_category_together(names: list[str], replicas: set[str]) -> None:
-    calls = split(names, replicas)
+    calls = split(names, Placement(frozenset(replicas), categories_fit=False))
     assert sorted(row for rows in calls for row in rows) == list(range(len(names)))
     assert len(calls) <= max(1, len(replicas))
     for category in set(names):
@@ -41,8 +41,8 @@ def test_split_has_every_row_once_and_keeps_a_category_together(names: list[str]
 
 
 def test_batch_stays_whole_where_there_is_nothing_to_choose() -> None:
-    assert split(["a", "b", "a"], {"one"}) == [[0, 1, 2]]
-    assert split(["a", "b", "a"], set()) == [[0, 1, 2]]
+    for placement in (Placement(), Placement(frozenset({"one"}), categories_fit=False), Placement(frozenset("xyz"))):
+        assert split(["a", "b", "a"], placement) == [[0, 1, 2]]
 
 
 @given(replica_names, st.dictionaries(st.text(), st.integers(0, 50)))

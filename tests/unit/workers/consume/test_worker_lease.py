@@ -8,7 +8,7 @@ from helpers.worker_bench import Bench
 
 from schemas.errors import DetectorOverloadedError, StreamUnavailableError
 from schemas.settings import WorkerSettings
-from workers.ports import Detection, Refusal
+from workers.ports import Detection, Entry, Refusal
 
 pytestmark = pytest.mark.anyio
 
@@ -85,6 +85,22 @@ async def test_stopping_finishes_the_batches_under_way() -> None:
     bench.detector.gate.set()
     await running
     assert set(bench.results) == {entry_id(1)}
+
+
+async def test_batch_that_was_read_as_the_worker_stops_is_completed_and_waits_for_no_other_worker() -> None:
+    bench = Bench()
+    bench.stream.add(image_entry(1), image_entry(2))
+    stop = asyncio.Event()
+    read = bench.reader.read
+
+    async def read_and_stop(max_entries: int, max_bytes: int) -> list[Entry]:
+        entries = await read(max_entries, max_bytes)
+        stop.set()
+        return entries
+
+    bench.reader.read = read_and_stop  # type: ignore[method-assign]
+    await bench.worker.run(stop)
+    assert set(bench.results) == {entry_id(1), entry_id(2)}
 
 
 async def test_a_restarted_worker_goes_on_with_its_own_entries() -> None:
