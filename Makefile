@@ -13,6 +13,7 @@
 #   make bench-accuracy | bench-parity | bench-engine   beside anomalib, in an environment of its own (ARGS=--help)
 #   make bench-verdicts  what evaluate reports of a version beside what a worker flags, image for image (ARGS=--help)
 #   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
+#   make bench-scale   a plant of 100 lines, and ten times that, on a simulated clock (ARGS=--help)
 #   make fmt           format               make constraints   pin the whole tree anew
 #   make clean         remove what was made
 
@@ -30,10 +31,10 @@ PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream bench-verdicts constraints clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-fuzz test-overload demo peers test-triton bench-accuracy bench-parity bench-engine bench-stream bench-verdicts bench-scale constraints clean
 
 help:
-	@sed -n '1,17s/^# \{0,1\}//p' Makefile
+	@sed -n '1,18s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -142,6 +143,9 @@ bench-stream: setup
 
 bench-gpu: setup
 	@$(BIN) -m bench.gpu $(ARGS)
+
+bench-scale: setup
+	@$(BIN) -m bench.scale --picture docs/images/scale.png $(ARGS)
 
 bench-verdicts: setup
 	@$(BIN) -m bench.verdicts $(ARGS)

@@ -24,7 +24,7 @@ from typing import Any
 
 from schemas.settings import Settings
 from serving.autoscaling import DOWNSCALE_DELAY_S
-from serving.routing import choose, replicas_of, split
+from serving.routing import Placement, choose, replicas_of, split
 from serving.scaling import ArrivalPolicy, LoadMeter, Reading
 from workers.consume.shard_leases import HEARTBEAT_S, ShardLeases, divide
 
@@ -396,12 +396,10 @@ class Plant:
         if not batch.worker.is_alive:
             return
         images = len(batch.pushed_s) * self._layout.bundle
-        if self._fits:
-            batch.calls = 1
-            self._call(_Call(batch, images, []))
-            return
-        categories = self._random.choices(self._names, cum_weights=self._weights, k=images)
-        calls = split(categories, self._listed())
+        categories = self._names * images  # of the only one
+        if len(self._names) > 1:
+            categories = self._random.choices(self._names, cum_weights=self._weights, k=images)
+        calls = split(categories, Placement(frozenset(self._listed()), self._fits))
         batch.calls = len(calls)
         for rows in calls:
             self._call(_Call(batch, len(rows), [categories[row] for row in rows]))
@@ -433,6 +431,9 @@ class Plant:
         detector.calls += 1
         if not detector.is_alive:
             detector.stuck.append(call)
+            return
+        if self._fits:
+            self._enqueue(detector, call)
             return
         absent = [name for name in dict.fromkeys(call.categories) if name not in detector.resident]
         for name in dict.fromkeys(call.categories):
@@ -648,8 +649,10 @@ class Plant:
         self._worker_scale.decide(now_s, [one for one in self._workers if one.is_alive])
         self._detector_scale.decide(now_s, [one for one in self._detectors if one.is_alive])
         self._follow_targets()
-        working = [sum(one.is_ready and one.is_alive for one in group) for group in (self._workers, self._detectors)]
-        self.replicas.append((now_s, *working))
+        workers, detectors = (
+            sum(one.is_ready and one.is_alive for one in group) for group in (self._workers, self._detectors)
+        )
+        self.replicas.append((now_s, workers, detectors))
         self.backlog.append((now_s, waiting, self.refused))
         self.at(now_s + REPORT_S, self._report)
 
