@@ -12,9 +12,9 @@
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
 #   make bench-accuracy | bench-parity | bench-engine | bench-training   beside anomalib, in an environment of its own (ARGS=--help)
 #   make bench-verdicts  what evaluate reports of a version beside what a worker flags, image for image (ARGS=--help)
-#   make bench-training  the time of training an image beside anomalib's, and what the 20th category costs (ARGS=--help)
 #   make bench-gpu     all of it on a GPU beside anomalib (ARGS=--help)
 #   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
+#   make bench-scale   a plant of 100 lines, and ten times that, on a simulated clock (ARGS=--help)
 #   make fmt           format               make constraints   pin the whole tree anew
 #   make clean         remove what was made
 
@@ -32,7 +32,7 @@ PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-fuzz test-overload test-leaks test-score demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-stream bench-training bench-verdicts constraints clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-fuzz test-overload test-leaks test-score demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -147,6 +147,9 @@ bench-stream: setup
 
 bench-gpu: setup
 	@$(BIN) -m bench.gpu $(ARGS)
+
+bench-scale: setup
+	@$(BIN) -m bench.scale --picture docs/images/scale.png $(ARGS)
 
 bench-verdicts: setup
 	@$(BIN) -m bench.verdicts $(ARGS)
