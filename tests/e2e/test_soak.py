@@ -1,4 +1,4 @@
-"""The short forms of the long tests; `make test-chaos` and `make test-fuzz` are the long ones."""
+"""The short forms of the long tests; `make test-chaos`, `test-chaos-training` and `test-fuzz` are the long ones."""
 
 import json
 import os
@@ -41,3 +41,12 @@ def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobod
     report = run("fuzz", "--entries", "600")
     assert (report["lost"], report["duplicates"], report["wrong_reason"], report["worker_restarts"]) == (0, 0, 0, 0)
     assert report["dead"] >= 600
+
+
+def test_training_ends_with_the_same_weights_though_a_node_the_driver_and_a_link_are_lost() -> None:
+    cases = ["raylet_killed", "driver_killed", "link_down"]
+    report = run("chaos_training", "--categories", "4", "--link-down", "25", "--cases", ",".join(cases))
+    assert (report["categories"], report["trained"], report["equal"], report["half_written"]) == (4, 4, 4, 0)
+    assert set(report["cases"]) <= set(cases)
+    for case in report["cases"].values():
+        assert (case["exit_code"], case["doubled"]) == (0, 0)
