@@ -272,10 +272,10 @@ class Chaos:
         if name == "link_down" and left_s > 0:
             time.sleep(left_s)
         if name in ("raylet_killed", "start_after_node_death"):
-            self._cluster.start_workers(1)
+            self._cluster.start_worker(1)
         elif name == "link_down":  # by now Ray may have declared the node dead, and the node may end of itself
             self._cluster.kill_node(1)
-            self._cluster.start_workers(1)
+            self._cluster.start_worker(1)
 
     def _versions(self, name: str) -> dict[str, object]:
         """Return what must be equal of each category's current version: the weights and the thresholds."""

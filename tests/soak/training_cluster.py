@@ -68,16 +68,14 @@ class TrainingCluster:
         self._programs.append(self._start(0, command, log=log, stdout=subprocess.PIPE))
         return self._programs[-1]
 
-    def start_workers(self, *numbers: int) -> None:
-        """Start workers, from 1, and wait until they have joined."""
-        for number in numbers:
-            self._nodes[number] = self._start(
-                number,
-                ["ray", "start", f"--address={self.address}", "--num-cpus=1", *self._common(number)],
-                log=self._folder / f"worker{number}.log",
-            )
-        for number in numbers:
-            wait_until(lambda: self._is_up(number), f"worker {number} starts", deadline_s=_START_S)  # noqa: B023 - at once
+    def start_worker(self, number: int) -> None:
+        """Start a worker, from 1, and wait until it has joined: two that start at once take the same socket's name."""
+        self._nodes[number] = self._start(
+            number,
+            ["ray", "start", f"--address={self.address}", "--num-cpus=1", *self._common(number)],
+            log=self._folder / f"worker{number}.log",
+        )
+        wait_until(lambda: self._is_up(number), f"worker {number} starts", deadline_s=_START_S)
 
     def kill_node(self, number: int) -> None:
         """Kill a node's raylet, if it still runs, and wait until the trainers that it started have ended."""
@@ -126,7 +124,8 @@ class TrainingCluster:
         head += ["--include-dashboard=false", f"--temp-dir={self._temporary}"]
         self._nodes[0] = self._start(0, [*head, *self._common(0)], log=self._folder / "head.log")
         wait_until(lambda: self._is_up(0), "the head starts", deadline_s=_START_S)
-        self.start_workers(*range(1, self._count + 1))
+        for number in range(1, self._count + 1):
+            self.start_worker(number)
 
     def _close(self) -> None:
         for program in self._programs:
