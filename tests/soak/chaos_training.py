@@ -327,7 +327,7 @@ def main() -> None:
             missed = name in _MUST_RETRY and not outcome.retried
             wrong = found != as_it_should_be or outcome.late_s > _LATE_S or missed
             failed |= wrong
-            err.print(f"{name}: {outcome}", style="red" if wrong else "")
+            err.print(f"{name}: {outcome}", style="red" if wrong else "", soft_wrap=True)
             if wrong:
                 err.print((folder / f"{name}.log").read_text()[-3000:], markup=False)
     report = {
