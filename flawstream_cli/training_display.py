@@ -1,5 +1,7 @@
 """Shows the progress of training jobs: progress bars on a terminal, plain lines otherwise."""
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -9,15 +11,22 @@ from flawstream_cli.terminal import err, print_message, printable
 from training.pipeline import Progress as JobProgress
 from training.pipeline import Stage
 
+_LINE_S = 30.0
+"""Least time between two lines about a job, except its last."""
+_ALL_SHOWN = 20
+"""Of more jobs than this, only the running ones have a bar."""
+_ENDED = {Stage.DONE, Stage.FAILED}
+
 
 class TrainingDisplay:
     """Shows the progress reports of `training.fleet.train_fleet`. A context manager.
 
     Args:
         jobs: Names of the jobs, in the order of their bars.
+        now: A clock, s.
     """
 
-    def __init__(self, jobs: list[str]) -> None:
+    def __init__(self, jobs: list[str], now: Callable[[], float] = time.monotonic) -> None:
         self._bars = Progress(
             TextColumn("[bold]{task.description}"),
             TextColumn("{task.fields[stage]}"),
@@ -29,27 +38,43 @@ class TrainingDisplay:
             console=err,
             disable=not err.is_terminal,
         )
+        self._now, self._start_s = now, now()
+        self._ended, self._count = 0, len(jobs)
+        self._keep_shown = len(jobs) <= _ALL_SHOWN
+        self._overall = self._bars.add_task("all", total=len(jobs), stage="", note="", visible=len(jobs) > 1)
         self._tasks: dict[str, TaskID] = {
-            name: self._bars.add_task(name, total=None, stage="waiting", note="") for name in jobs
+            name: self._bars.add_task(name, total=None, stage="waiting", note="", visible=self._keep_shown)
+            for name in jobs
         }
-        self._last_lines: dict[str, str] = {}
+        self._last_line_s: dict[str, float] = {}
 
     def show(self, progress: JobProgress) -> None:
         """Show one report. The note of a finished job is too long for its bar: the caller prints it."""
-        has_long_note = progress.note and progress.stage in {Stage.DONE, Stage.FAILED}
-        note = "see below" if has_long_note else progress.note
+        has_ended, waits = progress.stage in _ENDED, progress.stage is Stage.WAITING
+        note = "see below" if progress.note and has_ended else progress.note
         self._bars.update(
             self._tasks[progress.job],
             stage=progress.stage.value,
             completed=progress.done,
             total=progress.total,
-            note=printable(note).plain,
+            note="" if waits else printable(note).plain,
+            visible=self._keep_shown or not has_ended,
         )
-        if not err.is_terminal:
-            line = f"{progress.job}: {progress.stage.value} {note.partition('  ')[0]}".rstrip()
-            if self._last_lines.get(progress.job) != line:
-                self._last_lines[progress.job] = line
-                print_message(line)
+        if has_ended:
+            self._ended += 1
+            self._bars.update(self._overall, completed=self._ended, note=f"{self._ended} of {self._count}")
+        now_s = self._now()
+        is_due = has_ended or now_s - self._last_line_s.setdefault(progress.job, now_s) >= _LINE_S
+        if waits or (is_due and not err.is_terminal):
+            self._last_line_s[progress.job] = now_s
+            overall = f" ({self._overall_line(now_s)})" if has_ended and self._count > 1 else ""
+            print_message(f"{progress.job}: {progress.stage.value} {note}".rstrip() + overall)
+
+    def _overall_line(self, now_s: float) -> str:
+        """Describe how many jobs have ended, and how long the others take at this pace."""
+        left_s = (now_s - self._start_s) / self._ended * (self._count - self._ended)
+        left = f", {left_s / 60:.0f} min left" if left_s >= 90 else f", {left_s:.0f} s left"  # noqa: PLR2004 - 1.5 min
+        return f"{self._ended} of {self._count}{left if self._ended < self._count else ''}"
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -8,13 +8,16 @@ from schemas.errors import RegistryError
 from schemas.messages import Category
 from schemas.settings import BackboneArithmetic, ModelSettings, Resize
 
-MANIFEST_FORMAT = 3
+MANIFEST_FORMAT = 4
 """Raised when fields are added that older programs do not know. Older formats are read: 2 calibrated int8 apart, 3 has
-trials of any arithmetic."""
+trials of any arithmetic, 4 records threads, device and the digest of the work."""
 
 Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
 """In what an engine computes convolutions. Scores of two arithmetics differ: each has its own thresholds. Versions that
 were calibrated in bfloat16, by older releases, are read and no longer served."""
+
+Device = Literal["cpu", "cuda"]
+"""What kind of device trained a version. Weights of the two differ in their last bits."""
 
 Normalisation = Literal["statistics", "layer_norm", "none"]
 """How features are normalised before each flow: `flawstream.fastflow.normalisation`."""
@@ -210,7 +213,24 @@ class ArithmeticTrial(_Part):
 
 
 class TrainingRecord(_Part):
-    """The data and settings that the version was trained with."""
+    """The data and settings that the version was trained with.
+
+    Attributes:
+        dataset_sha256: Digest of the images' contents and roles.
+        train_images: Number of images that trained the flow.
+        calibration_images: Number of held-out images that set the thresholds.
+        epochs: As in the settings, like the fields after it.
+        batch_size: Images in a step.
+        learning_rate: Peak.
+        weight_decay: AdamW's.
+        clip_norm: Largest norm of a gradient.
+        seed: Seed of all random numbers.
+        final_loss: Mean loss of the last epoch, nats per value.
+        duration_s: Of the whole training.
+        threads: CPU threads that trained it; absent before format 4.
+        device: Kind of device that trained it; absent before format 4.
+        work_sha256: Digest of everything that the version depends on (`training.work`); absent before format 4.
+    """
 
     dataset_sha256: str
     train_images: int
@@ -223,6 +243,9 @@ class TrainingRecord(_Part):
     seed: int
     final_loss: float
     duration_s: float
+    threads: int | None = None
+    device: Device | None = None
+    work_sha256: str | None = None
 
 
 class ImportRecord(_Part):

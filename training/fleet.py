@@ -1,67 +1,44 @@
-"""Training of many categories on a Ray cluster: a pool of actors that load the backbone once and run jobs."""
+"""Training of many categories on a Ray cluster: trainers where there is room for them, jobs for trainers that run."""
 
 import contextlib
 import logging
-import math
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 
-from flawstream.engines.choose import make_local_engine
-from flawstream.engines.protocol import Engine
-from flawstream.fastflow.backbone import Backbone
+from flawstream.registry.registry import Registry
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from schemas.errors import FlawstreamError
-from schemas.settings import DetectorSettings, LimitSettings, ModelSettings
-from training.pipeline import Progress, Stage, TrainingJob, run_job
+from schemas.errors import ConfigError, FlawstreamError, RegistryError
+from schemas.manifest import ModelManifest
+from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
+from training.node_watch import NodeWatch
+from training.pipeline import Progress, Stage, TrainingJob
+from training.placement import Node, TrainerRequest, live_nodes, make_requests, require_node
 from training.progress_metrics import record_progress
-from training.steps.features import FeatureExtractor
+from training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
-_REPORT_S = 0.2
-"""Minimum time between reports of a stage, except its last: a report takes Ray some milliseconds."""
-
-
-class Trainer:
-    """A Ray actor that runs training jobs one after another on one backbone.
-
-    Args:
-        model: The backbone.
-        limits: Maximum size and aspect ratio of images.
-        detector: The engine that will serve, used for calibration.
-        threads: CPU threads of this actor.
-    """
-
-    def __init__(self, model: ModelSettings, limits: LimitSettings, detector: DetectorSettings, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._model, self._limits, self._detector, self._threads = model, limits, detector, threads
-        self._opened: tuple[FeatureExtractor, Engine] | None = None
-
-    def run(self, job: TrainingJob) -> Iterator[Progress]:
-        """Run one job and yield its progress.
-
-        Loads the backbone at the first call: the caller would see an exception of the constructor as a dead actor.
-
-        Raises:
-            FlawstreamError: The backbone cannot be loaded; or as `run_job`.
-        """
-        if self._opened is None:
-            backbone = Backbone(self._model)
-            engine = make_local_engine(self._detector, lambda: backbone, self._threads)
-            self._opened = FeatureExtractor(backbone, self._limits, self._threads), engine
-        stage, reported_at_s = None, 0.0
-        for progress in run_job(job, *self._opened):
-            now_s = time.monotonic()
-            if progress.stage is not stage or progress.done == progress.total or now_s - reported_at_s >= _REPORT_S:
-                stage, reported_at_s = progress.stage, now_s
-                yield progress
+_MAX_RETRIES = 3
+"""Of a job whose trainer or node was lost."""
+_MAX_FAILED_STARTS = 3
+_START_AGAIN_S = 5.0
+_SURVEY_S = 1.0
+"""Time between two looks at the cluster's nodes and free resources."""
+_NO_NODE_S = 60.0
+"""How long no node may be able to train, in a run that has begun: Ray takes this long to replace its view of one."""
+_GET_S = 30.0
+"""Longest wait for a report that has arrived; its node may have been lost meanwhile."""
+_READ_BACK_S = 5.0
+"""How long a network file system may take to show a new version to the driver."""
+_HINT_S = 30.0
 
 
 def train_fleet(
@@ -69,111 +46,327 @@ def train_fleet(
     model: ModelSettings,
     limits: LimitSettings,
     detector: DetectorSettings,
+    training: TrainingSettings,
     *,
-    num_gpus: float = 0.0,
     metrics: Metrics = NO_METRICS,
 ) -> Iterator[Progress]:
-    """Train all jobs, as many in parallel as the joined Ray cluster has resources for.
+    """Train all jobs, as many in parallel as the joined Ray cluster has resources for, the largest first.
 
-    A failed job ends in `Stage.FAILED` with the error as its note; the others continue. Closing the generator stops
-    training.
+    A failed job ends in `Stage.FAILED` with the error as its note; the others continue. A job whose trainer or node is
+    lost is retried, up to three times, on another node if there is one. Closing the generator stops training.
 
     Args:
-        jobs: With different names and the same backbone.
+        jobs: With different names, the same backbone and the same number of threads.
         model: The backbone.
         limits: Maximum size and aspect ratio of images.
         detector: The engine that will serve, used for calibration.
-        num_gpus: GPUs, or a fraction of one, per actor; 0: one GPU if the cluster has any.
+        training: What Ray reserves for a trainer.
         metrics: Receives the metrics of training.
 
     Yields:
-        The progress of all jobs; each ends in `DONE` or `FAILED`.
+        The progress of all jobs; each ends in `DONE`, with a manifest that was read from the registry, or in `FAILED`.
+
+    Raises:
+        ConfigError: No node of the cluster can train, or the labels are no label selector.
     """
-    with contextlib.closing(_train(jobs, model, limits, detector, num_gpus=num_gpus)) as training:
-        yield from record_progress(training, metrics)
+    if not jobs:
+        return
+    with NodeWatch() as watch:
+        fleet = _Fleet(jobs, (model, limits, detector), training, watch)
+        with contextlib.closing(fleet.train()) as progress:
+            yield from record_progress(progress, metrics)
 
 
-def _train(
-    jobs: Sequence[TrainingJob],
-    model: ModelSettings,
-    limits: LimitSettings,
-    detector: DetectorSettings,
-    *,
-    num_gpus: float,
-) -> Generator[Progress, None, None]:
-    gpus = num_gpus or (1.0 if ray.cluster_resources().get("GPU") else 0.0)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    actors, threads = share_cluster(nodes, len(jobs), gpus)
-    remote = ray.remote(Trainer).options(num_cpus=threads, num_gpus=gpus)
-    waiting = deque(jobs)
-    running: dict[Any, tuple[Any, TrainingJob]] = {}
+@dataclass
+class _Task:
+    """A job with the history of its attempts."""
 
-    def start(actor: Any = None) -> None:
-        if waiting:
-            actor = actor or remote.remote(model, limits, detector, threads)
-            job = waiting.popleft()
-            running[actor.run.remote(job)] = (actor, job)
-
-    try:
-        for _ in range(actors):
-            start()
-        while running:
-            ray.wait(list(running), num_returns=1, timeout=_POLL_S)  # until one has a report
-            for stream in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
-                actor, job = running[stream]
-                try:
-                    yield ray.get(next(stream))
-                except StopIteration:
-                    del running[stream]
-                    start(actor)
-                except RayError as error:
-                    del running[stream]
-                    start(actor if isinstance(error, RayTaskError) else None)
-                    yield Progress(job.name, Stage.FAILED, 0, 1, _explain(job, error))
-    finally:
-        if ray.is_initialized():
-            for actor, _ in running.values():
-                ray.kill(actor)  # else it would continue training and write versions
+    job: TrainingJob
+    failures: int = 0
+    avoided_nodes: set[str] = field(default_factory=set)
 
 
-def share_cluster(nodes: Sequence[Mapping[str, float]], jobs: int, gpus: float) -> tuple[int, int]:
-    """Choose the number of actors and the CPUs of each, so that every actor fits on a node.
+@dataclass
+class _TrainerHandle:
+    """A trainer that was asked for; it has a node once it is ready."""
 
-    Args:
-        nodes: Resources of each node, `CPU` and `GPU`.
-        jobs: Number of jobs.
-        gpus: GPUs, or a fraction of one, of an actor.
+    actor: Any
+    request: TrainerRequest
+    node: str = ""
 
-    Returns:
-        The number of actors, and the CPUs of each.
+
+class _Fleet:
+    """One run: the jobs, and the trainers for them.
+
+    A trainer is starting (asked for, perhaps never placed), idle (ready), or running a job. A job is given to an idle
+    trainer only. While jobs wait, one trainer more than fits is asked for, so that the fleet grows with the cluster and
+    an autoscaler sees the demand; when none waits, trainers that do nothing are released.
     """
 
-    def max_actors(threads: int) -> int:
-        return sum(
-            min(int(node.get("CPU", 0)) // threads, math.floor(node.get("GPU", 0) / gpus + 1e-6) if gpus else jobs)
-            for node in nodes
-        )
+    def __init__(
+        self,
+        jobs: Sequence[TrainingJob],
+        settings: tuple[ModelSettings, LimitSettings, DetectorSettings],
+        training: TrainingSettings,
+        watch: NodeWatch,
+    ) -> None:
+        self._settings = settings
+        self._training = training
+        self._watch = watch
+        self._waiting = [_Task(job) for job in sorted(jobs, key=_images, reverse=True)]
+        self._starting: dict[Any, _TrainerHandle] = {}
+        self._idle: list[_TrainerHandle] = []
+        self._running: dict[Any, tuple[_TrainerHandle, _Task]] = {}
+        self._nodes: dict[str, Node] = {}
+        self._free: dict[str, float] = {}
+        self._surveyed_s = self._start_after_s = 0.0
+        self._node_seen_s = self._waits_since_s = time.monotonic()
+        self._failed_starts = self._started = 0
+        self._start_error = ""
+        self._id = uuid.uuid4().hex[:6]
+        self._requests: list[TrainerRequest] = []
 
-    actors = min(jobs, max_actors(1))
-    if actors == 0 < jobs:
-        _log.warning(
-            "no node has a CPU and %g GPUs for training; training starts when such a node joins the cluster", gpus
-        )
-        return 1, 1
-    max_threads = int(max((node.get("CPU", 0) for node in nodes), default=1))
-    return actors, max((threads for threads in range(1, max_threads + 1) if max_actors(threads) >= actors), default=1)
+    def train(self) -> Generator[Progress, None, None]:
+        """Run all jobs."""
+        self._survey()
+        self._requests = make_requests(self._training, list(self._nodes.values()))
+        if not self._training.wait_for_nodes:
+            require_node(self._requests, list(self._nodes.values()))
+        try:
+            while self._waiting or self._running:
+                self._survey()
+                self._assign()
+                self._start_trainers()
+                self._release_superfluous()
+                references = [*self._running, *self._starting]
+                if references:
+                    ray.wait(references, num_returns=1, timeout=_POLL_S)
+                else:
+                    time.sleep(_POLL_S)
+                self._welcome()
+                yield from self._collect()
+                yield from self._drop_lost_nodes()
+                yield from self._fail_if_nothing_can_train()
+        finally:
+            if ray.is_initialized():  # else they would continue training and write versions
+                for trainer in self._all_trainers():
+                    _kill(trainer)
+
+    def _survey(self) -> None:
+        """Look at the cluster now and then."""
+        now_s = time.monotonic()
+        if now_s - self._surveyed_s < _SURVEY_S:
+            return
+        self._surveyed_s = now_s
+        self._nodes = {node.id: node for node in live_nodes()} or self._nodes
+        self._free = ray.available_resources()
+        used = {trainer.node for trainer in self._all_trainers()}
+        self._watch.watch(node for node in self._nodes.values() if node.id in used)
+
+    def _all_trainers(self) -> list[_TrainerHandle]:
+        return [*self._starting.values(), *self._idle, *(trainer for trainer, _ in self._running.values())]
+
+    def _assign(self) -> None:
+        """Give waiting jobs to idle trainers, a retry to one on another node than before where there is any."""
+        for trainer in list(self._idle):
+            elsewhere = any(other.node not in ("", trainer.node) for other in self._all_trainers())
+            task = next((t for t in self._waiting if not (elsewhere and trainer.node in t.avoided_nodes)), None)
+            if task is None:
+                continue
+            self._waiting.remove(task)
+            self._idle.remove(trainer)
+            if task.job.created_at is None:
+                task.job = replace(task.job, created_at=datetime.now(UTC))
+            stream = trainer.actor.run.options(name=f"train {task.job.name}").remote(task.job)
+            self._running[stream] = trainer, task
+
+    def _start_trainers(self) -> None:
+        """Ask for as many trainers as fit, and one more, while jobs have none."""
+        if time.monotonic() < self._start_after_s:
+            return
+        for request in self._requests:
+            starting = sum(trainer.request == request for trainer in self._starting.values())
+            missing = len(self._waiting) - len(self._idle) - starting
+            fitting = request.count_in(self._free)
+            for _ in range(min(missing, fitting + 1 - starting)):
+                self._start(request)
+
+    def _start(self, request: TrainerRequest) -> None:
+        self._started += 1
+        options = {**request.options(), "name": f"trainer {self._started} ({self._id})"}
+        actor = ray.remote(Trainer).options(**options).remote(*self._settings, request.cpus, request.device)
+        self._starting[actor.ready.remote()] = _TrainerHandle(actor, request)
+
+    def _release_superfluous(self) -> None:
+        """Release trainers without a job when none waits: their CPUs may be needed elsewhere."""
+        if not self._waiting:
+            for trainer in [*self._starting.values(), *self._idle]:
+                _kill(trainer)
+            self._starting.clear()
+            self._idle.clear()
+
+    def _welcome(self) -> None:
+        """Make trainers idle that answer; drop those that could not start."""
+        for reference in _arrived(self._starting):
+            trainer = self._starting.pop(reference)
+            try:
+                trainer.node = ray.get(reference, timeout=_GET_S)
+            except RayError as error:
+                _kill(trainer)
+                self._failed_starts += 1
+                self._start_after_s = time.monotonic() + _START_AGAIN_S
+                self._start_error = _cause(error)
+                _log.warning("a trainer did not start: %s", self._start_error)
+            else:
+                self._failed_starts = 0
+                self._idle.append(trainer)
+
+    def _collect(self) -> Iterator[Progress]:
+        """Pass on the reports that have arrived."""
+        for stream in _arrived(self._running):
+            trainer, task = self._running[stream]
+            try:
+                progress: Progress = ray.get(next(stream), timeout=_GET_S)
+            except RayError as error:
+                del self._running[stream]
+                if _is_of_the_job(error):
+                    self._idle.append(trainer)
+                    yield Progress(task.job.name, Stage.FAILED, 0, 1, _explain(task.job, error))
+                else:
+                    yield self._lose(trainer, task, _cause(error))
+            else:
+                if progress.stage is Stage.DONE:  # the stream's end is not awaited: the trainer may be lost before it
+                    del self._running[stream]
+                    self._idle.append(trainer)
+                yield self._read_back(progress, trainer, task.job)
+
+    def _drop_lost_nodes(self) -> Iterator[Progress]:
+        """Give up the trainers of nodes that the driver no longer reaches."""
+        lost = self._watch.lost()
+        if not lost:
+            return
+        for trainer in [trainer for trainer in self._idle if trainer.node in lost]:
+            self._idle.remove(trainer)
+            _kill(trainer)
+        for stream, (trainer, task) in list(self._running.items()):
+            if trainer.node in lost:
+                del self._running[stream]
+                yield self._lose(trainer, task, "the node does not answer")
+
+    def _lose(self, trainer: _TrainerHandle, task: _Task, reason: str) -> Progress:
+        """Retry the job of a lost trainer, unless its version is there already or it was lost too often."""
+        _kill(trainer)
+        job = task.job
+        task.failures += 1
+        task.avoided_nodes.add(trainer.node)
+        written = _written_version(job)
+        if written is not None:
+            return Progress(job.name, Stage.DONE, 1, 1, "", written)
+        what = f"its trainer on {self._name(trainer)} was lost: {reason}"
+        if task.failures > _MAX_RETRIES:
+            return Progress(job.name, Stage.FAILED, 0, 1, f"{what}; so were {_MAX_RETRIES} before it")
+        self._waiting.insert(0, task)
+        return Progress(job.name, Stage.WAITING, 0, 1, f"retry {task.failures} of {_MAX_RETRIES}: {what}")
+
+    def _read_back(self, progress: Progress, trainer: _TrainerHandle, job: TrainingJob) -> Progress:
+        """Replace a finished job's manifest by that in the registry, which is what serving will read."""
+        if progress.manifest is None:
+            return progress
+        manifest, deadline_s = progress.manifest, time.monotonic() + _READ_BACK_S
+        while True:
+            try:
+                manifest = Registry(job.registry_root).manifest(manifest.category, manifest.version)
+            except RegistryError as error:
+                if time.monotonic() < deadline_s:
+                    time.sleep(_POLL_S)
+                    continue
+                note = (
+                    f"{manifest.model} was written on node {self._name(trainer)} and cannot be read by the driver "
+                    f"({error}); registry.root={job.registry_root} must be storage that all nodes share: a network "
+                    "folder mounted at the same path everywhere, or a URL such as s3://"
+                )
+                return Progress(progress.job, Stage.FAILED, 0, 1, note)
+            return replace(progress, manifest=manifest)
+
+    def _fail_if_nothing_can_train(self) -> Iterator[Progress]:
+        """Fail the waiting jobs where no trainer starts, or where no node is left that could train."""
+        now_s = time.monotonic()
+        nodes = list(self._nodes.values())
+        if self._running or any(request.is_met_by(node) for request in self._requests for node in nodes):
+            self._node_seen_s = now_s
+        if self._running or self._idle or not self._waiting:
+            self._waits_since_s = now_s
+            return
+        reason = ""
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            reason = f"no trainer starts: {self._start_error}"
+        elif now_s - self._node_seen_s > _NO_NODE_S and not self._training.wait_for_nodes:
+            try:
+                require_node(self._requests, nodes)
+            except ConfigError as error:
+                reason = str(error)
+        if reason:
+            for task in self._waiting:
+                yield Progress(task.job.name, Stage.FAILED, 0, 1, reason)
+            self._waiting.clear()
+        elif now_s - self._waits_since_s > _HINT_S:
+            self._waits_since_s = now_s
+            _log.warning(
+                "%d categories wait for a trainer, which needs %s; trainers that start or wait: %d; free CPUs: %g",
+                len(self._waiting),
+                " or ".join(request.summary for request in self._requests),
+                len(self._starting),
+                self._free.get("CPU", 0.0),
+            )
+
+    def _name(self, trainer: _TrainerHandle) -> str:
+        node = self._nodes.get(trainer.node)
+        return node.name if node is not None else trainer.node
+
+
+def _kill(trainer: _TrainerHandle) -> None:
+    """End a trainer at once, also one that was never placed."""
+    with contextlib.suppress(RayError):  # it has ended
+        ray.kill(trainer.actor)
+
+
+def _images(job: TrainingJob) -> int:
+    return len(job.data.train) + len(job.data.test)
+
+
+def _arrived(references: Collection[Any]) -> list[Any]:
+    """Return those references whose value, or next value, is there."""
+    return ray.wait(list(references), num_returns=len(references), timeout=0)[0] if references else []
+
+
+def _written_version(job: TrainingJob) -> ModelManifest | None:
+    """Find the version that an attempt at a job wrote before it was lost."""
+    registry, category = Registry(job.registry_root), job.data.name
+    with contextlib.suppress(RegistryError):  # then it is trained again, and reading that back will fail
+        for version in reversed(registry.versions(category)):
+            manifest = registry.manifest(category, version)
+            if manifest.created_at == job.created_at and manifest.training.seed == job.training.seed:
+                return manifest
+    return None
+
+
+def _is_of_the_job(error: RayError) -> bool:
+    """Whether the job itself raised the error: it would do so anywhere, so that it is not retried."""
+    return isinstance(error, RayTaskError) and not isinstance(getattr(error, "cause", None), RayError)
 
 
 def _explain(job: TrainingJob, error: RayError) -> str:
-    """Describe an error in one line for the terminal; log bugs with their traceback."""
+    """Describe a job's error in one line for the terminal; log bugs with their traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, FlawstreamError):
         return str(cause)
     _log.error("%s: %s", job.name, error, extra={"category": job.data.name})
-    if isinstance(error, RayTaskError):
-        return f"{type(cause).__name__}: {_one_line(str(cause))}"
-    details = [line for line in str(error).splitlines() if not line.startswith("\t")]
-    return f"its training process died: {_one_line(' '.join(details))}"
+    return f"{type(cause).__name__}: {_one_line(str(cause))}"
+
+
+def _cause(error: RayError) -> str:
+    """Describe the loss of a trainer in one line."""
+    return _one_line(" ".join(line for line in str(error).splitlines() if not line.startswith("\t")))
 
 
 def _one_line(text: str) -> str:

@@ -5,7 +5,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.calibration import calibrate, is_finite, shortage
+from flawstream.engines.device import open_device
 from flawstream.engines.protocol import Engine
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry, new_version
@@ -24,23 +25,26 @@ from schemas.manifest import (
     ArithmeticTrial,
     BackboneSpec,
     Calibration,
+    Device,
     EvaluationMetrics,
     FlowSpec,
     ImportRecord,
     ModelManifest,
     TrainingRecord,
 )
-from schemas.settings import ModelSettings, TrainingSettings
+from schemas.settings import DetectorSettings, ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
 from training.steps.evaluate import Evaluation, ImageScorer
 from training.steps.features import FeatureCache, FeatureExtractor
 from training.steps.fit import fit_head, split_rows
 from training.steps.trials import Judged, choose_candidate, make_candidates
+from training.work import Recipe
 
 
 class Stage(StrEnum):
-    """Stages of a training job."""
+    """Stages of a training job. It waits again when its trainer was lost."""
 
+    WAITING = "waiting"
     FEATURES = "features"
     TRAINING = "training"
     CALIBRATING = "calibrating"
@@ -85,6 +89,8 @@ class TrainingJob:
         training: The recipe.
         registry_root: The registry to write to.
         label: Distinguishes several jobs of one category; may be empty.
+        detector: The engine that calibrates, for the digest of the work.
+        created_at: Time of the version. Attempts at one job have the same, so that they write the same version, once.
     """
 
     data: CategoryData
@@ -92,6 +98,8 @@ class TrainingJob:
     training: TrainingSettings
     registry_root: str
     label: str = ""
+    detector: DetectorSettings = field(default_factory=DetectorSettings)
+    created_at: datetime | None = None
 
     @property
     def name(self) -> str:
@@ -128,6 +136,8 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
         false_alarm_rate=recipe.false_alarm_rate,
     )
     evaluated = yield from evaluate_version(job.name, extractor, engine, head, data)
+    device: Device = "cuda" if open_device().type == "cuda" else "cpu"
+    dataset_sha256 = job.data.sha256()
     manifest = publish(
         job.registry_root,
         head,
@@ -136,7 +146,7 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
         flow=FlowSpec.of(job.model),
         evaluated=evaluated,
         training=TrainingRecord(
-            dataset_sha256=job.data.sha256(),
+            dataset_sha256=dataset_sha256,
             train_images=len(train_rows),
             calibration_images=len(held_out_rows),
             epochs=recipe.epochs,
@@ -147,7 +157,11 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
             seed=recipe.seed,
             final_loss=final_loss,
             duration_s=time.monotonic() - started_s,
+            threads=recipe.threads,
+            device=device,
+            work_sha256=Recipe(extractor.spec, job.model, recipe, job.detector, device).work_sha256(dataset_sha256),
         ),
+        created_at=job.created_at,
     )
     warning = shortage(len(held_out_rows), recipe.false_alarm_rate) or ""
     yield Progress(job.name, Stage.DONE, 1, 1, warning, manifest)
@@ -270,8 +284,11 @@ def publish(
     evaluated: EvaluatedVersion,
     training: TrainingRecord | ImportRecord,
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
+    created_at: datetime | None = None,
 ) -> ModelManifest:
     """Write a version to the registry. It serves only after it is promoted.
+
+    A version of the same time and weights, written by an earlier attempt at the same job, is kept and returned.
 
     Args:
         registry_root: The registry.
@@ -282,16 +299,20 @@ def publish(
         evaluated: Calibration, metrics and int8 graph.
         training: Record of the training or import, for the manifest.
         extra_files: Further files by name.
+        created_at: Time of the version; None: now.
 
     Raises:
         RegistryError: The registry cannot be written.
     """
     files = {WEIGHTS_FILE: head.to_bytes(), **evaluated.trial_files, **extra_files}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    created_at = datetime.now(UTC)
+    registry, created_at = Registry(registry_root), created_at or datetime.now(UTC)
+    name = new_version(created_at, digests[WEIGHTS_FILE])
+    if name in registry.versions(category):
+        return registry.manifest(category, name)
     manifest = ModelManifest(
         category=category,
-        version=new_version(created_at, digests[WEIGHTS_FILE]),
+        version=name,
         created_at=created_at,
         backbone=backbone,
         flow=flow,
@@ -302,5 +323,5 @@ def publish(
         libraries={"python": platform.python_version(), **{n: version(n) for n in ("flawstream", "torch", "timm")}},
         files=digests,
     )
-    Registry(registry_root).write(manifest, files)
+    registry.write(manifest, files)
     return manifest

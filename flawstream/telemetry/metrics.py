@@ -267,6 +267,10 @@ TRAINING_IMAGES = Counter(
 )
 TRAINING_EPOCH = Gauge("flawstream_training_epoch", "The current epoch, from 1.", ("category",))
 TRAINING_LOSS = Gauge("flawstream_training_loss", "Mean loss of the current epoch, nats per value.", ("category",))
+TRAINING_SPEED = Gauge(
+    "flawstream_training_images_per_second", "Images per second that the flow is trained on.", ("category",)
+)
+TRAINING_LEFT = Gauge("flawstream_training_left_seconds", "Time left to train the flow, at this speed.", ("category",))
 
 ALL: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 """Every metric, in the order of this file."""

@@ -1,6 +1,10 @@
 """`flawstream train`: trains a model version for each category of a data set."""
 
+import contextlib
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -10,7 +14,7 @@ from flawstream.calibration import shortage_of
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
-from flawstream_cli.cluster import on_cluster
+from flawstream_cli.cluster import Cluster, on_cluster
 from flawstream_cli.data_sets import CategoryOption, LayoutOption, exclude_faulty
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -25,7 +29,7 @@ from flawstream_cli.terminal import (
 )
 from flawstream_cli.training_display import TrainingDisplay
 from schemas.errors import RegistryError
-from schemas.manifest import ModelManifest
+from schemas.manifest import Device, ModelManifest
 from schemas.presets import PresetName
 from schemas.settings import Settings
 from serving.ray_metrics import RayMetrics
@@ -33,6 +37,18 @@ from training.datasets.open import DatasetLayout, open_dataset
 from training.datasets.samples import CategoryData
 from training.fleet import train_fleet
 from training.pipeline import Stage, TrainingJob
+from training.work import Recipe, find_finished
+
+_DEVICES: dict[str, tuple[Device, ...]] = {
+    "cpu": ("cpu",),
+    "gpu": ("cuda",),
+    "auto": ("cpu", "cuda"),
+    "both": ("cpu", "cuda"),
+}
+"""By `training.device`: trained on which devices a version is what the run would train."""
+_UNCHANGED_LISTED = 8
+_MANY_CPUS = 4
+_PROMOTE_S = 5.0
 
 
 def train(
@@ -61,6 +77,30 @@ def train(
         int, typer.Option(min=1, help="Versions of each category, one per seed from --seed on; the first is promoted.")
     ] = 1,
     promote: Annotated[bool, typer.Option(help="Make the new versions current.")] = True,
+    again: Annotated[
+        bool, typer.Option("--again", help="Train too what an earlier run has trained on the same data and recipe.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPUs and threads of a category. Part of the recipe: weights depend on it."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto (GPUs if there are any, else CPUs), cpu, gpu, or both side by side.")
+    ] = None,
+    gpus_per_category: Annotated[
+        float | None, typer.Option(min=0, help="GPUs, or a share of one, that Ray reserves for a category.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, metavar="GB", help="Memory that Ray reserves for a category.")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Train only on nodes with this Ray label; may be repeated."),
+    ] = None,
+    wait_for_nodes: Annotated[
+        bool | None,
+        typer.Option("--wait-for-nodes", help="Wait for a node that can train, e.g. of an autoscaler, not refuse."),
+    ] = None,
     registry: RegistryOption = None,
     ray_address: Annotated[
         str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; by default only this machine.")
@@ -73,7 +113,7 @@ def train(
     Needs normal images only. A share of them is held out, and sets the threshold for the false-alarm rate. If there is
     a test folder, the metrics of `flawstream evaluate` are reported. A category whose data has an error
     (`flawstream datasets check`) is skipped. A backbone other than that of the current versions of other categories is
-    refused, except with --no-promote.
+    refused, except with --no-promote. What an earlier run has trained on the same data by the same recipe is skipped.
 
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
@@ -81,28 +121,61 @@ def train(
     """
     settings = read_settings(
         config,
-        training={"epochs": epochs, "false_alarm_rate": false_alarm_rate, "seed": seed},
+        training={
+            "epochs": epochs,
+            "false_alarm_rate": false_alarm_rate,
+            "seed": seed,
+            "threads": threads,
+            "device": device,
+            "num_gpus": gpus_per_category,
+            "memory_gb": memory,
+            "labels": _labels(label),
+            "wait_for_nodes": wait_for_nodes,
+        },
         model={"preset": preset, "backbone": backbone, "weights": weights, "input_size": input_size},
         registry={"root": registry},
     )
     data = open_dataset(root, category, layout)
-    sound, faulty = exclude_faulty(data, settings, decode=check, strict=strict)
+    finished = {} if again else _find_finished(data, settings, seeds)
+    unfinished = [one for one in data if any((one.name, seed) not in finished for seed in _seeds(settings, seeds))]
+    sound, faulty = exclude_faulty(unfinished, settings, decode=check, strict=strict)
     if promote:
-        _refuse_other_backbone(sound, settings)
-    with on_cluster(ray_address):
-        manifests, failures = train_all(sound, settings, promote=promote, seeds=seeds)
+        _refuse_other_backbone([*sound, *(one for one in data if one not in unfinished)], settings)
+    with contextlib.ExitStack() as stack:
+        if sound:
+            _hint_at_idle_cpus(stack.enter_context(on_cluster(ray_address)), len(sound) * seeds, settings)
+        manifests, failures = train_all(sound, settings, promote=promote, seeds=seeds, finished=finished)
     failures |= faulty
-    _report(manifests, failures, settings.registry.root, as_json=as_json)
+    _report(manifests, list(finished.values()), failures, settings.registry.root, as_json=as_json)
     if failures:
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _report(manifests: list[ModelManifest], failures: dict[str, str], root: str, *, as_json: bool) -> None:
+def _report(
+    manifests: list[ModelManifest],
+    unchanged: list[ModelManifest],
+    failures: dict[str, str],
+    root: str,
+    *,
+    as_json: bool,
+) -> None:
     if as_json:
         trained = [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests]
-        print_json({"trained": trained, "failed": failures, "warnings": _warnings(manifests)})
+        print_json(
+            {
+                "trained": trained,
+                "unchanged": [m.model for m in unchanged],
+                "failed": failures,
+                "warnings": _warnings(manifests),
+            }
+        )
     elif manifests:
         out.print(training_table(manifests))
+    if unchanged:
+        listed = ", ".join(m.model for m in unchanged[:_UNCHANGED_LISTED])
+        more = f" and {len(unchanged) - _UNCHANGED_LISTED} more" if len(unchanged) > _UNCHANGED_LISTED else ""
+        print_message(f"unchanged: {listed}{more}: trained before on the same data and recipe; --again trains anew")
+    if not as_json and (manifests or unchanged):
         print_message(f"registry: {root}")
         print_message(f"next:     flawstream serve --registry {root}")
     for name, reason in failures.items():
@@ -110,7 +183,12 @@ def _report(manifests: list[ModelManifest], failures: dict[str, str], root: str,
 
 
 def train_all(
-    data: list[CategoryData], settings: Settings, *, promote: bool = True, seeds: int = 1
+    data: list[CategoryData],
+    settings: Settings,
+    *,
+    promote: bool = True,
+    seeds: int = 1,
+    finished: Mapping[tuple[str, int], ModelManifest] = MappingProxyType({}),
 ) -> tuple[list[ModelManifest], dict[str, str]]:
     """Train all categories with progress bars, and warn about those with too few images to calibrate.
 
@@ -119,29 +197,33 @@ def train_all(
         settings: The recipe, with the first seed.
         promote: Whether to promote the versions with the first seed.
         seeds: Number of versions per category.
+        finished: Versions that are not trained again, by category and seed; promoted too, as the run that trained them
+            may have been cut short.
 
     Returns:
         The published versions, sorted by category and seed; and the errors of the failed jobs, by job name.
     """
-    jobs = [_job(category, settings, number, seeds) for category in data for number in range(seeds)]
+    jobs = [
+        _job(category, settings, seed, seeds)
+        for category in data
+        for seed in _seeds(settings, seeds)
+        if (category.name, seed) not in finished
+    ]
     manifests: list[ModelManifest] = []
     failures: dict[str, str] = {}
     promotions = _Promotions(Registry(settings.registry.root))
-    with TrainingDisplay([job.name for job in jobs]) as display:
+    if promote:
+        promotions.add(manifest for (_, seed), manifest in finished.items() if seed == settings.training.seed)
+    with contextlib.closing(promotions), TrainingDisplay([job.name for job in jobs]) as display:
         metrics = RayMetrics(settings.metrics.max_categories)
         for progress in train_fleet(
-            jobs,
-            settings.model,
-            settings.limits,
-            settings.detector,
-            num_gpus=settings.training.num_gpus,
-            metrics=metrics,
+            jobs, settings.model, settings.limits, settings.detector, settings.training, metrics=metrics
         ):
             display.show(progress)
             if progress.manifest is not None:
                 manifests.append(progress.manifest)
                 if promote and progress.manifest.training.seed == settings.training.seed:
-                    promotions.add(progress.manifest)
+                    promotions.add([progress.manifest])
             elif progress.stage is Stage.FAILED:
                 failures[progress.job] = progress.note
     failures |= promotions.refused
@@ -151,7 +233,7 @@ def train_all(
 
 
 class _Promotions:
-    """Promotes each version when it is trained; in a run that changes the backbone, all together after the last one.
+    """Promotes versions while a run goes on; in a run that changes the backbone, all together after the last one.
 
     Args:
         registry: The registry of the versions.
@@ -160,6 +242,7 @@ class _Promotions:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._waiting: dict[str, str] = {}
+        self._promoted_s = time.monotonic()
         self._error = ""
 
     @property
@@ -170,15 +253,24 @@ class _Promotions:
             for category, version in self._waiting.items()
         }
 
-    def add(self, manifest: ModelManifest) -> None:
-        """Promote a version together with those refused before; if the registry refuses, keep them all for later."""
-        self._waiting[manifest.category] = manifest.version
+    def add(self, manifests: Iterable[ModelManifest]) -> None:
+        """Add versions, and promote all that wait if the last time was a while ago: it reads every current version."""
+        self._waiting |= {manifest.category: manifest.version for manifest in manifests}
+        if time.monotonic() - self._promoted_s >= _PROMOTE_S:
+            self.close()
+
+    def close(self) -> None:
+        """Promote all versions that wait and are not current; if the registry refuses, keep them all for later."""
         try:
-            self._registry.promote_all(self._waiting)
+            current = self._registry.currents()
+            changed = {one: version for one, version in self._waiting.items() if current.get(one) != version}
+            if changed:
+                self._registry.promote_all(changed)
         except RegistryError as error:
             self._error = str(error)
         else:
             self._waiting.clear()
+        self._promoted_s = time.monotonic()
 
 
 def _refuse_other_backbone(data: list[CategoryData], settings: Settings) -> None:
@@ -202,15 +294,66 @@ def _refuse_other_backbone(data: list[CategoryData], settings: Settings) -> None
         )
 
 
-def _job(data: CategoryData, settings: Settings, number: int, seeds: int) -> TrainingJob:
-    seed = settings.training.seed + number
+def _seeds(settings: Settings, count: int) -> range:
+    return range(settings.training.seed, settings.training.seed + count)
+
+
+def _job(data: CategoryData, settings: Settings, seed: int, seeds: int) -> TrainingJob:
     return TrainingJob(
         data,
         settings.model,
         settings.training.model_copy(update={"seed": seed}),
         _absolute(settings.registry.root),
         label=f"seed {seed}" if seeds > 1 else "",
+        detector=settings.detector,
     )
+
+
+def _find_finished(data: list[CategoryData], settings: Settings, seeds: int) -> dict[tuple[str, int], ModelManifest]:
+    """Find what an earlier run has trained; loads the backbone only if the registry has versions to compare with.
+
+    Raises:
+        RegistryError: The registry cannot be read.
+        ConfigError: The backbone does not exist.
+        WeightsError: The backbone's weights cannot be loaded.
+    """
+    registry = Registry(settings.registry.root)
+    trained = set(registry.categories())
+    known = [category for category in data if category.name in trained]
+    if not known:
+        return {}
+    spec = Backbone(settings.model).spec
+    recipes = [
+        Recipe(spec, settings.model, settings.training.model_copy(update={"seed": seed}), settings.detector, device)
+        for seed in _seeds(settings, seeds)
+        for device in _DEVICES[settings.training.device]
+    ]
+    return find_finished(registry, known, recipes)
+
+
+def _labels(options: list[str] | None) -> dict[str, str] | None:
+    """Read `--label KEY=VALUE`.
+
+    Raises:
+        typer.BadParameter: An option has another form.
+    """
+    if not options:
+        return None
+    pairs = [option.partition("=") for option in options]
+    for key, separator, value in pairs:
+        if not (key and separator and value):
+            raise typer.BadParameter(f"{key + separator + value!r} is no label; one looks like zone=a")
+    return {key: value for key, _, value in pairs}
+
+
+def _hint_at_idle_cpus(cluster: Cluster, categories: int, settings: Settings) -> None:
+    """Point out how few categories can use many CPUs, which their weights would show."""
+    threads = settings.training.threads
+    if not cluster.gpus and cluster.cpus >= _MANY_CPUS * categories * threads:
+        print_message(
+            f"hint: training uses {categories * threads} of {cluster.cpus:g} CPUs; --threads gives each category more, "
+            f"with other weights in the last bits"
+        )
 
 
 def training_table(manifests: list[ModelManifest]) -> Table:

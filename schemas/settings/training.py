@@ -1,12 +1,17 @@
-"""The training recipe."""
+"""The training recipe, and what Ray reserves for it."""
+
+from typing import Literal
 
 from pydantic import Field
 
 from schemas.settings.section import Fraction, Section
 
+PLACEMENT = frozenset({"num_gpus", "device", "labels", "memory_gb", "wait_for_nodes"})
+"""The fields that say where training runs; all others are the recipe, on which weights and thresholds depend."""
+
 
 class TrainingSettings(Section):
-    """The recipe: one set of defaults for all categories."""
+    """The recipe: one set of defaults for all categories; and the placement on a Ray cluster."""
 
     epochs: int = Field(
         20, ge=1, description="Passes over the training images. The last epoch is kept, never the best."
@@ -25,6 +30,27 @@ class TrainingSettings(Section):
         description="Make an int8 graph of each version, on CPUs that have instructions for it, and keep it where it "
         "scores as float32 does.",
     )
+    threads: int = Field(
+        1,
+        ge=1,
+        description="CPU threads that train a category, and CPUs that Ray reserves for it. Weights depend on it in "
+        "their last bits, so that it is part of the recipe and never follows the cluster.",
+    )
+    device: Literal["auto", "cpu", "gpu", "both"] = Field(
+        "auto",
+        description="`auto`: GPUs if the cluster has any, else CPUs; `both`: nodes without a GPU train beside those "
+        "with one. Weights of the two differ: the manifest says which a version was trained on.",
+    )
     num_gpus: float = Field(
-        0.0, ge=0, description="GPUs, or a share of one, that Ray reserves for a category in training."
+        0.0, ge=0, description="GPUs, or a share of one, that Ray reserves for a category; 0: one, where GPUs train."
+    )
+    memory_gb: float = Field(
+        1.0, ge=0, description="Memory that Ray reserves for a category, 10^9 bytes; 0 reserves none."
+    )
+    labels: dict[str, str] = Field(
+        {}, description="Only nodes with these labels train: Ray's label selector, by key, for example `{zone: a}`."
+    )
+    wait_for_nodes: bool = Field(
+        False,  # noqa: FBT003
+        description="Wait for a node that can train instead of refusing; for clusters with an autoscaler.",
     )

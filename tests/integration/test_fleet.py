@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from logging.handlers import QueueHandler
 from pathlib import Path
 from queue import SimpleQueue
@@ -12,20 +13,23 @@ from queue import SimpleQueue
 import cv2
 import numpy as np
 import pytest
+import ray
 import safetensors.torch
 import torch
 from helpers.tiny_models import write_version
 from helpers.waiting import wait_until
 from ray.util.state import list_actors
 
+import training.fleet
 from flawstream.engines.choose import make_local_engine
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream_cli.cluster import Cluster
 from flawstream_cli.commands.train import train_all
+from schemas.errors import ConfigError
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, Settings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
-from training.fleet import share_cluster, train_fleet
+from training.fleet import train_fleet
 from training.pipeline import Progress, Stage, TrainingJob, run_job
 from training.steps.features import FeatureExtractor
 
@@ -61,8 +65,10 @@ def make_job(folder: Path, name: str, seed: int = 0, *, epochs: int = 1) -> Trai
     return TrainingJob(data, MODEL, RECIPE.model_copy(update={"epochs": epochs}), str(folder / "models"))
 
 
-def fleet(jobs: list[TrainingJob], model: ModelSettings = MODEL) -> Generator[Progress, None, None]:
-    generator = train_fleet(jobs, model, LIMITS, DETECTOR)
+def fleet(
+    jobs: list[TrainingJob], model: ModelSettings = MODEL, training: TrainingSettings = RECIPE
+) -> Generator[Progress, None, None]:
+    generator = train_fleet(jobs, model, LIMITS, DETECTOR, training)
     assert isinstance(generator, Generator)
     return generator
 
@@ -175,32 +181,119 @@ def trainers(cluster: Cluster) -> set[int]:
     return {actor.pid for actor in list_actors(cluster.dashboard_url, filters=filters)}
 
 
-def test_dead_actors_fail_their_jobs_and_whoever_stops_consuming_stops_the_rest(
+def test_killed_trainers_jobs_are_retried_and_whoever_stops_consuming_stops_the_rest(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """All are killed as by a kernel out of memory; the last job, behind them in the queue, gets an actor of its own."""
-    names = [f"slow-{number}" for number in range(share_cluster([{"CPU": cluster.cpus}], 99, 0)[0])]
-    jobs = [make_job(tmp_path, name, epochs=100_000) for name in [*names, "last"]]
+    """All are killed as by a kernel out of memory."""
+    count = int(cluster.cpus)
+    jobs = [make_job(tmp_path, f"slow-{number}", epochs=100_000) for number in range(count)]
     last: dict[str, Progress] = {}
     killed: set[int] = set()
+    retried: dict[str, Progress] = {}
     progress = fleet(jobs)
     for one in progress:
         last[one.job] = one
-        if not killed and [latest.stage for latest in last.values()] == [Stage.TRAINING] * len(names):
+        if not killed and [latest.stage for latest in last.values()] == [Stage.TRAINING] * count:
             killed = trainers(cluster)
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
-        if one.job == "last" and one.stage is Stage.TRAINING:
+        if one.stage is Stage.WAITING:
+            retried[one.job] = one
+        elif retried and all(last[job.name].stage is Stage.TRAINING for job in jobs):
             break
-    assert len(killed) == len(names)
-    for name in names:
-        assert last[name].stage is Stage.FAILED
-        assert last[name].note.startswith("its training process died:")
-        assert "\n" not in last[name].note
+    assert len(killed) == count
+    assert len(retried) == count
+    for one in retried.values():
+        assert one.note.startswith("retry 1 of 3: its trainer on ")
+        assert "was lost: " in one.note
+        assert "\n" not in one.note
     assert trainers(cluster) - killed
     progress.close()
     wait_until(lambda: not trainers(cluster), "the rest stop")
     assert Registry(jobs[0].registry_root).categories() == []
+
+
+def test_job_that_always_kills_its_trainer_fails_alone_after_three_retries(cluster: Cluster, tmp_path: Path) -> None:
+    jobs = [make_job(tmp_path, "deadly", epochs=100_000), make_job(tmp_path, "bottle")]
+    deaths = 0
+    ends: dict[str, Progress] = {}
+    for one in fleet(jobs):
+        if one.job == "deadly" and one.stage is Stage.TRAINING:
+            for actor in trainers(cluster):
+                if "train deadly" in Path(f"/proc/{actor}/cmdline").read_text():
+                    os.kill(actor, signal.SIGKILL)
+        deaths += one.stage is Stage.WAITING
+        ends[one.job] = one
+    assert deaths == 3
+    assert ends["deadly"].stage is Stage.FAILED
+    assert "was lost: " in ends["deadly"].note
+    assert ends["deadly"].note.endswith("so were 3 before it")
+    assert ends["bottle"].stage is Stage.DONE
+    assert Registry(jobs[0].registry_root).categories() == ["bottle"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_category_is_trained_beside_a_cpu_that_somebody_else_holds(cluster: Cluster, tmp_path: Path) -> None:
+    """All jobs end though the second trainer never gets its CPU: none was given to it."""
+    holder = ray.remote(num_cpus=1)(_Holder).options(num_cpus=int(cluster.cpus) - 1).remote()
+    ray.get(holder.hold.remote())
+    try:
+        jobs = [make_job(tmp_path, name) for name in ("bottle", "cable", "tile")]
+        ends = {one.job: one.stage for one in fleet(jobs)}
+    finally:
+        ray.kill(holder)
+    assert ends == dict.fromkeys(("bottle", "cable", "tile"), Stage.DONE)
+    wait_until(lambda: not trainers(cluster), "the trainer that waited is released")
+
+
+class _Holder:
+    def hold(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("cluster")
+def test_request_that_no_node_meets_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no node can train a category, which needs 999 CPUs, .*The cluster has: "):
+        list(fleet([make_job(tmp_path, "bottle")], training=TrainingSettings(threads=999)))
+    with pytest.raises(ConfigError, match="the label zone=mars"):
+        list(fleet([make_job(tmp_path, "bottle")], training=TrainingSettings(labels={"zone": "mars"})))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_largest_category_is_trained_first(tmp_path: Path) -> None:
+    jobs = [make_job(tmp_path, name) for name in ("small", "large")]
+    jobs[0] = replace(jobs[0], data=replace(jobs[0].data, test=()))
+    first = next(iter(fleet(jobs)))
+    assert first.job == "large"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_version_that_the_driver_cannot_read_is_a_failure_that_names_node_and_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry is a folder of each node's own: what is written there, the driver does not see."""
+    monkeypatch.setattr(training.fleet, "_READ_BACK_S", 0.5)
+    job = make_job(tmp_path, "bottle")
+    elsewhere = tmp_path / "models"
+    monkeypatch.setattr(training.fleet, "Registry", lambda root: Registry(f"{root}-of-the-driver"))
+    *_, last = fleet([job])
+    assert last.stage is Stage.FAILED
+    assert last.manifest is None
+    assert "was written on node " in last.note
+    assert f"registry.root={elsewhere} must be storage that all nodes share" in last.note
+
+
+def test_second_attempt_at_a_job_writes_no_second_version(tmp_path: Path) -> None:
+    """As when the first one was given up by the driver and went on: both write in the end."""
+    job = replace(make_job(tmp_path, "bottle"), created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    backbone = Backbone(MODEL)
+    engine = make_local_engine(DETECTOR, lambda: backbone, threads=1)
+    ends = []
+    for _ in range(2):
+        *_, last = run_job(job, FeatureExtractor(backbone, LIMITS, threads=1), engine)
+        ends.append(last.manifest)
+    assert ends[0] == ends[1]
+    assert len(Registry(job.registry_root).versions("bottle")) == 1
 
 
 @pytest.mark.usefixtures("cluster")

@@ -224,3 +224,24 @@ def test_training_tells_images_epoch_and_loss_and_how_each_job_ended(
     assert now.most(m.TRAINING_EPOCH.name, category="cable") == 2
     assert now.most(m.TRAINING_LOSS.name, category="cable") == 1.5
     assert now.total(m.TRAINING_JOBS.name, outcome="failed") == 1
+
+
+def test_training_reports_speed_and_time_left_and_counts_a_retry_from_its_start(
+    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+) -> None:
+    times_s = iter([0.0, 0.0, 2.0, 10.0, 10.0])
+    reports = [
+        Progress("cable", Stage.TRAINING, 10, 100, epoch=1, loss=2.0),
+        Progress("cable", Stage.TRAINING, 50, 100, epoch=2, loss=1.5),
+        Progress("cable", Stage.WAITING, 0, 1, "retry 1 of 3"),
+        Progress("cable", Stage.TRAINING, 10, 100, epoch=1, loss=2.0),
+    ]
+    passed = record_progress(reports, metrics, lambda: next(times_s))
+    next(passed)
+    next(passed)
+    assert told().most(m.TRAINING_SPEED.name, category="cable") == 20
+    assert told().most(m.TRAINING_LEFT.name, category="cable") == 2.5
+    assert next(passed).stage is Stage.WAITING
+    assert told().total(m.TRAINING_SPEED.name) == 0
+    next(passed)
+    assert told().total(m.TRAINING_IMAGES.name, category="cable", stage="training") == 60
