@@ -4,7 +4,7 @@ import hashlib
 import platform
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -19,7 +19,7 @@ from flawstream.calibration import calibrate, is_finite, shortage
 from flawstream.engines.device import open_device
 from flawstream.engines.protocol import Engine
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.registry.registry import WEIGHTS_FILE, Registry, new_version
+from flawstream.registry.registry import REPORT_FILE, WEIGHTS_FILE, Registry, new_version
 from schemas.manifest import (
     Arithmetic,
     ArithmeticTrial,
@@ -34,7 +34,8 @@ from schemas.manifest import (
 )
 from schemas.settings import DetectorSettings, ModelSettings, TrainingSettings
 from training.datasets.samples import CategoryData, Sample
-from training.steps.evaluate import Evaluation, ImageScorer
+from training.report.report import TrainingCourse, judge, training_report
+from training.steps.evaluate import Evaluation, ImageScorer, ScoredImage
 from training.steps.features import FeatureCache, FeatureExtractor
 from training.steps.fit import fit_head, split_rows
 from training.steps.trials import Judged, choose_candidate, make_candidates
@@ -127,7 +128,7 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
     images, recipe = job.data.train, job.training
     train_rows, held_out_rows = split_rows(len(images), recipe)
     head = FastFlowHead(extractor.spec, FlowSpec.of(job.model), seed=recipe.seed)
-    final_loss = yield from _fit(job, extractor, head, train_rows)
+    losses = yield from _fit(job, extractor, head, train_rows)
     data = EvaluationData(
         held_out=[images[row] for row in held_out_rows],
         test=job.data.test,
@@ -155,13 +156,14 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
             weight_decay=recipe.weight_decay,
             clip_norm=recipe.clip_norm,
             seed=recipe.seed,
-            final_loss=final_loss,
+            final_loss=losses[-1],
             duration_s=time.monotonic() - started_s,
             threads=recipe.threads,
             device=device,
             work_sha256=Recipe(extractor.spec, job.model, recipe, job.detector, device).work_sha256(dataset_sha256),
         ),
         created_at=job.created_at,
+        report=lambda model: _report(model, job.data, losses, evaluated),
     )
     warning = shortage(len(held_out_rows), recipe.false_alarm_rate) or ""
     yield Progress(job.name, Stage.DONE, 1, 1, warning, manifest)
@@ -169,18 +171,27 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
 
 def _fit(
     job: TrainingJob, extractor: FeatureExtractor, head: FastFlowHead, rows: NDArray[np.int64]
-) -> Generator[Progress, None, float]:
-    """Compute features and train the head in place; return the final loss. Frees the disk space of the features."""
+) -> Generator[Progress, None, list[float]]:
+    """Compute features and train the head in place; return the loss of each epoch. Frees the features' disk space."""
     images, epochs = job.data.train, job.training.epochs
     features = FeatureCache(Path(tempfile.gettempdir()), images, extractor)
     for done in features.fill():
         yield Progress(job.name, Stage.FEATURES, done, len(images))
-    loss = float("nan")
+    losses = [float("nan")] * epochs
     for step in fit_head(head, features, rows, job.training):
-        loss = step.loss
+        loss = losses[step.epoch - 1] = step.loss
         note = f"epoch {step.epoch}/{epochs}  loss {loss:.3f}"
         yield Progress(job.name, Stage.TRAINING, step.images, epochs * len(rows), note, epoch=step.epoch, loss=loss)
-    return loss
+    return losses
+
+
+def _report(model: str, data: CategoryData, losses: Sequence[float], evaluated: "EvaluatedVersion") -> bytes:
+    """Make the page that lies beside the version."""
+    threshold = evaluated.calibration.threshold
+    normal = [Sample(image.path, anomalous=False, defect="held out", mask=None) for image in evaluated.held_out]
+    held_out = [judge(data.name, *pair, threshold) for pair in zip(normal, evaluated.held_out, strict=True)]
+    judged = [judge(data.name, *pair, threshold) for pair in zip(data.test, evaluated.test, strict=True)]
+    return training_report(model, TrainingCourse(losses, held_out), judged, evaluated.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +222,16 @@ class EvaluatedVersion:
         metrics: Metrics on test images.
         trials: Results of trials of faster arithmetics.
         trial_files: Files of the int8 graph that passed its trial, by name; empty if none did.
+        held_out: The held-out images, scored in the arithmetic of the engine.
+        test: The test images, scored so.
     """
 
     calibration: Calibration
     metrics: EvaluationMetrics
     trials: tuple[ArithmeticTrial, ...]
     trial_files: Mapping[str, bytes]
+    held_out: Sequence[ScoredImage]
+    test: Sequence[ScoredImage]
 
 
 def evaluate_version(
@@ -248,7 +263,10 @@ def evaluate_version(
     heads = [engine.load(head, None), *(candidate.loaded for candidate in candidates)]
     scorer = ImageScorer(engine, heads, extractor.limits, data.top_fraction)
     scores_and_peaks: list[tuple[tuple[float, float], ...]] = []
+    scored: list[ScoredImage] = []
+    tested: list[ScoredImage] = []
     for images in scorer.score(data.held_out):
+        scored.append(images[0])
         scores_and_peaks.append(tuple((image.score, float(image.anomaly_map().max())) for image in images))
         yield Progress(name, Stage.CALIBRATING, len(scores_and_peaks), len(data.held_out))
     held_out = np.array(scores_and_peaks, dtype=np.float64)  # (N, heads, 2: score and peak)
@@ -256,6 +274,7 @@ def evaluate_version(
     for done, (sample, images) in enumerate(
         zip(data.test, scorer.score([sample.path for sample in data.test]), strict=True), start=1
     ):
+        tested.append(images[0])
         for evaluation, image in zip(evaluations, images, strict=True):
             evaluation.add(sample, image)
         yield Progress(name, Stage.EVALUATING, done, len(data.test))
@@ -271,7 +290,7 @@ def evaluate_version(
     tried = [candidates[index - 1] for index in finite]
     judged = [summarise(index, candidate.arithmetic) for index, candidate in zip(finite, tried, strict=True)]
     trials, files = choose_candidate(tried, judged, exact)
-    return EvaluatedVersion(exact.calibration, exact.metrics, trials, files)
+    return EvaluatedVersion(exact.calibration, exact.metrics, trials, files, scored, tested)
 
 
 def publish(
@@ -285,6 +304,7 @@ def publish(
     training: TrainingRecord | ImportRecord,
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
     created_at: datetime | None = None,
+    report: Callable[[str], bytes] | None = None,
 ) -> ModelManifest:
     """Write a version to the registry. It serves only after it is promoted.
 
@@ -300,16 +320,19 @@ def publish(
         training: Record of the training or import, for the manifest.
         extra_files: Further files by name.
         created_at: Time of the version; None: now.
+        report: Makes a page about it, given its name.
 
     Raises:
         RegistryError: The registry cannot be written.
     """
     files = {WEIGHTS_FILE: head.to_bytes(), **evaluated.trial_files, **extra_files}
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     registry, created_at = Registry(registry_root), created_at or datetime.now(UTC)
-    name = new_version(created_at, digests[WEIGHTS_FILE])
+    name = new_version(created_at, hashlib.sha256(files[WEIGHTS_FILE]).hexdigest())
     if name in registry.versions(category):
         return registry.manifest(category, name)
+    if report is not None:
+        files[REPORT_FILE] = report(f"{category}@{name}")
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     manifest = ModelManifest(
         category=category,
         version=name,

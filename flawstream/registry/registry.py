@@ -31,6 +31,8 @@ from schemas.messages import CATEGORY_PATTERN
 
 WEIGHTS_FILE = "flow.safetensors"
 """The trained head, beside every manifest."""
+REPORT_FILE = "report.html"
+"""A page about its training, beside every version that was trained here."""
 _MANIFEST = "manifest.json"
 _CURRENT = "current"
 _READS_AT_ONCE = 16

@@ -14,7 +14,6 @@ from flawstream.calibration import expected_false_alarms, shortage_of
 from flawstream.engines.choose import make_engine, quiet_torch
 from flawstream.engines.protocol import Engine, arithmetic_of
 from flawstream.fastflow.head import FastFlowHead
-from flawstream.imaging.maps import encode_map, published_grid
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.registry.versions import open_backbone
 from flawstream_cli.data_sets import CategoryOption, LayoutOption
@@ -31,12 +30,11 @@ from flawstream_cli.terminal import (
 )
 from schemas.errors import ConfigError, DatasetError, RegistryError, UnknownCategoryError
 from schemas.manifest import BackboneSpec, Calibration, DefectMetrics, EvaluationMetrics, ModelManifest
-from schemas.messages import MapCodec
 from schemas.settings import LimitSettings, Settings
 from training.datasets.open import DatasetLayout, open_dataset
-from training.datasets.samples import CategoryData, Sample
-from training.report.report import JudgedImage, write_report
-from training.steps.evaluate import METRIC_NAMES, Evaluation, ImageScorer, ScoredImage, Spread, spread
+from training.datasets.samples import CategoryData
+from training.report.report import JudgedImage, judge, write_report
+from training.steps.evaluate import METRIC_NAMES, Evaluation, ImageScorer, Spread, spread
 
 _NOT_RECIPE = {"seed", "final_loss", "duration_s"}
 """Fields of the training record that may differ between versions of the same recipe."""
@@ -174,22 +172,8 @@ def _evaluate_version(
     )
     for sample, (image,) in zip(data.test, scored, strict=True):
         evaluation.add(sample, image)
-        judged.append(_judge(data.name, sample, image, calibration.threshold))
+        judged.append(judge(data.name, sample, image, calibration.threshold))
     return _Evaluated(manifest, calibration, evaluation.metrics(calibration.threshold), judged)
-
-
-def _judge(category: str, sample: Sample, image: ScoredImage, threshold: float) -> JudgedImage:
-    half = [published_grid(grid) for grid in image.grids]
-    return JudgedImage(
-        path=image.path,
-        category=category,
-        defect=sample.defect,
-        anomalous=sample.anomalous,
-        score=image.score,
-        threshold=threshold,
-        map=encode_map(half, (image.side, image.side), MapCodec.GRID_F16, threshold),
-        mask=sample.mask,
-    )
 
 
 def _write_report(path: Path, evaluated: Mapping[str, Sequence[_Evaluated]]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flawstream.registry.registry import Registry
+from flawstream.registry.registry import REPORT_FILE, Registry
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,
@@ -105,6 +105,34 @@ def show(
     opened = Registry(settings.registry.root)
     chosen = version or _current(opened, category, settings.registry.root)
     print_json(opened.manifest(category, chosen).model_dump(mode="json"))
+
+
+@app.command()
+def report(
+    category: Annotated[str, typer.Argument(help="The category.")],
+    version: Annotated[str | None, typer.Argument(help="The version; by default the current one.")] = None,
+    to: Annotated[Path | None, typer.Option(help="The file; by default CATEGORY-VERSION.html here.")] = None,
+    registry: RegistryOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Write the page about a version's training: loss, scores of held-out normal images, their maps, test images.
+
+    The normal images with the highest scores come first: they may show defects that nobody saw.
+
+    Example: `flawstream models report bottle --to bottle.html`
+    """
+    settings = read_settings(config, registry={"root": registry})
+    opened = Registry(settings.registry.root)
+    manifest = opened.manifest(category, version or _current(opened, category, settings.registry.root))
+    if REPORT_FILE not in manifest.files:
+        raise RegistryError(
+            f"{manifest.model} has no report: it was imported, or trained by an older release; "
+            "`flawstream evaluate --report` makes one from test images"
+        )
+    target = to or Path(f"{manifest.category}-{manifest.version}.html")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(opened.read_file(manifest, REPORT_FILE))
+    out.print(str(target), highlight=False, soft_wrap=True)
 
 
 def _current(registry: Registry, category: str, root: str) -> str:

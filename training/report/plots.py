@@ -118,6 +118,32 @@ def plot_scores(scores: NDArray[np.float64], anomalous: NDArray[np.bool_], thres
     return plots
 
 
+def plot_losses(losses: Sequence[float]) -> Plot | None:
+    """Plot the mean loss of each epoch; None where no epoch has a finite loss.
+
+    Args:
+        losses: Nats per value summed over the scales, from the first epoch on.
+    """
+    finite = [(epoch, loss) for epoch, loss in enumerate(losses, start=1) if math.isfinite(loss)]
+    if not finite:
+        return None
+    values = [loss for _, loss in finite]
+    step = _round_step((max(values) - min(values)) / (_MAX_TICKS - 2) or abs(values[0]) / 10 or 1.0)
+    low, high = math.floor(min(values) / step), math.floor(max(values) / step) + 1
+    last = len(losses)
+    x = np.array([(epoch - 1) / max(1, last - 1) for epoch, _ in finite])
+    y = np.array([(loss / step - low) / (high - low) for loss in values])
+    epochs = range(1, last + 1, max(1, math.ceil((last - 1) / (_MAX_TICKS - 1))))
+    return Plot(
+        "Loss while training",
+        "epoch",
+        "loss, nats per value",
+        [Tick(_x((epoch - 1) / max(1, last - 1)), str(epoch)) for epoch in epochs],
+        [Tick(_y((k - low) / (high - low)), f"{k * step:g}") for k in range(low, high + 1)],
+        curve=_lines(x, y),
+    )
+
+
 def _roc(scores: NDArray[np.float64], anomalous: NDArray[np.bool_], threshold: float) -> Plot:
     false_alarms, recall, _ = roc_curve(anomalous, scores)
     alarms = scores > threshold
@@ -226,6 +252,12 @@ def _round_steps(max_count: int) -> tuple[int, int]:
             if max_count <= step * (_MAX_TICKS - 1):
                 return step, step * max(1, math.ceil(max_count / step))
         size *= 10
+
+
+def _round_step(least: float) -> float:
+    """Choose 1, 2 or 5 times a power of ten, at least `least`."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next((digit * power for digit in (1.0, 2.0, 5.0) if digit * power >= least), 10 * power)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

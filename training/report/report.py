@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawstream.imaging.decode import decode_image
-from flawstream.imaging.maps import decode_map, encode_jpeg, paint
+from flawstream.imaging.maps import decode_map, encode_jpeg, encode_map, paint, published_grid
 from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import EvaluationMetrics
-from schemas.messages import AnomalyMap
+from schemas.messages import AnomalyMap, MapCodec
 from schemas.settings import LimitSettings
+from training.datasets.samples import Sample
 from training.report import plots
-from training.report.plots import plot_scores
-from training.steps.evaluate import METRIC_NAMES, RATES, read_mask, spread
+from training.report.plots import plot_losses, plot_scores
+from training.steps.evaluate import METRIC_NAMES, RATES, ScoredImage, read_mask, spread
 
 _MAX_CARDS = 8
 _HEATMAP_WEIGHT = 0.45
@@ -65,6 +66,34 @@ class JudgedImage:
         return self.is_alarm != self.anomalous
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingCourse:
+    """What the report of a new version shows of its training.
+
+    Attributes:
+        losses: Mean loss of each epoch, nats per value summed over the scales.
+        held_out: Normal images that did not train it, and set its thresholds.
+    """
+
+    losses: Sequence[float]
+    held_out: Sequence[JudgedImage]
+
+
+def judge(category: str, sample: Sample, image: ScoredImage, threshold: float) -> JudgedImage:
+    """Judge a scored image by a threshold of image scores."""
+    half = [published_grid(grid) for grid in image.grids]
+    return JudgedImage(
+        path=image.path,
+        category=category,
+        defect=sample.defect,
+        anomalous=sample.anomalous,
+        score=image.score,
+        threshold=threshold,
+        map=encode_map(half, (image.side, image.side), MapCodec.GRID_F16, threshold),
+        mask=sample.mask,
+    )
+
+
 def write_report(
     path: Path,
     title: str,
@@ -81,13 +110,6 @@ def write_report(
         metrics: Metrics by category.
         versions: By category the metrics of several model versions to compare, that of `metrics` first.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("training.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     sections = [
         _section(
             name, of_category, [image for image in judged if image.category == name], (versions or {}).get(name, {})
@@ -95,10 +117,44 @@ def write_report(
         for name, of_category in metrics.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_render(title, sections))
+
+
+def training_report(
+    model: str, course: TrainingCourse, judged: Sequence[JudgedImage], metrics: EvaluationMetrics
+) -> bytes:
+    """Make the report of a version that was just trained: one self-contained HTML file.
+
+    Args:
+        model: The version, as `category@version`.
+        course: Its training.
+        judged: The test images; may be empty.
+        metrics: Metrics on them.
+    """
+    section = _section(model, metrics, list(judged), {})
+    ranked = sorted(course.held_out, key=_rank, reverse=True)
+    scores = np.array([image.score for image in ranked], dtype=np.float64)
+    histogram = plot_scores(scores, np.zeros(len(ranked), dtype=bool), ranked[0].threshold if ranked else 0.0)
+    section["course"] = {
+        "images": len(ranked),
+        "plots": [plot for plot in (plot_losses(course.losses), *histogram) if plot is not None],
+        "cards": [_card(image) for image in ranked[:_MAX_CARDS]],
+    }
+    return _render(f"flawstream: training of {model}", [section])
+
+
+def _render(title: str, sections: Sequence[Mapping[str, Any]]) -> bytes:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("training.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     page = environment.get_template("report.html.j2").render(
         title=title, sections=sections, plots=plots, names=METRIC_NAMES, rates=RATES, version=version("flawstream")
     )
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names can be any bytes
+    return page.encode("utf-8", errors="backslashreplace")  # file names can be any bytes
 
 
 def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -129,7 +185,7 @@ def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _section(
     name: str, metrics: EvaluationMetrics, judged: list[JudgedImage], versions: Mapping[str, EvaluationMetrics]
 ) -> dict[str, Any]:
-    ranked = sorted(judged, key=lambda image: image.score if math.isfinite(image.score) else math.inf)
+    ranked = sorted(judged, key=_rank)
     missed = [image for image in ranked if image.is_wrong and image.anomalous]
     alarms = [image for image in reversed(ranked) if image.is_wrong and not image.anomalous]
     groups = {
@@ -154,7 +210,12 @@ def _section(
             heading: [_card(image) for image in images[:_MAX_CARDS]] for heading, images in groups.items() if images
         },
         "has_masks": any(image.mask is not None for image in judged),
+        "course": None,
     }
+
+
+def _rank(image: JudgedImage) -> float:
+    return image.score if math.isfinite(image.score) else math.inf
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:

@@ -178,6 +178,15 @@ def test_models_show_prints_the_current_manifest(run: Run, registry: Registry, t
     assert json.loads(ran.out) == registry.manifest("bottle", "v2").model_dump(mode="json")
 
 
+def test_models_report_of_a_version_without_one_says_what_to_do(run: Run, registry: Registry, tmp_path: Path) -> None:
+    del registry
+    ran = run("models", "report", "bottle", "--to", tmp_path / "page.html", "--registry", tmp_path / "models")
+    assert (ran.code, ran.out) == (3, "")
+    assert "bottle@v2 has no report" in ran.err
+    assert "flawstream evaluate --report" in ran.err
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_models_show_of_a_version_that_is_not_there_lists_those_that_are(
     run: Run, registry: Registry, tmp_path: Path
 ) -> None:

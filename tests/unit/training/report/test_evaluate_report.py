@@ -20,8 +20,8 @@ from schemas.manifest import DefectMetrics, EvaluationMetrics
 from schemas.messages import MapCodec
 from training.datasets.samples import Sample
 from training.report.metrics import rate_interval
-from training.report.plots import BOTTOM, LEFT, RIGHT, TOP, plot_scores
-from training.report.report import JudgedImage, overlay, write_report
+from training.report.plots import BOTTOM, LEFT, RIGHT, TOP, plot_losses, plot_scores
+from training.report.report import JudgedImage, TrainingCourse, overlay, training_report, write_report
 from training.steps.evaluate import Evaluation, ScoredImage, spread, summarise
 
 SIDE = 16
@@ -344,3 +344,38 @@ def test_score_that_is_no_number_is_an_alarm(tmp_path: Path) -> None:
     image = replace(judged(tmp_path, score=1, anomalous=True), score=float("nan"))
     assert image.is_alarm
     assert not image.is_wrong
+
+
+def test_training_report_has_the_loss_of_each_epoch_and_suspect_images_first(tmp_path: Path) -> None:
+    scores = [0.2, 0.9, 0.5, *[0.1] * 8]
+    held_out = [judged(tmp_path, score=score, anomalous=False, name=f"part-{k}.png") for k, score in enumerate(scores)]
+    course = TrainingCourse([1.0, 0.75, 0.5], held_out)
+    page = training_report("bottle@v1", course, [], EvaluationMetrics()).decode()
+    assert "Loss while training" in page
+    assert [int(k) for k in re.findall(r"<figcaption>part-(\d+)\.png", page)][:3] == [1, 2, 0]
+    assert page.count("<figcaption>part-") == 8
+    assert "scores are of 11 normal images" in page
+    assert "Test images" not in page
+
+
+def test_training_report_shows_test_images_beside_the_training(tmp_path: Path) -> None:
+    test = [judged(tmp_path, score=0.5, anomalous=False), judged(tmp_path, score=2, anomalous=True)]
+    page = training_report("bottle@v1", TrainingCourse([1.0], test[:1]), test, EvaluationMetrics(recall=1.0)).decode()
+    assert "<h3>Test images</h3>" in page
+    assert "ROC curve" in page
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
+def test_loss_curve_stays_inside_the_plot(losses: list[float]) -> None:
+    plot = plot_losses(losses)
+    assert plot is not None
+    points = [tuple(map(float, point.split(","))) for point in plot.curve.lstrip("M").split("L")]
+    assert len(points) == len(losses)
+    assert all(LEFT - 0.1 <= x <= RIGHT + 0.1 and TOP - 0.1 <= y <= BOTTOM + 0.1 for x, y in points)
+    assert all(TOP - 0.1 <= tick.at <= BOTTOM + 0.1 for tick in plot.y_ticks)
+    assert 2 <= len(plot.y_ticks) <= 8
+    assert [tick.text for tick in plot.x_ticks][:1] == ["1"]
+
+
+def test_loss_that_is_never_finite_has_no_curve() -> None:
+    assert plot_losses([float("nan"), float("inf")]) is None
