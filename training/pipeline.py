@@ -41,6 +41,7 @@ from training.steps.trials import Judged, choose_candidate, make_candidates
 class Stage(StrEnum):
     """Stages of a training job."""
 
+    DOWNLOADING = "downloading"
     FEATURES = "features"
     TRAINING = "training"
     CALIBRATING = "calibrating"

@@ -11,7 +11,7 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream_cli.cluster import on_cluster
-from flawstream_cli.data_sets import CategoryOption, LayoutOption, exclude_faulty
+from flawstream_cli.data_sets import CategoryOption, LayoutOption, RootArgument, exclude_faulty
 from flawstream_cli.terminal import (
     ConfigOption,
     ExitCode,
@@ -36,10 +36,7 @@ from training.pipeline import Stage, TrainingJob
 
 
 def train(
-    root: Annotated[
-        Path,
-        typer.Argument(help="Data set: ROOT/CATEGORY/train/good, test/DEFECT, ground_truth; or another --layout."),
-    ],
+    root: RootArgument,
     category: CategoryOption = None,
     layout: LayoutOption = DatasetLayout.AUTO,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,

@@ -19,6 +19,7 @@ from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import EvaluationMetrics
 from schemas.messages import AnomalyMap
 from schemas.settings import LimitSettings
+from training.datasets.storage import read_file
 from training.report import plots
 from training.report.plots import plot_scores
 from training.steps.evaluate import METRIC_NAMES, RATES, read_mask, spread
@@ -158,7 +159,7 @@ def _section(
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:
-    decoded = decode_image(image.path.read_bytes(), PixelForm(image.map.shape[0]), _LIMITS)
+    decoded = decode_image(read_file(image.path), PixelForm(image.map.shape[0]), _LIMITS)
     pixels = np.asarray(decoded.pixels, np.uint8)
     return {
         "name": image.path.name,
