@@ -10,8 +10,8 @@ from flawstream.engines.protocol import Engine
 from schemas.errors import DatasetError
 from training.datasets.check import Severity, check_content, exclusion_reason
 from training.datasets.decoding import decode_files
+from training.datasets.local_copy import LocalCopy
 from training.datasets.samples import CategoryData
-from training.datasets.storage import LocalCopy
 from training.pipeline import Progress, Stage, TrainingJob, run_job
 from training.steps.features import FeatureExtractor
 

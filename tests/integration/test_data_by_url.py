@@ -18,8 +18,8 @@ from helpers.s3_server import point_to, running_s3
 
 from flawstream.registry.registry import Registry
 from schemas.errors import DatasetError
+from training.datasets.local_copy import LocalCopy
 from training.datasets.open import open_dataset
-from training.datasets.storage import LocalCopy
 
 BUCKET = "photos"
 
@@ -102,7 +102,7 @@ def test_list_names_images_by_their_key_beside_it(folder: Path) -> None:
     (data,) = open_dataset(f"{upload(folder)}/list.csv")
     with LocalCopy(data) as copy:
         assert list(copy.fill()) == list(range(1, 13))
-        assert copy.data.sha256() == open_dataset(folder / "list.csv")[0].sha256()
+        assert copy.data.sha256() == data.sha256() == open_dataset(folder / "list.csv")[0].sha256()
 
 
 @pytest.mark.usefixtures("s3_address")

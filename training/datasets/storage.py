@@ -1,20 +1,13 @@
-"""Data sets by URL: paths in an object store, listed once, and local copies of the files.
+"""Data sets by URL: paths in an object store, listed once.
 
 A path by URL is a `UPath`, which has the interface of `pathlib.Path` over fsspec; its annotation is `Path` as that of
 local ones, so that adapters and training read both alike.
 """
 
 import contextlib
-import fcntl
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import split_protocol
@@ -22,12 +15,10 @@ from fsspec.registry import known_implementations
 from upath import UPath
 
 from schemas.errors import ConfigError, DatasetError, FlawstreamError
-from training.datasets.samples import CategoryData
 
 READS_AT_ONCE = 16
 """Concurrent requests to a store."""
 
-_PREFIX = "flawstream-data-"
 _CONNECT_S, _READ_S = 5, 30
 _S3_OPTIONS = {
     "config_kwargs": {
@@ -144,113 +135,6 @@ def storage_errors(url: object) -> Iterator[None]:
             f"the storage of {url} failed: {type(error).__name__}: {_first_line(error)}; check the network, the "
             "endpoint (for s3: AWS_ENDPOINT_URL) and the credentials here"
         ) from error
-
-
-class LocalCopy:
-    """The files of a category in a temporary folder, while the context lasts; local files stay where they are.
-
-    A folder of a process that was killed is removed by the next copy on its machine.
-
-    Args:
-        data: The category.
-    """
-
-    def __init__(self, data: CategoryData) -> None:
-        self._original = data
-        self._resources = contextlib.ExitStack()
-        self._copies: dict[Path, Path] = {}
-
-    def __enter__(self) -> Self:
-        files = [path for path in self._original.files() if is_url(path)]
-        if files:
-            folder = self._resources.enter_context(_temporary_folder())
-            folders = {url: folder / str(number) for number, url in enumerate({path.parent: None for path in files})}
-            self._copies = {path: folders[path.parent] / path.name for path in files}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._resources.close()
-
-    def fill(self) -> Iterator[int]:
-        """Copy all files, many at once.
-
-        Yields:
-            The number of files copied.
-
-        Raises:
-            DatasetError: The storage fails.
-            ConfigError: The disk for temporary files is full.
-        """
-        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            copying = [pool.submit(_copy, url, target) for url, target in self._copies.items()]
-            try:
-                for done, each in enumerate(copying, start=1):
-                    each.result()
-                    yield done
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    @property
-    def data(self) -> CategoryData:
-        """The category with local paths."""
-        original, local = self._original, self._local
-        return CategoryData(
-            original.name,
-            tuple(map(local, original.train)),
-            tuple(
-                replace(sample, path=local(sample.path), mask=None if sample.mask is None else local(sample.mask))
-                for sample in original.test
-            ),
-        )
-
-    def with_urls(self, text: str) -> str:
-        """Replace the paths of copies in a text by their URLs."""
-        for url, folder in {url.parent: copy.parent for url, copy in self._copies.items()}.items():
-            text = text.replace(f"{folder}/", f"{url}/")
-        return text
-
-    def _local(self, path: Path) -> Path:
-        return self._copies.get(path, path)
-
-
-def _copy(url: Path, target: Path) -> None:
-    content = read_file(url)
-    try:
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(content)
-    except OSError as error:
-        raise ConfigError(
-            f"{url} cannot be copied to {target.parent} ({error.strerror}); free some space, or set TMPDIR to a folder "
-            "on another disk"
-        ) from error
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """Create a folder that is removed with the context, or by the next call if this process is killed before."""
-    parent = Path(tempfile.gettempdir())
-    for stale in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), _locked(stale):  # fails while the process that made it lives
-            shutil.rmtree(stale, ignore_errors=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
-    with _locked(made):
-        folder = made.rename(parent / made.name.removeprefix("."))  # visible to others only when it is locked
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _fs(path: Path) -> AbstractFileSystem:
