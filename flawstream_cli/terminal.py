@@ -41,7 +41,9 @@ class ExitCode(IntEnum):
     USAGE = 2
     CANNOT_START = 3
     UNAVAILABLE = 4
+    CLUSTER_LOST = 5
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 ConfigOption = Annotated[

@@ -1,5 +1,8 @@
 """`flawstream train`: trains a model version for each category of a data set."""
 
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +15,10 @@ from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream_cli.cluster import on_cluster
 from flawstream_cli.data_sets import CategoryOption, LayoutOption, RootArgument, exclude_faulty
+from flawstream_cli.interruption import ending_in_order
+from flawstream_cli.submission import submit_job
 from flawstream_cli.terminal import (
     ConfigOption,
-    ExitCode,
     JsonOption,
     RegistryOption,
     out,
@@ -32,7 +36,10 @@ from serving.ray_metrics import RayMetrics
 from training.datasets.open import DatasetLayout, open_dataset
 from training.datasets.samples import CategoryData
 from training.fleet import train_fleet
-from training.pipeline import Stage, TrainingJob
+from training.pipeline import Progress, Stage, TrainingJob
+from training.preflight import check_nodes
+
+Watch = Callable[[Iterator[Progress], Sequence[str]], Iterator[Progress]]
 
 
 def train(
@@ -60,8 +67,16 @@ def train(
     promote: Annotated[bool, typer.Option(help="Make the new versions current.")] = True,
     registry: RegistryOption = None,
     ray_address: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; by default only this machine.")
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS", envvar="RAY_ADDRESS", help="A Ray cluster; by default only this machine."
+        ),
     ] = None,
+    submit: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Run as a Ray Job on the cluster with this dashboard, http://HOST:8265."),
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="With --submit: print the job's log until it ends.")] = True,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,6 +90,8 @@ def train(
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
     Exit code 1: a category failed, has faulty data or was not promoted; the others are trained. 3: nothing was trained.
+    5: the cluster was lost. 130, 143: ended by Ctrl-C, by SIGTERM. 5, 130 and 143 come with the summary of what is
+    trained and what is not.
     """
     settings = read_settings(
         config,
@@ -82,16 +99,24 @@ def train(
         model={"preset": preset, "backbone": backbone, "weights": weights, "input_size": input_size},
         registry={"root": registry},
     )
-    data = open_dataset(root, category, layout)
-    sound, faulty = exclude_faulty(data, settings, decode=check, strict=strict)
-    if promote:
-        _refuse_other_backbone(sound, settings)
-    with on_cluster(ray_address):
-        manifests, failures = train_all(sound, settings, promote=promote, seeds=seeds)
-    failures |= faulty
-    _report(manifests, failures, settings.registry.root, as_json=as_json)
-    if failures:
-        raise typer.Exit(ExitCode.FAILED)
+    if submit is not None:
+        paths = {"ROOT": root, "--registry": settings.registry.root}
+        raise typer.Exit(submit_job(submit, sys.argv[1:], settings, paths, follow=follow, as_json=as_json))
+    with ending_in_order(as_json=as_json) as ending:
+        data = open_dataset(root, category, layout)
+        sound, faulty = exclude_faulty(data, settings, decode=check, strict=strict)
+        if promote:
+            _refuse_other_backbone(sound, settings)
+        with on_cluster(ray_address) as cluster:
+            for node in check_nodes(sound[0].files()[0], _absolute(settings.registry.root)):
+                print_message(f"warning: {node} does not answer; training goes on without it", "yellow")
+            manifests, failures = train_all(
+                sound, settings, promote=promote, seeds=seeds, watch=partial(ending.watch, head=cluster.head)
+            )
+        failures |= faulty
+        _report(manifests, failures, settings.registry.root, as_json=as_json)
+    if code := ending.exit_code(failed=bool(failures)):
+        raise typer.Exit(code)
 
 
 def _report(manifests: list[ModelManifest], failures: dict[str, str], root: str, *, as_json: bool) -> None:
@@ -107,7 +132,12 @@ def _report(manifests: list[ModelManifest], failures: dict[str, str], root: str,
 
 
 def train_all(
-    data: list[CategoryData], settings: Settings, *, promote: bool = True, seeds: int = 1
+    data: list[CategoryData],
+    settings: Settings,
+    *,
+    promote: bool = True,
+    seeds: int = 1,
+    watch: Watch = lambda training, _jobs: training,
 ) -> tuple[list[ModelManifest], dict[str, str]]:
     """Train all categories with progress bars, and warn about those with too few images to calibrate.
 
@@ -116,6 +146,7 @@ def train_all(
         settings: The recipe, with the first seed.
         promote: Whether to promote the versions with the first seed.
         seeds: Number of versions per category.
+        watch: Wraps the training, with the names of the jobs; see `interruption.Ending.watch`.
 
     Returns:
         The published versions, sorted by category and seed; and the errors of the failed jobs, by job name.
@@ -126,14 +157,15 @@ def train_all(
     promotions = _Promotions(Registry(settings.registry.root))
     with TrainingDisplay([job.name for job in jobs]) as display:
         metrics = RayMetrics(settings.metrics.max_categories)
-        for progress in train_fleet(
+        training = train_fleet(
             jobs,
             settings.model,
             settings.limits,
             settings.detector,
             num_gpus=settings.training.num_gpus,
             metrics=metrics,
-        ):
+        )
+        for progress in watch(training, [job.name for job in jobs]):
             display.show(progress)
             if progress.manifest is not None:
                 manifests.append(progress.manifest)

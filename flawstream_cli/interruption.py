@@ -1,0 +1,135 @@
+"""Ctrl-C, SIGTERM and a lost cluster while training: the run ends with its summary and an exit code of its own."""
+
+import _thread
+import os
+import signal
+import socket
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from types import FrameType
+
+from flawstream_cli.terminal import ExitCode, print_json, print_message
+from schemas.errors import FlawstreamError
+from training.pipeline import Progress, Stage
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ASK_EVERY_S = 2.0
+_LOST_AFTER_S = 20.0
+"""Ray itself ends the process after 60 s without the cluster's head."""
+
+
+class _Ended(KeyboardInterrupt):
+    """Raised in the main thread when the run must end."""
+
+
+class Ending:
+    """How a training run ends. Made by `ending_in_order`.
+
+    Attributes:
+        code: The exit code if the run was ended before its end, else None.
+    """
+
+    def __init__(self) -> None:
+        self.code: ExitCode | None = None
+        self._deferred = False
+
+    def watch(self, training: Iterator[Progress], jobs: Sequence[str], head: str = "") -> Iterator[Progress]:
+        """Pass on the progress of training; once the run must end, close it and report every other job as failed.
+
+        Args:
+            training: The training, closed at the end.
+            jobs: Names of the jobs.
+            head: Address `host:port` of the cluster's head, whose loss ends the run; empty: not watched.
+
+        Yields:
+            Progress; every job ends in `DONE` or `FAILED`.
+        """
+        open_jobs = dict.fromkeys(jobs)
+        stop = threading.Event()
+        if head:
+            threading.Thread(target=self._watch_head, args=(head, stop), daemon=True).start()
+        try:
+            with closing(training) if isinstance(training, Generator) else nullcontext():
+                while self.code is None and (progress := next(training, None)) is not None:
+                    if progress.stage in {Stage.DONE, Stage.FAILED}:
+                        open_jobs.pop(progress.job, None)
+                    self._deferred = True  # the caller may be writing to the registry
+                    yield progress
+                    self._deferred = False
+        except _Ended:
+            pass
+        finally:
+            self._deferred = False
+            stop.set()
+        for job in open_jobs:
+            yield Progress(job, Stage.FAILED, 0, 1, f"not trained: {self._reason}; run the command again")
+
+    def exit_code(self, *, failed: bool) -> ExitCode:
+        """Return the exit code of the run.
+
+        Args:
+            failed: Whether a category was not trained.
+        """
+        return self.code or (ExitCode.FAILED if failed else ExitCode.OK)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: the first ends the run in order, the second at once."""
+        del frame
+        if self.code is not None and self.code is not ExitCode.CLUSTER_LOST:
+            os._exit(self.code)
+        if self.code is None:
+            self.code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+            print_message(f"ending ({self._reason}); once more ends at once", "yellow")
+        if not self._deferred:
+            raise _Ended
+
+    @property
+    def _reason(self) -> str:
+        match self.code:
+            case ExitCode.INTERRUPTED:
+                return "interrupted with Ctrl-C"
+            case ExitCode.TERMINATED:
+                return "ended by SIGTERM"
+            case _:
+                return f"the head of the Ray cluster has not answered for {_LOST_AFTER_S:.0f} s"
+
+    def _watch_head(self, head: str, stop: threading.Event) -> None:
+        host, _, port = head.rpartition(":")
+        silent_s = 0.0
+        while silent_s < _LOST_AFTER_S:
+            if stop.wait(_ASK_EVERY_S):
+                return
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), _ASK_EVERY_S).close()
+                silent_s = 0.0
+            except OSError as error:
+                silent_s += _ASK_EVERY_S * (2 if isinstance(error, TimeoutError) else 1)
+        self.code = ExitCode.CLUSTER_LOST
+        print_message(f"ending: {self._reason}", "red")
+        _thread.interrupt_main(signal.SIGINT)
+
+
+@contextmanager
+def ending_in_order(*, as_json: bool) -> Iterator[Ending]:
+    """Have Ctrl-C and SIGTERM end the run in order; with JSON, print a document for an error too.
+
+    Args:
+        as_json: Whether standard output must be one JSON document.
+
+    Raises:
+        SystemExit: A signal came before or after training.
+    """
+    ending = Ending()
+    before = {number: signal.signal(number, ending.on_signal) for number in _SIGNALS}
+    try:
+        yield ending
+    except (FlawstreamError, _Ended) as error:
+        if as_json:
+            print_json({"trained": [], "failed": {}, "warnings": {}, "error": str(error) or "ended by a signal"})
+        if isinstance(error, _Ended):
+            raise SystemExit(ending.code) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
