@@ -1,5 +1,6 @@
 """Joining a Ray cluster or starting one on this machine: once a process, for training and for serving alike."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -102,7 +103,13 @@ def knock(address: str) -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster; one that `connect` started ends."""
+    """Leave the cluster; one that `connect` started ends. From a head that is lost Ray would wait for an answer."""
+    if ray.is_initialized():
+        try:
+            knock(ray.get_runtime_context().gcs_address)
+        except OSError:
+            atexit.unregister(ray.shutdown)
+            return
     ray.shutdown()
 
 

@@ -10,10 +10,9 @@ from contextlib import closing, contextmanager, nullcontext
 from types import FrameType
 
 from flawstream_cli.terminal import ExitCode, print_json, print_message
-from schemas.errors import FlawstreamError
 from training.pipeline import Progress, Stage
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LOST_SIGNAL = signal.SIGUSR2
 _ASK_EVERY_S = 2.0
 _LOST_AFTER_S = 20.0
 """Ray itself ends the process after 60 s without the cluster's head."""
@@ -32,7 +31,7 @@ class Ending:
 
     def __init__(self) -> None:
         self.code: ExitCode | None = None
-        self._deferred = False
+        self._may_raise = True
 
     def watch(self, training: Iterator[Progress], jobs: Sequence[str], head: str = "") -> Iterator[Progress]:
         """Pass on the progress of training; once the run must end, close it and report every other job as failed.
@@ -54,13 +53,13 @@ class Ending:
                 while self.code is None and (progress := next(training, None)) is not None:
                     if progress.stage in {Stage.DONE, Stage.FAILED}:
                         open_jobs.pop(progress.job, None)
-                    self._deferred = True  # the caller may be writing to the registry
+                    self._may_raise = False  # the caller may be writing to the registry
                     yield progress
-                    self._deferred = False
+                    self._may_raise = True
         except _Ended:
             pass
         finally:
-            self._deferred = False
+            self._may_raise = False  # the summary follows
             stop.set()
         for job in open_jobs:
             yield Progress(job, Stage.FAILED, 0, 1, f"not trained: {self._reason}; run the command again")
@@ -76,12 +75,17 @@ class Ending:
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: the first ends the run in order, the second at once."""
         del frame
-        if self.code is not None and self.code is not ExitCode.CLUSTER_LOST:
+        if self.code is not None:
             os._exit(self.code)
-        if self.code is None:
-            self.code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
-            print_message(f"ending ({self._reason}); once more ends at once", "yellow")
-        if not self._deferred:
+        self.code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+        print_message(f"ending ({self._reason}); once more ends at once", "yellow")
+        if self._may_raise:
+            raise _Ended
+
+    def on_lost(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal of the thread that has found the head lost."""
+        del number, frame
+        if self._may_raise:
             raise _Ended
 
     @property
@@ -107,12 +111,12 @@ class Ending:
                 silent_s += _ASK_EVERY_S * (2 if isinstance(error, TimeoutError) else 1)
         self.code = ExitCode.CLUSTER_LOST
         print_message(f"ending: {self._reason}", "red")
-        _thread.interrupt_main(signal.SIGINT)
+        _thread.interrupt_main(_LOST_SIGNAL)
 
 
 @contextmanager
 def ending_in_order(*, as_json: bool) -> Iterator[Ending]:
-    """Have Ctrl-C and SIGTERM end the run in order; with JSON, print a document for an error too.
+    """Have Ctrl-C and SIGTERM end the run in order; with JSON, print a document for any error.
 
     Args:
         as_json: Whether standard output must be one JSON document.
@@ -121,10 +125,11 @@ def ending_in_order(*, as_json: bool) -> Iterator[Ending]:
         SystemExit: A signal came before or after training.
     """
     ending = Ending()
-    before = {number: signal.signal(number, ending.on_signal) for number in _SIGNALS}
+    before = {number: signal.signal(number, ending.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before[_LOST_SIGNAL] = signal.signal(_LOST_SIGNAL, ending.on_lost)
     try:
         yield ending
-    except (FlawstreamError, _Ended) as error:
+    except (Exception, _Ended) as error:
         if as_json:
             print_json({"trained": [], "failed": {}, "warnings": {}, "error": str(error) or "ended by a signal"})
         if isinstance(error, _Ended):

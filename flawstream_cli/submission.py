@@ -13,7 +13,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from flawstream_cli.cluster import knock
 from flawstream_cli.terminal import ExitCode, out, print_json, print_message
-from schemas.errors import ConfigError
+from schemas.errors import ClusterLostError, ConfigError
 from schemas.settings import Settings
 
 _SECTIONS = ("model", "training", "limits", "detector", "registry", "metrics")
@@ -50,6 +50,7 @@ def submit_job(
 
     Raises:
         ConfigError: The dashboard does not answer or refuses; or a path is relative.
+        ClusterLostError: The cluster has not answered for a minute.
     """
     for name, path in paths.items():
         if "://" not in path and not Path(path).is_absolute():
@@ -132,7 +133,7 @@ def _poll(client: JobSubmissionClient, job: str) -> Iterator[tuple[str, bool]]:
     """Yield a job's log until its end, and whether it has ended.
 
     Raises:
-        SystemExit: The cluster has not answered for a minute.
+        ClusterLostError: The cluster has not answered for a minute.
     """
     answered_s = time.monotonic()
     while True:
@@ -141,8 +142,10 @@ def _poll(client: JobSubmissionClient, job: str) -> Iterator[tuple[str, bool]]:
             log = client.get_job_logs(job)
         except (RuntimeError, OSError, requests.RequestException) as error:
             if time.monotonic() - answered_s > _LOST_AFTER_S:
-                print_message(f"the cluster has not answered for {_LOST_AFTER_S:.0f} s: {error}", "red")
-                raise SystemExit(ExitCode.CLUSTER_LOST) from error
+                raise ClusterLostError(
+                    f"the cluster has not answered for {_LOST_AFTER_S:.0f} s ({error}); {job} may still run: look at "
+                    "the cluster before you submit it again"
+                ) from error
         else:
             answered_s = time.monotonic()
             yield log, ended

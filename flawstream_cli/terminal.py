@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flawstream.telemetry import logs
-from schemas.errors import ConfigError, FlawstreamError, TransientError
+from schemas.errors import ClusterLostError, ConfigError, FlawstreamError, TransientError
 from schemas.settings import Settings, load_settings, settings_problems
 
 _log = logging.getLogger(__name__)
@@ -128,6 +128,8 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 
 def exit_code_of(error: FlawstreamError) -> ExitCode:
     """Return the exit code for an error."""
+    if isinstance(error, ClusterLostError):
+        return ExitCode.CLUSTER_LOST
     return ExitCode.UNAVAILABLE if isinstance(error, TransientError) else ExitCode.CANNOT_START
 
 

@@ -93,16 +93,16 @@ def train(
     5: the cluster was lost. 130, 143: ended by Ctrl-C, by SIGTERM. 5, 130 and 143 come with the summary of what is
     trained and what is not.
     """
-    settings = read_settings(
-        config,
-        training={"epochs": epochs, "false_alarm_rate": false_alarm_rate, "seed": seed},
-        model={"preset": preset, "backbone": backbone, "weights": weights, "input_size": input_size},
-        registry={"root": registry},
-    )
-    if submit is not None:
-        paths = {"ROOT": root, "--registry": settings.registry.root}
-        raise typer.Exit(submit_job(submit, sys.argv[1:], settings, paths, follow=follow, as_json=as_json))
     with ending_in_order(as_json=as_json) as ending:
+        settings = read_settings(
+            config,
+            training={"epochs": epochs, "false_alarm_rate": false_alarm_rate, "seed": seed},
+            model={"preset": preset, "backbone": backbone, "weights": weights, "input_size": input_size},
+            registry={"root": registry},
+        )
+        if submit is not None:
+            paths = {"ROOT": root, "--registry": settings.registry.root}
+            sys.exit(submit_job(submit, sys.argv[1:], settings, paths, follow=follow, as_json=as_json))
         data = open_dataset(root, category, layout)
         sound, faulty = exclude_faulty(data, settings, decode=check, strict=strict)
         if promote:
