@@ -16,16 +16,14 @@ from ray.cluster_utils import Cluster
 
 from flawstream.registry.registry import Registry
 
-CATEGORIES = {"a": 12, "b": 150, "c": 150}
-"""Numbers of training images: the first is trained long before the others."""
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    for category, count in CATEGORIES.items():
-        write_images(folder / category / "train" / "good", count)
+    for category in ("a", "b"):
+        write_images(folder / category / "train" / "good", 12)
     return folder
 
 
@@ -35,7 +33,7 @@ def training(folder: Path, registry: Path, *arguments: str) -> Iterator[subproce
     process = subprocess.Popen(  # noqa: S603 - our own interpreter
         [
             *(sys.executable, "-m", "flawstream_cli", "train", str(folder), "--registry", str(registry), "--json"),
-            *("--epochs", "100", "--input-size", "64", "--no-check", *arguments),
+            *("--epochs", "100000", "--input-size", "64", "--no-check", *arguments),
         ],
         env={name: value for name, value in os.environ.items() if not name.startswith(("FLAWSTREAM_", "RAY_"))},
         stdout=subprocess.PIPE,
@@ -70,7 +68,7 @@ def test_signal_ends_training_with_a_summary(
     folder: Path, tmp_path: Path, number: signal.Signals, code: int, reason: str
 ) -> None:
     with training(folder, tmp_path / "models") as process:
-        wait_for_line(process, "a: done")
+        wait_for_line(process, ": features")
         sent_s = time.monotonic()
         process.send_signal(number)
         out, err = process.communicate(timeout=DEADLINE_S)
@@ -80,10 +78,10 @@ def test_signal_ends_training_with_a_summary(
     assert "Traceback" not in err
     assert "*** SIG" not in err
     report = json.loads(out)
-    assert [each["category"] for each in report["trained"]] == ["a"]
-    assert sorted(report["failed"]) == ["b", "c"]
+    assert report["trained"] == []
+    assert sorted(report["failed"]) == ["a", "b"]
     assert reason in report["failed"]["b"]
-    assert Registry(str(tmp_path / "models")).categories() == ["a"]
+    assert Registry(str(tmp_path / "models")).categories() == []
 
 
 def test_signal_before_training_ends_with_a_document(folder: Path, tmp_path: Path) -> None:
@@ -99,7 +97,7 @@ def test_loss_of_the_cluster_ends_training_with_a_summary_and_its_own_code(folde
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
         with training(folder, tmp_path / "models", "--ray", cluster.address) as process:
-            wait_for_line(process, "a: done")
+            wait_for_line(process, ": features")
             cluster.head_node.kill_gcs_server()
             out, err = process.communicate(timeout=DEADLINE_S)
     finally:
@@ -107,8 +105,8 @@ def test_loss_of_the_cluster_ends_training_with_a_summary_and_its_own_code(folde
     assert process.returncode == 5, err
     assert "the head of the Ray cluster has not answered for 20 s" in err
     report = json.loads(out)
-    assert [each["category"] for each in report["trained"]] == ["a"]
-    assert sorted(report["failed"]) == ["b", "c"]
+    assert report["trained"] == []
+    assert sorted(report["failed"]) == ["a", "b"]
 
 
 def test_json_is_printed_for_data_that_cannot_be_trained(tmp_path: Path) -> None:
