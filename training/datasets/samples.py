@@ -3,12 +3,11 @@
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from training.datasets.storage import READS_AT_ONCE, is_url, read_file
+from training.datasets.storage import read_digests
 
 NORMAL = "good"
 """The label of normal images, as in MVTec AD."""
@@ -73,10 +72,9 @@ class CategoryData:
         """
         sha256 = hashlib.sha256()
         files = list(self._named_files())
-        with ThreadPoolExecutor(READS_AT_ONCE if any(is_url(path) for _, path in files) else 1) as pool:
-            for (name, _), content in zip(files, pool.map(_digest, (path for _, path in files)), strict=True):
-                sha256.update(hashlib.sha256(name.encode(errors="surrogateescape")).digest())  # of fixed length
-                sha256.update(content)
+        for (name, _), content in zip(files, read_digests([path for _, path in files]), strict=True):
+            sha256.update(hashlib.sha256(name.encode(errors="surrogateescape")).digest())  # fixed length: no ambiguity
+            sha256.update(content)
         return sha256.hexdigest()
 
     def _named_files(self) -> Iterator[tuple[str, Path]]:
@@ -86,13 +84,6 @@ class CategoryData:
             yield f"test/{sample.defect}/{sample.path.name}", sample.path
             if sample.mask is not None:
                 yield f"ground_truth/{sample.defect}/{sample.mask.name}", sample.mask
-
-
-def _digest(path: Path) -> bytes:
-    if is_url(path):
-        return hashlib.sha256(read_file(path)).digest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def split_normal(names: Iterable[_Name], train_share: float) -> tuple[list[_Name], list[_Name]]:

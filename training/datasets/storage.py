@@ -5,7 +5,9 @@ local ones, so that adapters and training read both alike.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -102,6 +104,22 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     with storage_errors(path):
         return cast("bytes", _fs(path).cat_file(_key(path)))
+
+
+def read_digests(paths: Sequence[Path]) -> Iterator[bytes]:
+    """Yield the SHA-256 of each file, many at once if they are URLs.
+
+    Raises:
+        OSError: A local file cannot be read.
+        DatasetError: The storage fails.
+    """
+    if any(map(is_url, paths)):
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            yield from pool.map(lambda path: hashlib.sha256(read_file(path)).digest(), paths)
+        return
+    for path in paths:
+        with path.open("rb") as file:
+            yield hashlib.file_digest(file, "sha256").digest()
 
 
 @contextlib.contextmanager
