@@ -21,7 +21,6 @@ from training.datasets.storage import read_file
 
 _log = logging.getLogger(__name__)
 
-_DEADLINE_S = 8.0
 _PACKAGES = ("flawstream", "torch")
 
 
@@ -38,7 +37,7 @@ class _Answer:
     written: str = ""
 
 
-def check_nodes(sample: Path, registry_root: str) -> list[str]:
+def check_nodes(sample: Path, registry_root: str, *, deadline_s: float = 8.0) -> list[str]:
     """Check, on every node of the joined cluster that has CPUs, whether trainers can work there.
 
     Nothing is checked if this machine is the only node. A node that does not answer, such as one that died a moment
@@ -47,6 +46,7 @@ def check_nodes(sample: Path, registry_root: str) -> list[str]:
     Args:
         sample: A file of the data set.
         registry_root: The registry, an absolute path or a URL.
+        deadline_s: How long to wait for the answers of nodes.
 
     Returns:
         The nodes that did not answer.
@@ -64,7 +64,7 @@ def check_nodes(sample: Path, registry_root: str) -> list[str]:
             registry.write(marker, marker)
         except Exception as error:  # each storage has its own exceptions
             raise ConfigError(f"the registry {registry_root} cannot be written here: {_one_line(error)}") from error
-        answers = _ask(nodes, sample, registry_root, marker)
+        answers = _ask(nodes, sample, registry_root, marker, deadline_s)
         problems = [f"{_name(nodes[node])} {text}" for node, answer in answers.items() for text in answer.problems]
         problems += [
             f"{_name(nodes[node])} writes to another registry: {_other_registry(registry_root)}"
@@ -78,12 +78,14 @@ def check_nodes(sample: Path, registry_root: str) -> list[str]:
         raise ConfigError(f"nothing is trained: {'; '.join(problems)}")
     if not answers:
         raise ConfigError(
-            f"no node of the cluster answered within {_DEADLINE_S:.0f} s: {', '.join(silent)}; look at `ray status`"
+            f"no node of the cluster answered within {deadline_s:.0f} s: {', '.join(silent)}; look at `ray status`"
         )
     return silent
 
 
-def _ask(nodes: dict[str, dict[str, Any]], sample: Path, registry_root: str, marker: str) -> dict[str, _Answer]:
+def _ask(
+    nodes: dict[str, dict[str, Any]], sample: Path, registry_root: str, marker: str, deadline_s: float
+) -> dict[str, _Answer]:
     """Run the check on all nodes at once; those that do not answer in time are left out."""
     remote = ray.remote(_check_node)
     asked = {
@@ -94,7 +96,7 @@ def _ask(nodes: dict[str, dict[str, Any]], sample: Path, registry_root: str, mar
         ).remote(sample, registry_root, marker, f"{marker}-{node}", _versions()): node
         for node in nodes
     }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_DEADLINE_S)
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=deadline_s)
     answers: dict[str, _Answer] = {}
     for reference in answered:
         try:
@@ -178,7 +180,7 @@ def _other_registry(root: str) -> str:
 
 
 def _name(node: dict[str, Any]) -> str:
-    return f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
+    return f"node {node['NodeManagerHostname']} ({node['NodeName']}, {node['NodeID'][:8]})"
 
 
 def _one_line(error: BaseException) -> str:
