@@ -67,12 +67,12 @@ def submit_job(
         )
     except (RuntimeError, requests.RequestException) as error:
         raise ConfigError(f"the cluster at {address} refused the job: {error}") from error
-    print_message(f"submitted {job}; stop it with: ray job stop --address {address} {job}")
-    if not follow:
-        if as_json:
-            print_json({"job": job, "address": address})
-        return ExitCode.OK
     try:
+        print_message(f"submitted {job}; stop it with: ray job stop --address {address} {job}")
+        if not follow:
+            if as_json:
+                print_json({"job": job, "address": address})
+            return ExitCode.OK
         return _follow(client, job, as_json=as_json)
     except KeyboardInterrupt:
         print_message(

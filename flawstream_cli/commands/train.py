@@ -109,7 +109,7 @@ def train(
             _refuse_other_backbone(sound, settings)
         with on_cluster(ray_address) as cluster:
             for node in check_nodes(sound[0].files()[0], _absolute(settings.registry.root)):
-                print_message(f"warning: {node} does not answer; training goes on without it", "yellow")
+                print_message(f"warning: {node} has not answered the check; training goes on", "yellow")
             manifests, failures = train_all(
                 sound, settings, promote=promote, seeds=seeds, watch=partial(ending.watch, head=cluster.head)
             )

@@ -19,7 +19,7 @@ from flawstream_cli.submission import submit_job
 from schemas.errors import ConfigError
 from schemas.settings import Settings
 
-DEADLINE_S = 150.0
+DEADLINE_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ time.sleep({DEADLINE_S})
         [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
     ) as head:
         try:
-            assert head.stdout is not None
+            assert head.stdout is not None  # ends with the process, which ends by itself
             address = f"http://{next(line for line in head.stdout if ':' in line).strip()}"
             process = train("/nothing", "--registry", tmp_path, "--submit", address)
             _, err = process.communicate(timeout=DEADLINE_S)
@@ -140,6 +140,10 @@ time.sleep({DEADLINE_S})
             assert "/nothing does not exist" in out
         finally:
             head.send_signal(signal.SIGINT)
+            try:
+                head.wait(30)
+            except subprocess.TimeoutExpired:
+                head.kill()
 
 
 def test_dashboard_that_does_not_answer_is_refused() -> None:
