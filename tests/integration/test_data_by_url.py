@@ -1,9 +1,6 @@
 """Data sets on S3, from a real server of its protocol on loopback, through the commands that take one."""
 
 import json
-import os
-import subprocess
-import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -16,12 +13,22 @@ from helpers.command_line import Run, make_run
 from helpers.image_files import write_images
 from helpers.s3_server import point_to, running_s3
 
+from flawstream.engines.choose import make_local_engine
+from flawstream.engines.protocol import Engine
+from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
+from flawstream_cli.data_sets import exclude_faulty
 from schemas.errors import DatasetError
+from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, Settings, TrainingSettings
 from training.datasets.local_copy import LocalCopy
 from training.datasets.open import open_dataset
+from training.pipeline import TrainingJob
+from training.remote_data import run_on_copy
+from training.steps.features import FeatureExtractor
 
 BUCKET = "photos"
+MODEL = ModelSettings(strides=(16, 32), input_size=64, flow_steps=2, hidden_ratio=0.2)
+RECIPE = TrainingSettings(epochs=1, batch_size=4, false_alarm_rate=0.4)
 
 
 @pytest.fixture
@@ -197,36 +204,31 @@ def test_file_that_vanishes_after_the_listing_is_named(folder: Path) -> None:
         list(copy.fill())
 
 
+@pytest.fixture(scope="module")
+def trainer() -> tuple[FeatureExtractor, Engine]:
+    """Give what a trainer has: a backbone and the engine that serves."""
+    backbone = Backbone(MODEL)
+    return FeatureExtractor(backbone, LimitSettings(), threads=1), make_local_engine(
+        DetectorSettings(), lambda: backbone, 1
+    )
+
+
 @pytest.mark.usefixtures("s3_address")
-def test_training_and_evaluation_by_url_equal_those_of_the_folder(folder: Path, tmp_path: Path, run: Run) -> None:
-    damaged = folder / "cable" / "train" / "good" / "005.png"
-    damaged.write_bytes(damaged.read_bytes()[:100])
+def test_training_and_evaluation_by_url_equal_those_of_the_folder_and_read_each_image_once(
+    folder: Path, tmp_path: Path, run: Run, trainer: tuple[FeatureExtractor, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = upload(folder)
-
-    def train(root: str | Path, registry: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(  # noqa: S603 - our own interpreter
-            [
-                *(sys.executable, "-m", "flawstream_cli", "train", str(root), "--registry", str(tmp_path / registry)),
-                *("--epochs", "1", "--input-size", "64", "--json"),
-            ],
-            check=False,
-            cwd=tmp_path,
-            env={name: value for name, value in os.environ.items() if not name.startswith("FLAWSTREAM_")},
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-
-    by_url, local = train(url, "by_url"), train(folder, "local")
-    assert by_url.returncode == local.returncode == 1, by_url.stderr
-    reported = json.loads(by_url.stdout)
-    assert reported["failed"]["cable"] == json.loads(local.stdout)["failed"]["cable"].replace(str(folder), url)
-    manifests = [
-        registry.manifest("bottle", version)
-        for registry in (Registry(str(tmp_path / "by_url")), Registry(str(tmp_path / "local")))
-        if (version := registry.current("bottle"))
-    ]
+    manifests = []
+    for root, registry in ((url, tmp_path / "by_url"), (folder, tmp_path / "local")):
+        (data,) = open_dataset(root, ["bottle"])
+        requests = count_requests(monkeypatch)
+        *_, last = run_on_copy(TrainingJob(data, MODEL, RECIPE, str(registry)), *trainer)
+        assert last.manifest is not None
+        assert requests == ({"get_object": 18} if root == url else {})
+        manifests.append(last.manifest)
+        Registry(str(registry)).promote("bottle", last.manifest.version)
     assert manifests[0].files == manifests[1].files
+    assert manifests[0].calibration == manifests[1].calibration
     assert manifests[0].training.dataset_sha256 == manifests[1].training.dataset_sha256
 
     report = tmp_path / "report.html"
@@ -234,3 +236,19 @@ def test_training_and_evaluation_by_url_equal_those_of_the_folder(folder: Path, 
     evaluated = run("evaluate", url, *arguments, "--report", report)
     assert json.loads(evaluated.out) == json.loads(run("evaluate", folder, *arguments).out.replace(str(folder), url))
     assert report.stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("s3_address")
+def test_damaged_image_is_found_by_the_trainer_and_named_by_its_url(
+    folder: Path, tmp_path: Path, trainer: tuple[FeatureExtractor, Engine]
+) -> None:
+    damaged = folder / "cable" / "train" / "good" / "005.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    url = upload(folder)
+    data = open_dataset(url)
+    sound, faulty = exclude_faulty(data, Settings(), decode=True, strict=False)
+    assert (sound, faulty) == (data, {})  # not decoded here
+    with pytest.raises(DatasetError, match=f"errors: 1, the first: {url}/cable/train/good/005.png: "):
+        list(run_on_copy(TrainingJob(data[1], MODEL, RECIPE, str(tmp_path / "models")), *trainer))
+    with pytest.raises(DatasetError, match="nothing is trained"):
+        exclude_faulty(data, Settings(), decode=True, strict=True)
