@@ -56,7 +56,7 @@ class Ending:
                     self._may_raise = False  # the caller may be writing to the registry
                     yield progress
                     self._may_raise = True
-        except _Ended:
+        except KeyboardInterrupt:  # not _Ended only: within a call of Ray it becomes the bare class
             pass
         finally:
             self._may_raise = False  # the summary follows
@@ -129,10 +129,10 @@ def ending_in_order(*, as_json: bool) -> Iterator[Ending]:
     before[_LOST_SIGNAL] = signal.signal(_LOST_SIGNAL, ending.on_lost)
     try:
         yield ending
-    except (Exception, _Ended) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if as_json:
             print_json({"trained": [], "failed": {}, "warnings": {}, "error": str(error) or "ended by a signal"})
-        if isinstance(error, _Ended):
+        if isinstance(error, KeyboardInterrupt):
             raise SystemExit(ending.code) from None
         raise
     finally:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -107,7 +108,7 @@ def train(
         sound, faulty = exclude_faulty(data, settings, decode=check, strict=strict)
         if promote:
             _refuse_other_backbone(sound, settings)
-        with on_cluster(ray_address) as cluster:
+        with on_cluster(ray_address) as cluster, redirect_stdout(sys.stderr):  # Ray prints deaths of nodes
             for node in check_nodes(sound[0].files()[0], _absolute(settings.registry.root)):
                 print_message(f"warning: {node} has not answered the check; training goes on", "yellow")
             manifests, failures = train_all(

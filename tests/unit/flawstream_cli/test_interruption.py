@@ -67,6 +67,19 @@ def test_signal_ends_training_that_reports_nothing(number: signal.Signals) -> No
     assert ending.code == CODES[number]
 
 
+def test_signal_within_a_call_of_ray_ends_training_too() -> None:
+    def waits_in_ray() -> Iterator[Progress]:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # Ray raises the bare class, whatever the handler has raised
+        yield Progress("a", Stage.DONE, 1, 1)
+
+    with ending_in_order(as_json=True) as ending:
+        (only,) = ending.watch(waits_in_ray(), ["a"])
+    assert (only.job, only.stage, ending.code) == ("a", Stage.FAILED, ExitCode.TERMINATED)
+
+
 @pytest.mark.parametrize("number", REASONS)
 def test_signal_before_training_leaves_one_document(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, ending_in_order(as_json=True):
