@@ -4,18 +4,24 @@ import _thread
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from types import FrameType
 
+import typer
+
 from flawstream_cli.terminal import ExitCode, print_json, print_message
+from schemas.manifest import ModelManifest
 from training.pipeline import Progress, Stage
 
 _LOST_SIGNAL = signal.SIGUSR2
 _ASK_EVERY_S = 2.0
 _LOST_AFTER_S = 20.0
 """Ray itself ends the process after 60 s without the cluster's head."""
+_GRACE_S = 10.0
+"""For the main thread to end in order after that."""
 
 
 class _Ended(KeyboardInterrupt):
@@ -29,7 +35,10 @@ class Ending:
         code: The exit code if the run was ended before its end, else None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._trained: list[ModelManifest] = []
+        self._open_jobs: dict[str, None] = {}
         self.code: ExitCode | None = None
         self._may_raise = True
 
@@ -44,7 +53,7 @@ class Ending:
         Yields:
             Progress; every job ends in `DONE` or `FAILED`.
         """
-        open_jobs = dict.fromkeys(jobs)
+        self._open_jobs = dict.fromkeys(jobs)
         stop = threading.Event()
         if head:
             threading.Thread(target=self._watch_head, args=(head, stop), daemon=True).start()
@@ -52,7 +61,8 @@ class Ending:
             with closing(training) if isinstance(training, Generator) else nullcontext():
                 while self.code is None and (progress := next(training, None)) is not None:
                     if progress.stage in {Stage.DONE, Stage.FAILED}:
-                        open_jobs.pop(progress.job, None)
+                        self._open_jobs.pop(progress.job, None)
+                        self._trained += [progress.manifest] if progress.manifest is not None else []
                     self._may_raise = False  # the caller may be writing to the registry
                     yield progress
                     self._may_raise = True
@@ -61,8 +71,8 @@ class Ending:
         finally:
             self._may_raise = False  # the summary follows
             stop.set()
-        for job in open_jobs:
-            yield Progress(job, Stage.FAILED, 0, 1, f"not trained: {self._reason}; run the command again")
+        for job, reason in self._not_trained().items():
+            yield Progress(job, Stage.FAILED, 0, 1, reason)
 
     def exit_code(self, *, failed: bool) -> ExitCode:
         """Return the exit code of the run.
@@ -71,6 +81,22 @@ class Ending:
             failed: Whether a category was not trained.
         """
         return self.code or (ExitCode.FAILED if failed else ExitCode.OK)
+
+    def leave(self, *, failed: bool) -> None:
+        """End the command with its exit code, after the summary. Without a head, Ray would not let the process end.
+
+        Args:
+            failed: Whether a category was not trained.
+
+        Raises:
+            typer.Exit: The exit code is not 0.
+        """
+        code = self.exit_code(failed=failed)
+        if code is ExitCode.CLUSTER_LOST:
+            sys.stdout.flush()
+            os._exit(code)
+        if code:
+            raise typer.Exit(code)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: the first ends the run in order, the second at once."""
@@ -112,6 +138,21 @@ class Ending:
         self.code = ExitCode.CLUSTER_LOST
         print_message(f"ending: {self._reason}", "red")
         _thread.interrupt_main(_LOST_SIGNAL)
+        if not stop.wait(_GRACE_S):  # the main thread waits in Ray for an answer of the head
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Print the summary and end the process from the watching thread."""
+        failed = self._not_trained()
+        for name, reason in failed.items():
+            print_message(f"{name} failed: {reason}", "red")
+        if self._as_json:
+            trained = [manifest.model_dump(mode="json", exclude={"calibration"}) for manifest in self._trained]
+            print_json({"trained": trained, "failed": failed, "warnings": {}, "error": self._reason}, sys.__stdout__)
+        os._exit(ExitCode.CLUSTER_LOST)
+
+    def _not_trained(self) -> dict[str, str]:
+        return dict.fromkeys(self._open_jobs, f"not trained: {self._reason}; run the command again")
 
 
 @contextmanager
@@ -124,7 +165,7 @@ def ending_in_order(*, as_json: bool) -> Iterator[Ending]:
     Raises:
         SystemExit: A signal came before or after training.
     """
-    ending = Ending()
+    ending = Ending(as_json=as_json)
     before = {number: signal.signal(number, ending.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     before[_LOST_SIGNAL] = signal.signal(_LOST_SIGNAL, ending.on_lost)
     try:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -86,10 +86,11 @@ def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Setting
     return settings
 
 
-def print_json(value: object) -> None:
-    """Print one line of JSON on standard output; NaN and infinity become null."""
-    out.file.write(json.dumps(_finite(value), default=str, allow_nan=False) + "\n")
-    out.file.flush()
+def print_json(value: object, file: IO[str] | None = None) -> None:
+    """Print one line of JSON on standard output, or to a file; NaN and infinity become null."""
+    file = file or out.file
+    file.write(json.dumps(_finite(value), default=str, allow_nan=False) + "\n")
+    file.flush()
 
 
 def print_message(text: str, style: str = "") -> None:

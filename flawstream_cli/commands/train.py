@@ -116,8 +116,7 @@ def train(
             )
         failures |= faulty
         _report(manifests, failures, settings.registry.root, as_json=as_json)
-    if code := ending.exit_code(failed=bool(failures)):
-        raise typer.Exit(code)
+    ending.leave(failed=bool(failures))
 
 
 def _report(manifests: list[ModelManifest], failures: dict[str, str], root: str, *, as_json: bool) -> None:

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -126,3 +128,33 @@ def test_head_that_does_not_answer_ends_training_with_a_code_of_its_own(monkeypa
 def test_training_that_ends_by_itself_keeps_its_code(failed: bool, code: ExitCode) -> None:  # noqa: FBT001
     with ending_in_order(as_json=False) as ending:
         assert ending.exit_code(failed=failed) == code
+
+
+HANGING = """
+import sys, time
+from contextlib import redirect_stdout
+from flawstream_cli import interruption
+from training.pipeline import Progress, Stage
+interruption._ASK_EVERY_S, interruption._LOST_AFTER_S, interruption._GRACE_S = 0.05, 0.2, 0.3
+
+def hangs():
+    yield Progress("a", Stage.DONE, 1, 1)
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+
+with interruption.ending_in_order(as_json=True) as ending, redirect_stdout(sys.stderr):
+    print("printed by Ray")
+    list(ending.watch(hangs(), ["a", "b"], "127.0.0.1:9"))
+"""
+
+
+def test_main_thread_that_waits_for_a_lost_head_does_not_keep_the_summary() -> None:
+    ran = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-c", HANGING], check=False, capture_output=True, text=True
+    )
+    assert ran.returncode == ExitCode.CLUSTER_LOST, ran.stderr
+    assert list(json.loads(ran.stdout)["failed"]) == ["b"]
+    assert "b failed: not trained: the head of the Ray cluster" in ran.stderr
