@@ -14,11 +14,19 @@ from flawstream.imaging.pixels import PixelForm
 from flawstream_cli.terminal import err, print_message, printable
 from schemas.errors import DatasetError
 from schemas.settings import Settings
-from training.datasets.check import Finding, Severity, check_content, check_listing
+from training.datasets.check import Finding, Severity, check_content, check_listing, exclusion_reason
 from training.datasets.decoding import count_files, decode_files
 from training.datasets.open import DatasetLayout
 from training.datasets.samples import CategoryData
+from training.datasets.storage import is_url
 
+RootArgument = Annotated[
+    str,
+    typer.Argument(
+        help="Data set, a folder or a URL such as s3://bucket/mvtec: ROOT/CATEGORY/train/good, test/DEFECT, "
+        "ground_truth; or another --layout."
+    ),
+]
 LayoutOption = Annotated[DatasetLayout, typer.Option("--layout", help="Layout of the data set; auto detects it.")]
 CategoryOption = Annotated[
     list[str] | None, typer.Option("--category", "-c", help="Only this category; may be repeated.")
@@ -68,7 +76,8 @@ def exclude_faulty(
     Args:
         data: The data set's categories.
         settings: The settings that training would use.
-        decode: Whether to decode the files too; False checks names and counts only.
+        decode: Whether to decode the files too; False checks names and counts only. Without `strict`, the files of a
+            URL are not decoded here, but by the trainers (`training.remote_data`).
         strict: Refuse all categories if one has an error.
 
     Returns:
@@ -77,7 +86,8 @@ def exclude_faulty(
     Raises:
         DatasetError: Every category has errors, or one has and `strict` is set.
     """
-    findings = find_faults(data, settings, decode=decode)
+    here = decode and (strict or not any(map(is_url, (path for category in data for path in category.files()))))
+    findings = find_faults(data, settings, decode=here)
     show_findings(findings, err)
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     errors_of = {name: list(group) for name, group in groupby(errors, lambda error: error.category)}  # sorted above
@@ -87,16 +97,7 @@ def exclude_faulty(
             f"nothing is trained: the check of the data set found errors: {len(errors)}; fix what is listed above"
             f"{', or train the other categories without --strict' if sound else ''}"
         )
-    return sound, {name: _exclusion_reason(group) for name, group in errors_of.items()}
-
-
-def _exclusion_reason(errors: Sequence[Finding]) -> str:
-    first = errors[0]
-    return (
-        f"not trained: the check of its data found errors: {len(errors)}, the first: "
-        f"{f'{first.path}: ' if first.path is not None else ''}{first.text}. Fix what `flawstream datasets check -c "
-        f"{first.category}` lists, then train this category with `-c {first.category}`"
-    )
+    return sound, {name: exclusion_reason(group) for name, group in errors_of.items()}
 
 
 def show_findings(findings: Iterable[Finding], console: Console) -> None:

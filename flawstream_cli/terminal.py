@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flawstream.telemetry import logs
-from schemas.errors import ConfigError, FlawstreamError, TransientError
+from schemas.errors import ClusterLostError, ConfigError, FlawstreamError, TransientError
 from schemas.settings import Settings, load_settings, settings_problems
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,9 @@ class ExitCode(IntEnum):
     USAGE = 2
     CANNOT_START = 3
     UNAVAILABLE = 4
+    CLUSTER_LOST = 5
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 ConfigOption = Annotated[
@@ -84,10 +86,11 @@ def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Setting
     return settings
 
 
-def print_json(value: object) -> None:
-    """Print one line of JSON on standard output; NaN and infinity become null."""
-    out.file.write(json.dumps(_finite(value), default=str, allow_nan=False) + "\n")
-    out.file.flush()
+def print_json(value: object, file: IO[str] | None = None) -> None:
+    """Print one line of JSON on standard output, or to a file; NaN and infinity become null."""
+    file = file or out.file
+    file.write(json.dumps(_finite(value), default=str, allow_nan=False) + "\n")
+    file.flush()
 
 
 def print_message(text: str, style: str = "") -> None:
@@ -126,6 +129,8 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 
 def exit_code_of(error: FlawstreamError) -> ExitCode:
     """Return the exit code for an error."""
+    if isinstance(error, ClusterLostError):
+        return ExitCode.CLUSTER_LOST
     return ExitCode.UNAVAILABLE if isinstance(error, TransientError) else ExitCode.CANNOT_START
 
 

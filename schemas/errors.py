@@ -76,6 +76,12 @@ class DetectorOverloadedError(TransientError):
     code = "detector_overloaded"
 
 
+class ClusterLostError(TransientError):
+    """The head of the Ray cluster does not answer any more."""
+
+    code = "cluster_lost"
+
+
 class DeviceLostError(TransientError):
     """A GPU failed in a way that only a new process recovers from; the images are retried by another."""
 

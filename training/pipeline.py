@@ -46,6 +46,7 @@ class Stage(StrEnum):
     """Stages of a training job. It waits again when its trainer was lost."""
 
     WAITING = "waiting"
+    DOWNLOADING = "downloading"
     FEATURES = "features"
     TRAINING = "training"
     CALIBRATING = "calibrating"

@@ -53,7 +53,7 @@ def record_progress(
         else:
             latest[name] = progress
             same_stage = before is not None and before.stage is stage
-            if stage is not Stage.INT8:  # does not count images
+            if stage not in (Stage.INT8, Stage.DOWNLOADING):  # the first counts none, the second files
                 done = progress.done - (before.done if before is not None and same_stage else 0)
                 metrics.add(m.TRAINING_IMAGES, done, category=name, stage=stage.value)
         if stage is Stage.TRAINING:

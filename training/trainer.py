@@ -12,7 +12,8 @@ from flawstream.engines.protocol import Engine
 from flawstream.fastflow.backbone import Backbone
 from schemas.manifest import Device
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings
-from training.pipeline import Progress, TrainingJob, run_job
+from training.pipeline import Progress, TrainingJob
+from training.remote_data import run_on_copy
 from training.steps.features import FeatureExtractor
 
 _REPORT_S = 0.2
@@ -49,14 +50,14 @@ class Trainer:
         Loads the backbone at the first call: the caller would see an exception of the constructor as a dead actor.
 
         Raises:
-            FlawstreamError: The backbone cannot be loaded; or as `run_job`.
+            FlawstreamError: The backbone cannot be loaded; or as `run_on_copy`.
         """
         if self._opened is None:
             backbone = Backbone(self._model)
             engine = make_local_engine(self._detector, lambda: backbone, self._threads)
             self._opened = FeatureExtractor(backbone, self._limits, self._threads), engine
         stage, reported_at_s = None, 0.0
-        for progress in run_job(job, *self._opened):
+        for progress in run_on_copy(job, *self._opened):
             now_s = time.monotonic()
             if progress.stage is not stage or progress.done == progress.total or now_s - reported_at_s >= _REPORT_S:
                 stage, reported_at_s = progress.stage, now_s

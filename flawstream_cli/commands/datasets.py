@@ -11,6 +11,7 @@ from rich.progress import Progress
 from flawstream_cli.data_sets import (
     CategoryOption,
     LayoutOption,
+    RootArgument,
     count_severities,
     find_faults,
     show_findings,
@@ -38,8 +39,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-
-RootArgument = Annotated[Path, typer.Argument(help="The data set's folder, or its CSV file.")]
 
 
 class Exportable(StrEnum):
@@ -108,7 +107,7 @@ def list_(
         )
         for each, counts in ((each, _counts(each)) for each in data)
     )
-    out.print(table(str(root), columns, rows))
+    out.print(table(root, columns, rows))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from flawstream.engines.protocol import Engine, arithmetic_of
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.registry.versions import open_backbone
-from flawstream_cli.data_sets import CategoryOption, LayoutOption
+from flawstream_cli.data_sets import CategoryOption, LayoutOption, RootArgument
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
@@ -51,7 +51,7 @@ class _Evaluated:
 
 
 def evaluate(
-    root: Annotated[Path, typer.Argument(help="Data set: ROOT/CATEGORY/test/good and test/DEFECT.")],
+    root: RootArgument,
     category: CategoryOption = None,
     layout: LayoutOption = DatasetLayout.AUTO,
     versions: Annotated[

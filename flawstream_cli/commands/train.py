@@ -1,8 +1,10 @@
 """`flawstream train`: trains a model version for each category of a data set."""
 
 import contextlib
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
@@ -15,10 +17,11 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream_cli.cluster import Cluster, on_cluster
-from flawstream_cli.data_sets import CategoryOption, LayoutOption, exclude_faulty
+from flawstream_cli.data_sets import CategoryOption, LayoutOption, RootArgument, exclude_faulty
+from flawstream_cli.interruption import ending_in_order
+from flawstream_cli.submission import submit_job
 from flawstream_cli.terminal import (
     ConfigOption,
-    ExitCode,
     JsonOption,
     RegistryOption,
     out,
@@ -31,13 +34,16 @@ from flawstream_cli.training_display import TrainingDisplay
 from schemas.errors import RegistryError
 from schemas.manifest import Device, ModelManifest
 from schemas.presets import PresetName
-from schemas.settings import Settings
+from schemas.settings import BackboneArithmetic, Settings
 from serving.ray_metrics import RayMetrics
 from training.datasets.open import DatasetLayout, open_dataset
 from training.datasets.samples import CategoryData
 from training.fleet import train_fleet
-from training.pipeline import Stage, TrainingJob
+from training.pipeline import Progress, Stage, TrainingJob
+from training.preflight import check_nodes
 from training.work import Recipe, find_finished
+
+Watch = Callable[[Iterator[Progress], Sequence[str]], Iterator[Progress]]
 
 _DEVICES: dict[str, tuple[Device, ...]] = {
     "cpu": ("cpu",),
@@ -52,10 +58,7 @@ _PROMOTE_S = 5.0
 
 
 def train(
-    root: Annotated[
-        Path,
-        typer.Argument(help="Data set: ROOT/CATEGORY/train/good, test/DEFECT, ground_truth; or another --layout."),
-    ],
+    root: RootArgument,
     category: CategoryOption = None,
     layout: LayoutOption = DatasetLayout.AUTO,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
@@ -65,6 +68,9 @@ def train(
     backbone: Annotated[str | None, typer.Option(help="A timm model, e.g. resnet18.")] = None,
     weights: Annotated[str | None, typer.Option(help="auto, package, timm, or the path of a state dict.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Side in pixels to which images are resized.")] = None,
+    arithmetic: Annotated[
+        BackboneArithmetic | None, typer.Option(help="Of the backbone; int8 is for CPUs with VNNI or AMX.")
+    ] = None,
     false_alarm_rate: Annotated[
         float | None, typer.Option(help="Share of normal images that may be called anomalous.")
     ] = None,
@@ -103,8 +109,16 @@ def train(
     ] = None,
     registry: RegistryOption = None,
     ray_address: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="A Ray cluster; by default only this machine.")
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS", envvar="RAY_ADDRESS", help="A Ray cluster; by default only this machine."
+        ),
     ] = None,
+    submit: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Run as a Ray Job on the cluster with this dashboard, http://HOST:8265."),
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="With --submit: print the job's log until it ends.")] = True,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -118,37 +132,61 @@ def train(
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
     Exit code 1: a category failed, has faulty data or was not promoted; the others are trained. 3: nothing was trained.
+    5: the cluster was lost. 130, 143: ended by Ctrl-C, by SIGTERM. 5, 130 and 143 come with the summary of what is
+    trained and what is not.
     """
-    settings = read_settings(
-        config,
-        training={
-            "epochs": epochs,
-            "false_alarm_rate": false_alarm_rate,
-            "seed": seed,
-            "threads": threads,
-            "device": device,
-            "num_gpus": gpus_per_category,
-            "memory_gb": memory,
-            "labels": _labels(label),
-            "wait_for_nodes": wait_for_nodes,
-        },
-        model={"preset": preset, "backbone": backbone, "weights": weights, "input_size": input_size},
-        registry={"root": registry},
-    )
-    data = open_dataset(root, category, layout)
-    finished = {} if again else _find_finished(data, settings, seeds)
-    unfinished = [one for one in data if any((one.name, seed) not in finished for seed in _seeds(settings, seeds))]
-    sound, faulty = exclude_faulty(unfinished, settings, decode=check, strict=strict)
-    if promote:
-        _refuse_other_backbone([*sound, *(one for one in data if one not in unfinished)], settings)
-    with contextlib.ExitStack() as stack:
-        if sound:
-            _hint_at_idle_cpus(stack.enter_context(on_cluster(ray_address)), len(sound) * seeds, settings)
-        manifests, failures = train_all(sound, settings, promote=promote, seeds=seeds, finished=finished)
-    failures |= faulty
-    _report(manifests, list(finished.values()), failures, settings.registry.root, as_json=as_json)
-    if failures:
-        raise typer.Exit(ExitCode.FAILED)
+    with ending_in_order(as_json=as_json) as ending:
+        settings = read_settings(
+            config,
+            training={
+                "epochs": epochs,
+                "false_alarm_rate": false_alarm_rate,
+                "seed": seed,
+                "threads": threads,
+                "device": device,
+                "num_gpus": gpus_per_category,
+                "memory_gb": memory,
+                "labels": _labels(label),
+                "wait_for_nodes": wait_for_nodes,
+            },
+            model={
+                "preset": preset,
+                "backbone": backbone,
+                "weights": weights,
+                "input_size": input_size,
+                "arithmetic": arithmetic,
+            },
+            registry={"root": registry},
+        )
+        if submit is not None:
+            paths = {"ROOT": root, "--registry": settings.registry.root}
+            sys.exit(submit_job(submit, sys.argv[1:], settings, paths, follow=follow, as_json=as_json))
+        data = open_dataset(root, category, layout)
+        finished = {} if again else _find_finished(data, settings, seeds)
+        unfinished = [one for one in data if any((one.name, seed) not in finished for seed in _seeds(settings, seeds))]
+        sound, faulty = exclude_faulty(unfinished, settings, decode=check, strict=strict)
+        if promote:
+            _refuse_other_backbone([*sound, *(one for one in data if one not in unfinished)], settings)
+        with contextlib.ExitStack() as stack:
+            watch = _unwatched
+            if sound:
+                cluster = stack.enter_context(on_cluster(ray_address))
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray prints deaths of nodes
+                watch = partial(ending.watch, head=cluster.head)
+                _hint_at_idle_cpus(cluster, len(sound) * seeds, settings)
+                for node in check_nodes(sound[0].files()[0], _absolute(settings.registry.root)):
+                    print_message(f"warning: {node} has not answered the check; training goes on", "yellow")
+            manifests, failures = train_all(
+                sound, settings, promote=promote, seeds=seeds, finished=finished, watch=watch
+            )
+        failures |= faulty
+        _report(manifests, list(finished.values()), failures, settings.registry.root, as_json=as_json)
+    ending.leave(failed=bool(failures))
+
+
+def _unwatched(training: Iterator[Progress], jobs: Sequence[str]) -> Iterator[Progress]:
+    del jobs
+    return training
 
 
 def _report(
@@ -189,6 +227,7 @@ def train_all(
     promote: bool = True,
     seeds: int = 1,
     finished: Mapping[tuple[str, int], ModelManifest] = MappingProxyType({}),
+    watch: Watch = _unwatched,
 ) -> tuple[list[ModelManifest], dict[str, str]]:
     """Train all categories with progress bars, and warn about those with too few images to calibrate.
 
@@ -199,6 +238,7 @@ def train_all(
         seeds: Number of versions per category.
         finished: Versions that are not trained again, by category and seed; promoted too, as the run that trained them
             may have been cut short.
+        watch: Wraps the training, with the names of the jobs; see `interruption.Ending.watch`.
 
     Returns:
         The published versions, sorted by category and seed; and the errors of the failed jobs, by job name.
@@ -216,9 +256,10 @@ def train_all(
         promotions.add(manifest for (_, seed), manifest in finished.items() if seed == settings.training.seed)
     with contextlib.closing(promotions), TrainingDisplay([job.name for job in jobs]) as display:
         metrics = RayMetrics(settings.metrics.max_categories)
-        for progress in train_fleet(
+        training = train_fleet(
             jobs, settings.model, settings.limits, settings.detector, settings.training, metrics=metrics
-        ):
+        )
+        for progress in watch(training, [job.name for job in jobs]):
             display.show(progress)
             if progress.manifest is not None:
                 manifests.append(progress.manifest)

@@ -5,7 +5,7 @@ training or its metrics wrong, warnings make them worse. Knows no layout and ope
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +14,7 @@ from flawstream.calibration import shortage
 from schemas.settings import TrainingSettings
 from training.datasets.decoding import FileCheck, ImageCheck, MaskCheck, UnreadableFile
 from training.datasets.samples import CategoryData
+from training.datasets.storage import missing_files
 
 MIN_TRAIN_IMAGES = 10
 """A fifth is held out by default: with fewer images, the threshold would depend on a single score."""
@@ -95,8 +96,7 @@ def check_listing(data: CategoryData, settings: TrainingSettings) -> list[Findin
             path,
             "is listed but missing; restore the file or remove it from the list",
         )
-        for path in data.files()
-        if not path.is_file()
+        for path in missing_files(data.files())
     ]
     findings += _check_counts(data, settings)
     findings += (
@@ -150,6 +150,20 @@ def check_content(data: CategoryData, files: Iterable[FileCheck]) -> list[Findin
     findings += _check_duplicates(data, images)
     findings += _check_uniformity(data, list(images.values()))
     return findings
+
+
+def exclusion_reason(errors: Sequence[Finding]) -> str:
+    """Describe why a category is not trained, with the first of its errors and the cure.
+
+    Args:
+        errors: Findings of one category, at least one.
+    """
+    first = errors[0]
+    return (
+        f"not trained: the check of its data found errors: {len(errors)}, the first: "
+        f"{f'{first.path}: ' if first.path is not None else ''}{first.text}. Fix what `flawstream datasets check -c "
+        f"{first.category}` lists, then train this category with `-c {first.category}`"
+    )
 
 
 def _check_counts(data: CategoryData, settings: TrainingSettings) -> Iterator[Finding]:

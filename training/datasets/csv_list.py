@@ -10,6 +10,7 @@ empty or missing. Does not check whether the files exist, and decodes nothing.
 """
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from schemas.errors import DatasetError
 from training.datasets.folders import choose_categories
 from training.datasets.samples import NORMAL, CategoryData, Sample
+from training.datasets.storage import read_file
 
 MARKER = "a file *.csv"
 _NORMAL_LABELS = frozenset({NORMAL, "normal", "0"})
@@ -85,7 +87,7 @@ class _Category:
 def _rows(file: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield rows with the number of their last line; missing cells are empty."""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
+        with io.StringIO(read_file(file).decode("utf-8-sig"), newline="") as opened:
             reader = csv.DictReader(opened, restval="")
             missing = [name for name in required if name not in (reader.fieldnames or ())]
             if missing:

@@ -15,6 +15,7 @@ from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError
 from schemas.settings import LimitSettings
 from training.datasets.samples import CategoryData
+from training.datasets.storage import READS_AT_ONCE, is_url, missing_files, read_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ FileCheck = ImageCheck | MaskCheck | UnreadableFile
 
 def count_files(data: CategoryData) -> int:
     """Count the files that `decode_files` decodes."""
-    return sum(path.is_file() for path in data.files())
+    files = data.files()
+    return len(files) - len(missing_files(files))
 
 
 def decode_files(data: CategoryData, form: PixelForm, limits: LimitSettings) -> Iterator[FileCheck]:
@@ -80,16 +82,21 @@ def decode_files(data: CategoryData, form: PixelForm, limits: LimitSettings) -> 
 
     Yields:
         One item per file, images before masks.
+
+    Raises:
+        DatasetError: The storage of a URL fails.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = [path for path in data.images() if path.is_file()]
+    missing = set(missing_files(data.files()))
+    threads = READS_AT_ONCE if any(map(is_url, data.train)) else os.cpu_count()
+    with ThreadPoolExecutor(threads) as pool:
+        images = [path for path in data.images() if path not in missing]
         yield from pool.map(lambda path: _check_image(path, form, limits), images)
-        yield from pool.map(_check_mask, [path for path in data.masks() if path.is_file()])
+        yield from pool.map(_check_mask, [path for path in data.masks() if path not in missing])
 
 
 def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileCheck:
     try:
-        image = decode_image(path.read_bytes(), form, limits)
+        image = decode_image(read_file(path), form, limits)
     except OSError as error:
         return UnreadableFile(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
     except MessageError as error:
@@ -104,7 +111,7 @@ def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileChec
 
 def _check_mask(path: Path) -> FileCheck:
     try:
-        mask = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_GRAYSCALE)
+        mask = cv2.imdecode(np.frombuffer(read_file(path), np.uint8), cv2.IMREAD_GRAYSCALE)
     except OSError as error:
         return UnreadableFile(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
     except cv2.error:  # an empty file

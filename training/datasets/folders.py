@@ -3,6 +3,7 @@
 Knows no data set's layout and decodes nothing.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TypeVar
 from schemas.errors import DatasetError
 from schemas.messages import CATEGORY_PATTERN
 from training.datasets.samples import Sample
+from training.datasets.storage import is_url, storage_errors
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -47,6 +49,16 @@ def list_folders(folder: Path) -> list[Path]:
         DatasetError: The folder cannot be read.
     """
     return [path for path in _visible(folder) if path.is_dir()]
+
+
+def has_folder(folder: Path, *names: str) -> bool:
+    """Check whether a folder has this subfolder, level by level: in a store, a listed level needs no request.
+
+    Args:
+        folder: The folder.
+        names: Names of a subfolder, its subfolder, and so on.
+    """
+    return all((folder := folder / name).is_dir() for name in names)
 
 
 def match_masks(images: Sequence[Path], masks: Sequence[Path], defect: str) -> tuple[list[Sample], list[Path]]:
@@ -101,6 +113,7 @@ def _visible(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        with storage_errors(folder) if is_url(folder) else contextlib.nullcontext():
+            return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise DatasetError(f"{folder} cannot be read: {error.strerror}; check its permissions") from error

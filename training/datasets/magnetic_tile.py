@@ -13,7 +13,7 @@ Source: Huang, Qiu, Yuan, Surface defect saliency of magnetic tile, The Visual C
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.datasets.folders import choose_categories, list_folders, list_images, match_masks
+from training.datasets.folders import choose_categories, has_folder, list_folders, list_images, match_masks
 from training.datasets.samples import NORMAL, CategoryData, Sample, split_normal
 
 CATEGORY = "magnetic_tile"
@@ -27,7 +27,7 @@ _MASK_SUFFIXES = (".png",)
 
 def is_magnetic_tile(root: Path) -> bool:
     """Check whether a folder has this layout."""
-    return (root / _FREE / "Imgs").is_dir()
+    return has_folder(root, _FREE, "Imgs")
 
 
 def load_magnetic_tile(root: Path, categories: Sequence[str] | None = None) -> list[CategoryData]:

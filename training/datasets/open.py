@@ -8,6 +8,7 @@ from pathlib import Path
 from schemas.errors import DatasetError
 from training.datasets import btad, cifar10, csv_list, magnetic_tile, mvtec, visa
 from training.datasets.samples import CategoryData
+from training.datasets.storage import is_url, list_once, open_path
 
 
 class DatasetLayout(StrEnum):
@@ -48,12 +49,12 @@ _ADAPTERS = {
 
 
 def open_dataset(
-    root: Path, categories: Sequence[str] | None = None, layout: DatasetLayout = DatasetLayout.AUTO
+    root: str | Path, categories: Sequence[str] | None = None, layout: DatasetLayout = DatasetLayout.AUTO
 ) -> list[CategoryData]:
     """Find the images of every category of a data set. `training.datasets.check` checks them.
 
     Args:
-        root: The folder or the CSV file.
+        root: The folder or the CSV file, as a path or a URL that fsspec knows, for example `s3://bucket/mvtec`.
         categories: Names of categories; None: all.
         layout: `auto` recognises the layout by its marker.
 
@@ -62,14 +63,18 @@ def open_dataset(
 
     Raises:
         DatasetError: The path does not exist, has no or several layouts, or is a data set that must be exported first;
-            there is no category, or one is unknown or has an invalid name; or a list has invalid lines.
+            there is no category, or one is unknown or has an invalid name; a list has invalid lines; or the storage
+            of a URL fails.
+        ConfigError: The URL's protocol is unknown, or its package is not installed.
     """
-    if not root.exists():
-        raise DatasetError(f"{root} does not exist; give the data set's folder or its CSV file")
-    adapter = _ADAPTERS[_recognise(root) if layout is DatasetLayout.AUTO else layout]
-    if not adapter.recognises(root):
-        raise DatasetError(f"{root} is not a data set of layout {layout}; looked for {adapter.marker}")
-    return adapter.load(root, categories)
+    path = open_path(root)
+    list_once(path)
+    if not is_url(path) and not path.exists():
+        raise DatasetError(f"{path} does not exist; give the data set's folder or its CSV file")
+    adapter = _ADAPTERS[_recognise(path) if layout is DatasetLayout.AUTO else layout]
+    if not adapter.recognises(path):
+        raise DatasetError(f"{path} is not a data set of layout {layout}; looked for {adapter.marker}")
+    return adapter.load(path, categories)
 
 
 def _recognise(root: Path) -> DatasetLayout:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from training.datasets.storage import read_digests
+
 NORMAL = "good"
 """The label of normal images, as in MVTec AD."""
 
@@ -65,14 +67,14 @@ class CategoryData:
         Does not depend on the path of the folder and on the name of the category.
 
         Raises:
-            OSError: A file cannot be read.
+            OSError: A local file cannot be read.
+            DatasetError: The storage of a URL fails.
         """
         sha256 = hashlib.sha256()
-        for name, path in self._named_files():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256")
+        files = list(self._named_files())
+        for (name, _), content in zip(files, read_digests([path for _, path in files]), strict=True):
             sha256.update(hashlib.sha256(name.encode(errors="surrogateescape")).digest())  # fixed length: no ambiguity
-            sha256.update(content.digest())
+            sha256.update(content)
         return sha256.hexdigest()
 
     def _named_files(self) -> Iterator[tuple[str, Path]]:

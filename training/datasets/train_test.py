@@ -6,7 +6,7 @@ The name of the normal folders is an argument. Decodes nothing.
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.datasets.folders import choose_categories, list_folders, list_images, match_masks
+from training.datasets.folders import choose_categories, has_folder, list_folders, list_images, match_masks
 from training.datasets.samples import NORMAL, CategoryData, Sample
 
 
@@ -34,9 +34,9 @@ def load_train_test(root: Path, categories: Sequence[str] | None, normal: str) -
 
 
 def _category_folders(root: Path, normal: str) -> dict[str, Path]:
-    if (root / "train" / normal).is_dir():
+    if has_folder(root, "train", normal):
         return {root.resolve().name: root}
-    return {folder.name: folder for folder in list_folders(root) if (folder / "train" / normal).is_dir()}
+    return {folder.name: folder for folder in list_folders(root) if has_folder(folder, "train", normal)}
 
 
 def _load_category(name: str, folder: Path, normal: str) -> CategoryData:
@@ -48,7 +48,8 @@ def _load_category(name: str, folder: Path, normal: str) -> CategoryData:
         if defect == normal:
             samples += [Sample(path, anomalous=False, defect=NORMAL, mask=None) for path in images]
             continue
-        matched, unmatched = match_masks(images, list_images(folder / "ground_truth" / defect), defect)
+        masks = list_images(folder / "ground_truth" / defect) if has_folder(folder, "ground_truth", defect) else ()
+        matched, unmatched = match_masks(images, masks, defect)
         samples += matched
         orphans += unmatched
     return CategoryData(name, list_images(folder / "train" / normal), tuple(samples), tuple(orphans))

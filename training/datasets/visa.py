@@ -13,17 +13,18 @@ from pathlib import Path
 
 from schemas.errors import DatasetError
 from training.datasets.csv_list import read_list
-from training.datasets.folders import list_folders
+from training.datasets.folders import has_folder, list_folders
 from training.datasets.samples import CategoryData
 
 MARKER = "split_csv/1cls.csv beside <category>/Data/Images/Normal/"
-_SPLIT = Path("split_csv", "1cls.csv")
-_NORMAL = Path("Data", "Images", "Normal")
+_SPLIT = "split_csv/1cls.csv"
+_NORMAL = ("Data", "Images", "Normal")
 
 
 def is_visa(root: Path) -> bool:
     """Check whether a folder has this layout, with or without the split."""
-    return (root / _SPLIT).is_file() or any((folder / _NORMAL).is_dir() for folder in list_folders(root))
+    has_split = has_folder(root, "split_csv") and (root / _SPLIT).is_file()
+    return has_split or any(has_folder(folder, *_NORMAL) for folder in list_folders(root))
 
 
 def load_visa(root: Path, categories: Sequence[str] | None = None) -> list[CategoryData]:

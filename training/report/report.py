@@ -20,6 +20,7 @@ from schemas.manifest import EvaluationMetrics
 from schemas.messages import AnomalyMap, MapCodec
 from schemas.settings import LimitSettings
 from training.datasets.samples import Sample
+from training.datasets.storage import read_file
 from training.report import plots
 from training.report.plots import plot_losses, plot_scores
 from training.steps.evaluate import METRIC_NAMES, RATES, ScoredImage, read_mask, spread
@@ -219,7 +220,7 @@ def _rank(image: JudgedImage) -> float:
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:
-    decoded = decode_image(image.path.read_bytes(), PixelForm(image.map.shape[0]), _LIMITS)
+    decoded = decode_image(read_file(image.path), PixelForm(image.map.shape[0]), _LIMITS)
     pixels = np.asarray(decoded.pixels, np.uint8)
     return {
         "name": image.path.name,

@@ -16,6 +16,7 @@ from schemas.errors import DatasetError
 from schemas.manifest import DefectMetrics, EvaluationMetrics
 from schemas.settings import LimitSettings
 from training.datasets.samples import Sample
+from training.datasets.storage import read_file
 from training.report.metrics import Interval, PixelTally, image_metrics, rate_interval
 from training.steps.features import decode_batches
 
@@ -226,7 +227,10 @@ def read_mask(path: Path, side: int) -> NDArray[np.bool_]:
     Raises:
         DatasetError: The file cannot be read.
     """
-    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    try:
+        mask = cv2.imdecode(np.frombuffer(read_file(path), np.uint8), cv2.IMREAD_GRAYSCALE)
+    except (OSError, cv2.error):  # missing; empty
+        mask = None
     if mask is None:
         raise DatasetError(f"cannot read the mask {path}; repair or remove the file")
     return np.asarray(cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST) > 0)

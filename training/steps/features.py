@@ -22,6 +22,7 @@ from flawstream.imaging.decode import DecodedImage, decode_image
 from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.errors import ConfigError, DatasetError, MessageError
 from schemas.settings import LimitSettings
+from training.datasets.storage import READS_AT_ONCE, is_url, read_file
 
 _BATCH = 16
 _DECODE_THREADS = 2
@@ -92,7 +93,8 @@ def decode_batches(paths: Sequence[Path], form: PixelForm, limits: LimitSettings
     Raises:
         DatasetError: A file cannot be read or is not an image.
     """
-    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+    threads = READS_AT_ONCE if any(map(is_url, paths)) else _DECODE_THREADS
+    with ThreadPoolExecutor(threads) as pool:
         waiting = [pool.submit(read_image, path, form, limits) for path in paths[:_BATCH]]
         for start in range(0, len(paths), _BATCH):
             images = [future.result() for future in waiting]
@@ -109,7 +111,7 @@ def read_image(path: Path, form: PixelForm, limits: LimitSettings) -> DecodedIma
         DatasetError: The file cannot be read or is not an image.
     """
     try:
-        return decode_image(path.read_bytes(), form, limits)
+        return decode_image(read_file(path), form, limits)
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error.strerror}") from error
     except MessageError as error:

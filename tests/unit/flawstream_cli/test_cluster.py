@@ -8,14 +8,19 @@ from flawstream_cli import cluster
 from schemas.errors import ConfigError
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_address_where_nobody_listens_is_refused(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+def test_address_where_nobody_listens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever tests before this one have started
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and never listens
-        address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"no Ray cluster answers at {address}"):
             cluster.connect(address)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "https://head"])
+def test_addresses_of_other_protocols_are_refused_with_what_to_use_instead(address: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{address} .*--submit http"):
+        cluster.connect(address)
 
 
 def test_start_that_takes_too_long_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

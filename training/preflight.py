@@ -1,0 +1,187 @@
+"""The check of every node before training: that it reads the data, shares the registry and has the driver's packages.
+
+Knows no torch: a node answers as soon as a process of Ray has started there.
+"""
+
+import logging
+import platform
+import uuid
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+from fsspec.core import url_to_fs
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from schemas.errors import ConfigError, FlawstreamError
+from training.datasets.storage import read_file
+
+_log = logging.getLogger(__name__)
+
+_PACKAGES = ("flawstream", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a node found.
+
+    Attributes:
+        problems: Why training must not start.
+        written: The node's own file in the registry; empty if it could not write.
+    """
+
+    problems: tuple[str, ...]
+    written: str = ""
+
+
+def check_nodes(sample: Path, registry_root: str, *, deadline_s: float = 8.0) -> list[str]:
+    """Check, on every node of the joined cluster that has CPUs, whether trainers can work there.
+
+    Nothing is checked if this machine is the only node. A node that does not answer, such as one that died a moment
+    ago and is not noticed yet, is reported and does not prevent training on the others.
+
+    Args:
+        sample: A file of the data set.
+        registry_root: The registry, an absolute path or a URL.
+        deadline_s: How long to wait for the answers of nodes.
+
+    Returns:
+        The nodes that did not answer.
+
+    Raises:
+        ConfigError: A node cannot read the file, has another registry or other packages, or no node answers.
+    """
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
+    if set(nodes) <= {ray.get_runtime_context().get_node_id()}:
+        return []
+    marker = f".preflight-{uuid.uuid4().hex}"
+    registry = _Storage(registry_root)
+    try:
+        try:
+            registry.write(marker, marker)
+        except Exception as error:  # each storage has its own exceptions
+            raise ConfigError(f"the registry {registry_root} cannot be written here: {_one_line(error)}") from error
+        answers = _ask(nodes, sample, registry_root, marker, deadline_s)
+        problems = [f"{_name(nodes[node])} {text}" for node, answer in answers.items() for text in answer.problems]
+        problems += [
+            f"{_name(nodes[node])} writes to another registry: {_other_registry(registry_root)}"
+            for node, answer in answers.items()
+            if answer.written and not registry.has(answer.written, marker)
+        ]
+    finally:
+        registry.remove(marker, *(f"{marker}-{node}" for node in nodes))
+    silent = [_name(nodes[node]) for node in nodes if node not in answers]
+    if problems:
+        raise ConfigError(f"nothing is trained: {'; '.join(problems)}")
+    if not answers:
+        raise ConfigError(
+            f"no node of the cluster answered within {deadline_s:.0f} s: {', '.join(silent)}; look at `ray status`"
+        )
+    return silent
+
+
+def _ask(
+    nodes: dict[str, dict[str, Any]], sample: Path, registry_root: str, marker: str, deadline_s: float
+) -> dict[str, _Answer]:
+    """Run the check on all nodes at once; those that do not answer in time are left out."""
+    remote = ray.remote(_check_node)
+    asked = {
+        remote.options(
+            num_cpus=0,  # waits for no other work
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        ).remote(sample, registry_root, marker, f"{marker}-{node}", _versions()): node
+        for node in nodes
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=deadline_s)
+    answers: dict[str, _Answer] = {}
+    for reference in answered:
+        try:
+            answers[asked[reference]] = ray.get(reference)
+        except RayTaskError as error:
+            answers[asked[reference]] = _Answer((f"cannot run flawstream: {_one_line(error.cause or error)}",))
+        except RayError:  # the node or its process died
+            _log.info("%s died during the check", _name(nodes[asked[reference]]))
+    for reference, node in asked.items():
+        if node not in answers:
+            ray.cancel(reference, force=True)
+    return answers
+
+
+def _check_node(sample: Path, registry_root: str, marker: str, own: str, versions: dict[str, str]) -> _Answer:
+    """Check the node that this runs on."""
+    problems = [
+        f"has {name} {here}, and the driver has {versions[name]}: install the same on all nodes"
+        for name, here in _versions().items()
+        if here != versions[name]
+    ]
+    try:
+        read_file(sample)
+    except (OSError, FlawstreamError) as error:
+        problems.append(
+            f"cannot read {sample}: {_one_line(error)}; give every node the data set under the same path, or use a URL"
+        )
+    registry = _Storage(registry_root)
+    try:
+        if not registry.has(marker, marker):
+            problems.append(f"has another registry: {_other_registry(registry_root)}")
+            return _Answer(tuple(problems))
+        registry.write(own, marker)
+    except Exception as error:  # noqa: BLE001 - each storage has its own exceptions
+        problems.append(f"cannot write to the registry {registry_root}: {_one_line(error)}; give it the rights")
+        return _Answer(tuple(problems))
+    return _Answer(tuple(problems), own)
+
+
+class _Storage:
+    """Small files in the root of the registry, without a cache of listings."""
+
+    def __init__(self, root: str) -> None:
+        self._fs, self._root = url_to_fs(root, use_listings_cache=False)
+
+    def write(self, name: str, text: str) -> None:
+        self._fs.makedirs(self._root, exist_ok=True)
+        self._fs.pipe_file(f"{self._root}/{name}", text.encode())
+
+    def has(self, name: str, text: str) -> bool:
+        try:
+            return bool(self._fs.cat_file(f"{self._root}/{name}") == text.encode())
+        except FileNotFoundError:
+            return False
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            try:
+                self._fs.rm_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # noqa: BLE001 - a file left there is no version and harms nobody
+                _log.warning("%s/%s cannot be removed: %s", self._root, name, error)
+
+
+def _versions() -> dict[str, str]:
+    return {"Python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _other_registry(root: str) -> str:
+    return (
+        f"{root} is not the same storage there; mount one shared folder on all nodes, or use a URL such as s3://models"
+    )
+
+
+def _name(node: dict[str, Any]) -> str:
+    return f"node {node['NodeManagerHostname']} ({node['NodeName']}, {node['NodeID'][:8]})"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

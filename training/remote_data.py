@@ -1,0 +1,50 @@
+"""Training on images by URL: each category is copied to the trainer's machine, checked there and trained. Knows no Ray.
+
+Every file is read once from the storage, though training reads it several times.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from flawstream.engines.protocol import Engine
+from schemas.errors import DatasetError
+from training.datasets.check import Severity, check_content, exclusion_reason
+from training.datasets.decoding import decode_files
+from training.datasets.local_copy import LocalCopy
+from training.datasets.samples import CategoryData
+from training.pipeline import Progress, Stage, TrainingJob, run_job
+from training.steps.features import FeatureExtractor
+
+
+def run_on_copy(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> Iterator[Progress]:
+    """Run a job; if its images are URLs, on copies of them, after the check that local ones pass before training.
+
+    Args:
+        job: The training job.
+        extractor: The backbone, shared by the jobs of a process.
+        engine: The engine that will serve.
+
+    Yields:
+        Progress; the last one has the manifest.
+
+    Raises:
+        DatasetError: The storage fails, or the data has errors; or as `run_job`.
+        ConfigError: The disk for temporary files is full; or as `run_job`.
+    """
+    with LocalCopy(job.data) as copy:
+        files, copied = len(job.data.files()), 0
+        for copied in copy.fill():
+            yield Progress(job.name, Stage.DOWNLOADING, copied, files)
+        data = copy.data
+        try:
+            if copied:
+                _check(data, extractor)
+            yield from run_job(replace(job, data=data), extractor, engine)
+        except DatasetError as error:
+            raise DatasetError(copy.with_urls(str(error))) from error
+
+
+def _check(data: CategoryData, extractor: FeatureExtractor) -> None:
+    findings = check_content(data, decode_files(data, extractor.form, extractor.limits))
+    if errors := [finding for finding in findings if finding.severity is Severity.ERROR]:
+        raise DatasetError(exclusion_reason(errors))
