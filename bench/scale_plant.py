@@ -24,7 +24,7 @@ from typing import Any
 
 from schemas.settings import Settings
 from serving.autoscaling import DOWNSCALE_DELAY_S
-from serving.routing import Placement, choose, replicas_of, split
+from serving.routing import MOST_OF_MEAN, MOST_OF_MEAN_WITH_MODELS, Placement, choose, replicas_of, split
 from serving.scaling import ArrivalPolicy, LoadMeter, Reading
 from workers.consume.shard_leases import HEARTBEAT_S, ShardLeases, divide
 
@@ -422,9 +422,10 @@ class Plant:
         if self._fits:
             here, pick = call.batch.worker.node, self._random.random
             ranking = sorted(listed, key=lambda name: pick() + (listed[name].node != here))  # local ones first
+            bound = MOST_OF_MEAN
         else:
-            ranking = list(replicas_of(call.categories[0], listed))
-        detector = listed[choose(ranking, {name: one.calls for name, one in listed.items()})[0]]
+            ranking, bound = list(replicas_of(call.categories[0], listed)), MOST_OF_MEAN_WITH_MODELS
+        detector = listed[choose(ranking, {name: one.calls for name, one in listed.items()}, bound)[0]]
         if detector.queue and detector.queued + call.images > self._settings.detector.max_queue_images:
             self.at(self.now_s + _RETRY_S, lambda: self._call(call))
             return

@@ -33,13 +33,16 @@ class CategoryRouter(LocalityMixin, RequestRouter):  # type: ignore[misc]  # Ray
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         known = self.replica_queue_len_cache
         calls = {name: known.get(replica.replica_id) or 0 for name, replica in by_id.items()}
-        return [[by_id[name]] for name in routing.choose(self._ranking(candidate_replicas, pending_request), calls)]
-
-    def _ranking(self, replicas: list[RunningReplica], request: PendingRequest | None) -> list[str]:
-        categories = _categories(request)
+        categories = _categories(pending_request)
         if categories and not routing.placement_of(self._deployment_id.name).categories_fit:
-            ids = [replica.replica_id.unique_id for replica in replicas]
-            return list(routing.replicas_of(categories[0], ids))
+            ranking = routing.replicas_of(categories[0], list(by_id))
+            order = routing.choose(ranking, calls, routing.MOST_OF_MEAN_WITH_MODELS)
+        else:
+            order = routing.choose(self._by_distance(candidate_replicas), calls)
+        return [[by_id[name]] for name in order]
+
+    def _by_distance(self, replicas: list[RunningReplica]) -> list[str]:
+        """Return the replicas with those on the caller's node first, in a random order within each distance."""
         shuffled = random.sample(replicas, len(replicas))
         return [replica.replica_id.unique_id for rank in self.rank_replicas_via_locality(shuffled) for replica in rank]
 

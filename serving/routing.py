@@ -17,8 +17,10 @@ from hashlib import blake2b
 CATEGORIES_FIT = "categories_fit"
 """Name of what each replica reports for routing: whether all categories fit into its memory."""
 
-_MOST_OF_MEAN = 1.25
+MOST_OF_MEAN = 1.25
 """A replica takes a call as long as it has at most this many times the mean of all replicas."""
+MOST_OF_MEAN_WITH_MODELS = 4.0
+"""The same where categories do not fit: whichever replica takes a call in its place must load its models first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,13 @@ def split(categories: Sequence[str], placement: Placement) -> list[list[int]]:
     return list(rows_of.values())
 
 
-def choose(ranking: Iterable[str], calls: Mapping[str, int]) -> list[str]:
+def choose(ranking: Iterable[str], calls: Mapping[str, int], most_of_mean: float = MOST_OF_MEAN) -> list[str]:
     """Return the replicas in the order in which a call is to be tried.
 
     Args:
         ranking: Ids of the replicas, the preferred one first.
         calls: Calls that each has under way, as far as known.
+        most_of_mean: Share of the mean up to which a replica is not passed over.
 
     Returns:
         The same replicas; those that have their share of the calls already come last.
@@ -89,7 +92,7 @@ def choose(ranking: Iterable[str], calls: Mapping[str, int]) -> list[str]:
     order = list(ranking)
     if not order:
         return []
-    most = math.ceil(_MOST_OF_MEAN * (sum(calls.get(one, 0) for one in order) + 1) / len(order))
+    most = math.ceil(most_of_mean * (sum(calls.get(one, 0) for one in order) + 1) / len(order))
     return sorted(order, key=lambda one: calls.get(one, 0) >= most)  # stable: the ranking is kept within each part
 
 

@@ -151,8 +151,10 @@ class Reading:
 class LoadMeter:
     """Makes of readings the numbers that a replica reports.
 
-    What a replica can do is what it did while images waited for it and it worked most of the time: then it was as fast
-    as it can be, whatever held it back. A detector that idles because the workers are slow learns nothing from that.
+    What a replica can do is what it did while a second's images waited and it worked most of the time: then it was as
+    fast as it can be, whatever held it back. Fewer wait for a moment in any plant, and small batches keep a detector
+    busy: it would seem slow, and each replica added would make its batches smaller. A detector that idles because the
+    workers are slow learns nothing from that.
     """
 
     def __init__(self) -> None:
@@ -187,7 +189,7 @@ class LoadMeter:
         done_per_s = (now.done - before.done) / window_s
         if not is_warm or not done_per_s:
             return
-        had_images = before.waiting > 0 and now.waiting > 0
+        had_images = min(before.waiting, now.waiting) >= done_per_s
         if had_images and (now.busy_s - before.busy_s) / window_s >= _LEAST_BUSY:
             known = self._images_per_s
             self._images_per_s = done_per_s if known is None else known + _NEWEST_WEIGHT * (done_per_s - known)

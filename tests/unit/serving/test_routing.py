@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.routing import Placement, choose, replicas_of, split
+from serving.routing import MOST_OF_MEAN_WITH_MODELS, Placement, choose, replicas_of, split
 
 replica_names = st.sets(st.text("abcdef0123456789", min_size=4, max_size=8), min_size=1, max_size=12)
 categories = st.lists(st.text(min_size=1, max_size=8), max_size=32)
@@ -55,6 +55,8 @@ def test_first_replica_is_kept_until_it_has_more_than_its_share_of_the_calls() -
     assert choose(["a", "b"], {"a": 2, "b": 2}) == ["a", "b"]
     assert choose(["a", "b"], {"a": 3, "b": 1}) == ["a", "b"]
     assert choose(["a", "b"], {"a": 4}) == ["b", "a"]
+    assert choose(["a", "b", "c"], {"a": 4}, MOST_OF_MEAN_WITH_MODELS) == ["a", "b", "c"]
+    assert choose(["a", *"bcdefgh"], {"a": 4}, MOST_OF_MEAN_WITH_MODELS)[-1] == "a"
     assert choose(["a"], {"a": 100}) == ["a"]
     assert choose([], {}) == []
 

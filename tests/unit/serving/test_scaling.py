@@ -190,6 +190,12 @@ def test_replica_without_images_waiting_says_nothing_of_what_it_can_do() -> None
     assert measured(reading(0, 0), reading(1, 0, done=30, busy_s=0.9)) is None
 
 
+def test_replica_with_few_images_waiting_says_nothing_of_what_it_can_do() -> None:
+    """Some wait for a moment in any plant, and small batches keep it busy."""
+    assert measured(reading(0, 29), reading(1, 100, done=30, busy_s=1.0)) is None
+    assert measured(reading(0, 30), reading(1, 30, done=30, busy_s=1.0)) == pytest.approx(30)
+
+
 def test_detector_that_idles_because_workers_are_slow_says_nothing_of_what_it_can_do() -> None:
     assert measured(reading(0), reading(1, done=30, busy_s=0.3)) is None
 
