@@ -159,7 +159,7 @@ def test_bug_is_told_in_one_line_and_logged_whole(outcome: Outcome) -> None:
     assert failed.note == "AttributeError: 'NoneType' object has no attribute 'path'"
     (text,) = outcome.logged
     assert text.startswith("buggy: ")
-    assert "in run_job" in text
+    assert "in run_on_copy" in text
 
 
 @pytest.mark.usefixtures("cluster")

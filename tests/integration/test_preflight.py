@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Start a head with one CPU."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "dashboard_port": 0})
     try:
         yield cluster
     finally:
@@ -85,6 +85,7 @@ def names_of_nodes(cluster: Cluster) -> set[str]:
 def check(cluster: Cluster, sample: Path, registry: Path) -> dict[str, object]:
     ran = subprocess.run(  # noqa: S603 - our own interpreter
         [sys.executable, "-c", CHECK, cluster.address, str(sample), str(registry)],
+        cwd=sample.parent,  # workers get the driver's folder in their path, and a checkout has the packages' versions
         check=True,
         capture_output=True,
         text=True,

@@ -137,7 +137,7 @@ time.sleep({DEADLINE_S})
             )
             out, err = process.communicate(timeout=DEADLINE_S)
             assert process.returncode == 3, err
-            assert "/nothing does not exist" in out
+            assert "/nothing does not exist" in out + err
         finally:
             head.send_signal(signal.SIGINT)
             try:
