@@ -170,12 +170,24 @@ def ending_in_order(*, as_json: bool) -> Iterator[Ending]:
     before[_LOST_SIGNAL] = signal.signal(_LOST_SIGNAL, ending.on_lost)
     try:
         yield ending
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        # while it starts, Ray has a handler of its own in place of ours
+        print_message("ending (ended by SIGTERM)", "yellow")
+        if as_json:
+            _print_error("ended by a signal")
+        raise SystemExit(ExitCode.TERMINATED) from None
     except (Exception, KeyboardInterrupt) as error:
         if as_json:
-            print_json({"trained": [], "failed": {}, "warnings": {}, "error": str(error) or "ended by a signal"})
+            _print_error(str(error) or "ended by a signal")
         if isinstance(error, KeyboardInterrupt):
             raise SystemExit(ending.code) from None
         raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _print_error(text: str) -> None:
+    print_json({"trained": [], "failed": {}, "warnings": {}, "error": text})

@@ -94,7 +94,9 @@ def test_signal_before_training_ends_with_a_document(folder: Path, tmp_path: Pat
 
 
 def test_loss_of_the_cluster_ends_training_with_a_summary_and_its_own_code(folder: Path, tmp_path: Path) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "dashboard_port": 0})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "dashboard_port": 0}
+    )
     try:
         with training(folder, tmp_path / "models", "--ray", cluster.address) as process:
             wait_for_line(process, ": training")
