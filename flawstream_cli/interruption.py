@@ -182,7 +182,7 @@ def ending_in_order(*, as_json: bool) -> Iterator[Ending]:
         if as_json:
             _print_error(str(error) or "ended by a signal")
         if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(ending.code) from None
+            raise SystemExit(ending.code or ExitCode.INTERRUPTED) from None
         raise
     finally:
         for number, handler in before.items():

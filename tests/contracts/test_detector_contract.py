@@ -200,6 +200,8 @@ class TestDetectorService(DetectorContract):
 class Handle:
     """A handle of Ray Serve, as far as a caller sees it, to a detector of this process."""
 
+    deployment_name = "Detector"
+
     def __init__(self, service: DetectorService) -> None:
         self._service = service
 

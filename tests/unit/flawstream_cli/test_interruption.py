@@ -41,7 +41,7 @@ def test_signal_in_the_caller_ends_training_and_reports_the_other_jobs(number: s
         for progress in ending.watch(endless(closed), ["a", "b", "c"]):
             seen.append(progress)
             if len(seen) == 3:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
     assert closed == [True]
     assert [(each.job, each.stage) for each in seen[-2:]] == [("b", Stage.FAILED), ("c", Stage.FAILED)]
     assert all(REASONS[number] in each.note for each in seen[-2:])
@@ -57,7 +57,7 @@ def test_signal_ends_training_that_reports_nothing(number: signal.Signals) -> No
         yield Progress("a", Stage.DONE, 1, 1)
 
     def forward(*_: object) -> None:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
 
     before = signal.signal(signal.SIGALRM, forward)
     try:
@@ -85,7 +85,7 @@ def test_signal_within_a_call_of_ray_ends_training_too() -> None:
 @pytest.mark.parametrize("number", REASONS)
 def test_signal_before_training_leaves_one_document(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, ending_in_order(as_json=True):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     assert ended.value.code == CODES[number]
     assert json.loads(capsys.readouterr().out)["error"] == "ended by a signal"
 
