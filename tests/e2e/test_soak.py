@@ -57,9 +57,9 @@ def test_scoring_that_is_killed_and_continued_scores_every_image_once_as_a_worke
     assert (report["actors_killed"], report["commands_killed"]) == (1, 2)
 
 
-def test_training_ends_with_the_same_weights_though_a_node_the_driver_and_a_link_are_lost() -> None:
-    cases = ["raylet_killed", "driver_killed", "link_down"]
-    report = run("chaos_training", "--categories", "4", "--link-down", "25", "--cases", ",".join(cases))
+def test_training_ends_with_the_same_weights_though_a_node_is_lost() -> None:
+    cases = ["raylet_killed"]
+    report = run("chaos_training", "--categories", "4", "--cases", ",".join(cases))
     assert (report["categories"], report["trained"], report["equal"], report["half_written"]) == (4, 4, 4, 0)
     assert set(report["cases"]) <= set(cases)
     for case in report["cases"].values():
