@@ -81,10 +81,10 @@ def score(
     if (category is None) == (category_from is None):
         raise typer.BadParameter("give either --category or --category-from")
     _require_ray_data()
+    from flawstream.storage import Location  # noqa: PLC0415 - the same
     from serving.scoring.job import score_parts  # noqa: PLC0415 - needs an optional extra
     from serving.scoring.output import Output, RunParameters  # noqa: PLC0415 - the same
     from serving.scoring.start import open_run  # noqa: PLC0415 - the same
-    from serving.scoring.storage import Location  # noqa: PLC0415 - the same
 
     settings = _with_absolute_weights(read_settings(config, registry={"root": registry}, detector={"engine": engine}))
     parameters = RunParameters(

@@ -7,8 +7,8 @@ and one that was alone in two deaths is not scored again. Deaths of other causes
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from flawstream.storage import Location, read_file, remove_file, write_file
 from schemas.errors import Reason
-from serving.scoring.storage import Location, read_file, remove_file, write_file
 from workers.ports import Refusal
 
 _DEATHS_TOGETHER = 2

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from fsspec.utils import glob_translate
 
+from flawstream.storage import Location
 from schemas.errors import ConfigError
-from serving.scoring.storage import Location
 
 LIST_SUFFIXES = (".txt", ".parquet")
 """A URL that ends so is a list of paths."""

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from flawstream.storage import UNFINISHED, Location, list_names, read_file, remove_file, write_file
 from schemas.errors import ConfigError, TransientError
 from schemas.messages import MapCodec
 from serving.scoring.listing import ListedImage
-from serving.scoring.storage import UNFINISHED, Location, list_names, read_file, remove_file, write_file
 
 FORMAT = 1
 COUNTS = ("images", "failed", "anomalous")

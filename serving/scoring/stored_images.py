@@ -3,8 +3,8 @@
 import stat
 from pathlib import Path
 
+from flawstream.storage import Location
 from schemas.errors import ConfigError, MessageError, Reason, TransientError
-from serving.scoring.storage import Location
 
 _PROTOCOLS = frozenset({"file", "s3", "s3a", "gs", "gcs", "abfs", "az"})
 """Storage that a list may name: no web servers, archives or caches, as lists are untrusted."""

@@ -13,6 +13,7 @@ from soak import score as soak
 
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
+from flawstream.storage import Location, list_names, write_file
 from schemas.errors import MessageError, ModelUnavailableError, Reason
 from schemas.messages import DetectionResult, MapCodec
 from schemas.settings import ModelSettings, Settings
@@ -22,7 +23,6 @@ from serving.scoring.output import Output, RunParameters
 from serving.scoring.rows import build_table
 from serving.scoring.scorer import Scorer
 from serving.scoring.start import open_run
-from serving.scoring.storage import Location, list_names, write_file
 from serving.scoring.stored_images import read_image
 from workers.redis.embedded import EmbeddedServer
 
