@@ -1,8 +1,9 @@
-"""Folders and objects by path or URL, through fsspec. Knows no images."""
+"""Folders and objects by path or URL, through fsspec. Knows no images and no models."""
 
 import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -35,21 +36,11 @@ class Location:
         Raises:
             ConfigError: The URL's protocol is unknown, its package is not installed, or URLs are chained.
         """
-        protocol = split_protocol(url)[0] or "file"
         if "::" in url:
             raise ConfigError(f"{url!r} chains URLs, which is not supported; give a folder, s3://... or gs://...")
-        try:
-            fs, path = url_to_fs(url, use_listings_cache=False)
-        except ImportError as error:
-            package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
-            cure = f"pip install {package}" if package not in ("", "fsspec") else str(error)
-            raise ConfigError(f"{url!r}: {protocol}:// needs a package that is not installed; {cure}") from error
-        except ValueError as error:
-            raise ConfigError(
-                f"{url!r} is neither a path nor a URL that fsspec knows ({error}); give a folder, s3://... or gs://..."
-            ) from error
-        bare = str(fs._strip_protocol(path)).rstrip("/")  # noqa: SLF001 - fsspec's documented way to a bare path
-        return cls(fs, bare or "/", "" if isinstance(fs, LocalFileSystem) else f"{protocol}://")
+        fs, path = open_file_system(url, repr(url))
+        prefix = "" if isinstance(fs, LocalFileSystem) else f"{split_protocol(url)[0]}://"
+        return cls(fs, path or "/", prefix)
 
     @property
     def is_local(self) -> bool:
@@ -64,6 +55,48 @@ class Location:
     def __truediv__(self, name: str) -> "Location":
         """Return what is below the folder."""
         return Location(self.fs, f"{self.path.rstrip('/')}/{name}", self.prefix)
+
+
+def open_file_system(url: str, name: str) -> tuple[Any, str]:
+    """Open the file system of a path or URL, without a cache of listings, as other processes write there too.
+
+    Args:
+        url: The path or URL.
+        name: What to call it in errors.
+
+    Returns:
+        The fsspec file system, and the path on it without a protocol and a final slash.
+
+    Raises:
+        ConfigError: The URL's protocol is unknown, or its package is not installed.
+    """
+    with url_errors(url, name):
+        fs, path = url_to_fs(url, use_listings_cache=False)
+    return fs, str(fs._strip_protocol(path)).rstrip("/")  # noqa: SLF001 - fsspec's documented way to a bare path
+
+
+@contextlib.contextmanager
+def url_errors(url: str, name: str) -> Iterator[None]:
+    """Report a URL that fsspec cannot open in the context as `ConfigError`, with the cure.
+
+    Args:
+        url: The path or URL.
+        name: What to call it in errors.
+
+    Raises:
+        ConfigError: The URL's protocol is unknown, or its package is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        protocol = split_protocol(url)[0] or "file"
+        package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
+        cure = f"pip install {package}" if package not in ("", "fsspec") else str(error)
+        raise ConfigError(f"{name}: {protocol}:// needs a package that is not installed; {cure}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{name} is neither a path nor a URL that fsspec knows ({error}); give a folder, s3://... or gs://..."
+        ) from error
 
 
 def read_file(file: Location) -> bytes | None:
@@ -81,10 +114,19 @@ def write_file(file: Location, data: bytes) -> None:
     Raises:
         OSError: The storage cannot be written.
     """
-    if not file.is_local:
-        file.fs.pipe_file(file.path, data)  # one PUT: object stores show only complete objects
+    write_atomically(file.fs, file.path, data)
+
+
+def write_atomically(fs: Any, path: str, data: bytes) -> None:
+    """Write a file of a file system; see `write_file`.
+
+    Raises:
+        OSError: The storage cannot be written.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)  # one PUT: object stores show only complete objects
         return
-    target = Path(file.path)
+    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{UNFINISHED}{target.name}.{uuid.uuid4().hex}")
     try:

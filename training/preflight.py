@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from fsspec.core import url_to_fs
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flawstream import storage
+from flawstream.storage import Location
 from schemas.errors import ConfigError, FlawstreamError
 from training.datasets.storage import read_file
 
@@ -140,26 +141,20 @@ class _Storage:
     """Small files in the root of the registry, without a cache of listings."""
 
     def __init__(self, root: str) -> None:
-        self._fs, self._root = url_to_fs(root, use_listings_cache=False)
+        self._folder = Location.of(root)
 
     def write(self, name: str, text: str) -> None:
-        self._fs.makedirs(self._root, exist_ok=True)
-        self._fs.pipe_file(f"{self._root}/{name}", text.encode())
+        storage.write_file(self._folder / name, text.encode())
 
     def has(self, name: str, text: str) -> bool:
-        try:
-            return bool(self._fs.cat_file(f"{self._root}/{name}") == text.encode())
-        except FileNotFoundError:
-            return False
+        return storage.read_file(self._folder / name) == text.encode()
 
     def remove(self, *names: str) -> None:
         for name in names:
             try:
-                self._fs.rm_file(f"{self._root}/{name}")
-            except FileNotFoundError:
-                continue
+                storage.remove_file(self._folder / name)
             except Exception as error:  # noqa: BLE001 - a file left there is no version and harms nobody
-                _log.warning("%s/%s cannot be removed: %s", self._root, name, error)
+                _log.warning("%s cannot be removed: %s", (self._folder / name).url, error)
 
 
 def _versions() -> dict[str, str]:

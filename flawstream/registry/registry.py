@@ -11,21 +11,18 @@ model, only bytes.
 import hashlib
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import known_implementations
 from pydantic import ValidationError
 from pydantic_core import from_json
 
 from flawstream.registry.backbones import require_one_backbone
-from schemas.errors import ConfigError, RegistryError
+from flawstream.storage import open_file_system, write_atomically
+from schemas.errors import RegistryError
 from schemas.manifest import MANIFEST_FORMAT, ModelManifest
 from schemas.messages import CATEGORY_PATTERN
 
@@ -60,7 +57,7 @@ class Registry:
     """
 
     def __init__(self, root: str) -> None:
-        self._fs, self._root = _open_root(root)
+        self._fs, self._root = open_file_system(root, f"registry.root={root!r}")
 
     @property
     def root(self) -> str:
@@ -299,22 +296,10 @@ class Registry:
             raise _unreachable(path, error) from error
 
     def _put(self, path: str, data: bytes) -> None:
-        """Write one file atomically."""
-        if not isinstance(self._fs, LocalFileSystem):
-            self._fs.pipe_file(path, data)  # one PUT: object stores show only complete objects
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # a leading dot: never a valid name
-        try:
-            with unfinished.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # else the file may be empty after a power cut
-            unfinished.replace(target)
-            _sync_folders(target.parent, Path(self._root))
-        finally:
-            unfinished.unlink(missing_ok=True)
+        """Write one file atomically; the name of an unfinished one has a leading dot, and so is never a valid name."""
+        write_atomically(self._fs, path, data)
+        if isinstance(self._fs, LocalFileSystem):
+            _sync_folders(Path(path).parent, Path(self._root))
 
     def _path(self, *names: str) -> str:
         return "/".join([self._root, *map(self._check, names)])
@@ -339,25 +324,6 @@ def _sync_folders(folder: Path, root: Path) -> None:
             os.close(descriptor)
         if one == root:
             return
-
-
-def _open_root(root: str) -> tuple[Any, str]:
-    """Open the root's file system, without a cache of listings, as other processes write here too."""
-    protocol = split_protocol(root)[0] or "file"
-    try:
-        fs, path = url_to_fs(root, use_listings_cache=False)
-    except ImportError as error:
-        package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
-        cure = f"pip install {package}" if package not in ("", "fsspec") else str(error)
-        raise ConfigError(
-            f"registry.root={root!r}: {protocol}:// needs a package that is not installed; {cure}"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"registry.root={root!r} is neither a folder nor a URL that fsspec knows ({error}); "
-            "give a folder, s3://... or gs://..."
-        ) from error
-    return fs, str(fs._strip_protocol(path)).rstrip("/")  # noqa: SLF001 - fsspec's documented way to a bare path
 
 
 def _parse(data: bytes, path: str) -> ModelManifest:

@@ -13,10 +13,10 @@ from typing import cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import split_protocol
-from fsspec.registry import known_implementations
 from upath import UPath
 
-from schemas.errors import ConfigError, DatasetError, FlawstreamError
+from flawstream.storage import url_errors
+from schemas.errors import DatasetError, FlawstreamError
 
 READS_AT_ONCE = 16
 """Concurrent requests to a store."""
@@ -52,18 +52,9 @@ def open_path(root: str | Path) -> Path:
     protocol, bare = split_protocol(root)
     if protocol == "file":
         return Path(bare)
-    try:
+    with url_errors(root, repr(root)):
         path = UPath(root.rstrip("/"), protocol=protocol, **(_S3_OPTIONS if protocol in {"s3", "s3a"} else {}))
         path.fs.invalidate_cache()
-    except ImportError as error:
-        package = str(known_implementations.get(protocol or "", {}).get("class", "")).partition(".")[0]
-        raise ConfigError(
-            f"{root}: {protocol}:// needs a package that is not installed; pip install {package}"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"{root!r} is neither a path nor a URL that fsspec knows ({error}); give a folder, s3://... or gs://..."
-        ) from error
     return cast("Path", path)
 
 
