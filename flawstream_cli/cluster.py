@@ -95,11 +95,15 @@ def _refuse_other_protocol(address: str) -> None:
         )
 
 
-def knock(address: str) -> None:
-    """Find out within seconds whether anybody listens at `host:port`; Ray tries for many minutes."""
+def knock(address: str, timeout_s: float = _KNOCK_S) -> None:
+    """Find out within seconds whether anybody listens at `host:port`; Ray tries for many minutes.
+
+    Raises:
+        OSError: Nobody does.
+    """
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 
 
 def disconnect() -> None:

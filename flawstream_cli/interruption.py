@@ -3,7 +3,6 @@
 import _thread
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -12,6 +11,7 @@ from types import FrameType
 
 import typer
 
+from flawstream_cli.cluster import knock
 from flawstream_cli.terminal import ExitCode, print_json, print_message
 from schemas.manifest import ModelManifest
 from training.pipeline import Progress, Stage
@@ -125,13 +125,12 @@ class Ending:
                 return f"the head of the Ray cluster has not answered for {_LOST_AFTER_S:.0f} s"
 
     def _watch_head(self, head: str, stop: threading.Event) -> None:
-        host, _, port = head.rpartition(":")
         silent_s = 0.0
         while silent_s < _LOST_AFTER_S:
             if stop.wait(_ASK_EVERY_S):
                 return
             try:
-                socket.create_connection((host.strip("[]"), int(port)), _ASK_EVERY_S).close()
+                knock(head, _ASK_EVERY_S)
                 silent_s = 0.0
             except OSError as error:
                 silent_s += _ASK_EVERY_S * (2 if isinstance(error, TimeoutError) else 1)

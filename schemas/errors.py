@@ -19,6 +19,11 @@ class Reason(StrEnum):
     POISON = "poison"
 
 
+def one_line(text: object, most: int = 300) -> str:
+    """Write an error of a library, or any text, on one line of at most so many characters."""
+    return " ".join(str(text).split())[:most]
+
+
 class FlawstreamError(Exception):
     """The root of all errors raised on purpose.
 

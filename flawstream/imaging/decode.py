@@ -21,7 +21,7 @@ from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.imaging.png import check_chunks, unpacked_bytes
 from flawstream.imaging.resize import resize
 from flawstream.imaging.tiff import read_tiff_layout
-from schemas.errors import MessageError, Reason
+from schemas.errors import MessageError, Reason, one_line
 from schemas.settings import LimitSettings
 
 logging.getLogger("PIL").setLevel(logging.INFO)  # at DEBUG it logs an image's tags
@@ -37,6 +37,8 @@ _BYTES_A_PIXEL = 6  # two copies in three channels: measured for OpenCV's decode
 _BMP_RUN_LENGTHS = (1, 2)  # BI_RLE8, BI_RLE4: OpenCV decodes 1 KB in 4 s, to 62 million pixels
 _ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
 
+_MOST_DETAIL = 160
+"""Characters of a library's own words in an error."""
 _MEMORY = DecodingMemory()
 
 # A damaged image raises an error; OpenCV would print it on stderr as well.
@@ -115,7 +117,9 @@ def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
             _refuse_damaged_tiff(data)
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except (ValueError, OSError, cv2.error) as error:
-        raise MessageError(Reason.UNDECODABLE, f"the {header.format} is damaged ({_short(error)}); {_CURE}") from None
+        raise MessageError(
+            Reason.UNDECODABLE, f"the {header.format} is damaged ({one_line(error, _MOST_DETAIL)}); {_CURE}"
+        ) from None
     if pixels is None:
         raise MessageError(Reason.UNDECODABLE, f"the {header.format} is damaged or of an unsupported kind; {_CURE}")
     return DecodedImage(resize(pixels, form), (pixels.shape[0], pixels.shape[1]))
@@ -154,9 +158,11 @@ def _read_header(data: bytes) -> _Header:
             f"{len(data):,} bytes that start with {data[:8].hex(' ')} are not a supported image; {_CURE}",
         ) from None
     except Image.DecompressionBombError as error:
-        raise MessageError(Reason.TOO_LARGE, f"{_short(error)}; send a smaller image") from None
+        raise MessageError(Reason.TOO_LARGE, f"{one_line(error, _MOST_DETAIL)}; send a smaller image") from None
     except Exception as error:  # noqa: BLE001 - Pillow raises any exception on damaged headers
-        raise MessageError(Reason.UNDECODABLE, f"the image's header is damaged ({_short(error)}); {_CURE}") from None
+        raise MessageError(
+            Reason.UNDECODABLE, f"the image's header is damaged ({one_line(error, _MOST_DETAIL)}); {_CURE}"
+        ) from None
 
 
 def _read_jpeg_header(data: bytes) -> _Header:
@@ -173,7 +179,7 @@ def _refuse_damaged_tiff(data: bytes) -> None:
             try:
                 image.load()
             except Exception as error:  # noqa: BLE001 - Pillow raises any exception
-                raise ValueError(_short(error)) from None
+                raise ValueError(one_line(error, _MOST_DETAIL)) from None
 
 
 def _orientation(exif_data: bytes) -> int:
@@ -233,7 +239,3 @@ def _refuse_oversized(header: _Header, limits: LimitSettings) -> None:
             f"the {header.format} has {header.passes:,} scans of {width} x {height} pixels, more than {_MOST_PASSES} "
             f"of the allowed {limits.max_pixels:,} pixels; send a baseline JPEG",
         )
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

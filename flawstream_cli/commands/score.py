@@ -31,7 +31,6 @@ from schemas.messages import MapCodec
 from schemas.settings import Settings
 from training.datasets.folders import IMAGE_SUFFIXES
 
-_TERMINATED = 143
 _REPORT_S = 10.0
 
 
@@ -188,7 +187,7 @@ def _terminable() -> Iterator[None]:
     """End in order on SIGTERM."""
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
-        sys.exit(_TERMINATED)
+        sys.exit(ExitCode.TERMINATED)
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:

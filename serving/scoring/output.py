@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flawstream.storage import UNFINISHED, Location, list_names, read_file, remove_file, write_file
-from schemas.errors import ConfigError, TransientError
+from schemas.errors import ConfigError, TransientError, one_line
 from schemas.messages import MapCodec
 from serving.scoring.listing import ListedImage
 
@@ -200,7 +200,7 @@ class Output:
             write_file(file, _parquet(table))
         except Exception as error:  # the clients of object stores raise many kinds
             raise TransientError(
-                f"{file.url} cannot be written ({type(error).__name__}: {' '.join(str(error).split())[:200]}); run the "
+                f"{file.url} cannot be written ({type(error).__name__}: {one_line(error, 200)}); run the "
                 "same command again once it can"
             ) from error
 

@@ -4,7 +4,7 @@ import stat
 from pathlib import Path
 
 from flawstream.storage import Location
-from schemas.errors import ConfigError, MessageError, Reason, TransientError
+from schemas.errors import ConfigError, MessageError, Reason, TransientError, one_line
 
 _PROTOCOLS = frozenset({"file", "s3", "s3a", "gs", "gcs", "abfs", "az"})
 """Storage that a list may name: no web servers, archives or caches, as lists are untrusted."""
@@ -71,7 +71,7 @@ def _read_remote(file: Location, max_bytes: int) -> bytes:
         raise _unavailable("the store does not let it be read") from None
     except Exception as error:  # the clients of object stores raise many kinds, after retries of their own
         raise TransientError(
-            f"{file.url}: the store does not answer ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            f"{file.url}: the store does not answer ({type(error).__name__}: {one_line(error, 200)}); "
             "run the same command again once it does"
         ) from error
     return data

@@ -21,7 +21,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from schemas.errors import ConfigError, FlawstreamError, StreamUnavailableError
+from schemas.errors import ConfigError, FlawstreamError, StreamUnavailableError, one_line
 from workers.redis.connection import PasswordFileError, StreamConnection, address
 from workers.redis.error_texts import (
     is_closed_at_once,
@@ -123,7 +123,7 @@ def _unreachable_cluster(client: StreamConnection, error: RedisClusterException)
 
 
 def _unavailable(client: StreamConnection, error: BaseException) -> StreamUnavailableError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = one_line(error, 200) or type(error).__name__
     cure = "see that it runs and that redis.url names it"
     if is_closed_at_once(error):  # asyncio may see the end of the connection before TLS says why
         cure += "; with TLS also that it accepts the certificate in redis.tls_cert_file"
