@@ -49,3 +49,12 @@ def redis_settings(valkey_server: EmbeddedServer) -> RedisSettings:
             replies += raw.recv(64)
     assert replies == b"+OK\r\n+OK\r\n"
     return RedisSettings(url=valkey_server.url, block_ms=20)
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """Give the address of a server that speaks S3, one for all tests of a module."""
+    from helpers.s3_server import running_s3  # noqa: PLC0415 - it takes a second to import, and few tests want it
+
+    with running_s3() as address:
+        yield address

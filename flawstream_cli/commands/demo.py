@@ -10,9 +10,10 @@ from rich.table import Table
 
 from flawstream_cli.cluster import on_cluster
 from flawstream_cli.commands.serve import running, wait_for_stop, with_redis
-from flawstream_cli.commands.train import train_all, training_table
+from flawstream_cli.commands.train import train_all
 from flawstream_cli.round_trip import RoundTrip, stream_samples
 from flawstream_cli.terminal import ExitCode, err, print_json, print_message, read_settings, table
+from flawstream_cli.training_summary import training_table
 from schemas.manifest import EvaluationMetrics
 from schemas.settings import Settings
 from training.datasets.elpv import export_elpv

@@ -1,38 +1,33 @@
 """`flawstream train`: trains a model version for each category of a data set."""
 
 import contextlib
+import functools
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from flawstream.calibration import shortage_of
 from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream_cli.cluster import Cluster, on_cluster
 from flawstream_cli.data_sets import CategoryOption, LayoutOption, RootArgument, exclude_faulty
 from flawstream_cli.interruption import ending_in_order
+from flawstream_cli.promotions import Promotions
 from flawstream_cli.submission import submit_job
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
     RegistryOption,
-    out,
-    print_json,
     print_message,
     read_settings,
-    table,
 )
 from flawstream_cli.training_display import TrainingDisplay
-from schemas.errors import RegistryError
-from schemas.manifest import Device, ModelManifest
+from flawstream_cli.training_summary import report_run, shortage_warnings
+from schemas.manifest import BackboneSpec, Device, ModelManifest
 from schemas.presets import PresetName
 from schemas.settings import BackboneArithmetic, Settings
 from serving.ray_metrics import RayMetrics
@@ -52,9 +47,7 @@ _DEVICES: dict[str, tuple[Device, ...]] = {
     "both": ("cpu", "cuda"),
 }
 """By `training.device`: trained on which devices a version is what the run would train."""
-_UNCHANGED_LISTED = 8
 _MANY_CPUS = 4
-_PROMOTE_S = 5.0
 
 
 def train(
@@ -162,17 +155,19 @@ def train(
             paths = {"ROOT": root, "--registry": settings.registry.root}
             sys.exit(submit_job(submit, sys.argv[1:], settings, paths, follow=follow, as_json=as_json))
         data = open_dataset(root, category, layout)
-        finished = {} if again else _find_finished(data, settings, seeds)
+        backbone_spec = functools.cache(lambda: Backbone(settings.model).spec)
+        finished = {} if again else _find_finished(data, settings, seeds, backbone_spec)
         unfinished = [one for one in data if any((one.name, seed) not in finished for seed in _seeds(settings, seeds))]
         sound, faulty = exclude_faulty(unfinished, settings, decode=check, strict=strict)
         if promote:
-            _refuse_other_backbone([*sound, *(one for one in data if one not in unfinished)], settings)
+            kept = (one for one in data if one not in unfinished)
+            _refuse_other_backbone([*sound, *kept], settings.registry.root, backbone_spec)
         with contextlib.ExitStack() as stack:
             watch = _unwatched
             if sound:
                 cluster = stack.enter_context(on_cluster(ray_address))
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray prints deaths of nodes
-                watch = partial(ending.watch, head=cluster.head)
+                watch = functools.partial(ending.watch, head=cluster.head)
                 _hint_at_idle_cpus(cluster, len(sound) * seeds, settings)
                 for node in check_nodes(sound[0].files()[0], _absolute(settings.registry.root)):
                     print_message(f"warning: {node} has not answered the check; training goes on", "yellow")
@@ -180,44 +175,13 @@ def train(
                 sound, settings, promote=promote, seeds=seeds, finished=finished, watch=watch
             )
         failures |= faulty
-        _report(manifests, list(finished.values()), failures, settings.registry.root, as_json=as_json)
+        report_run(manifests, list(finished.values()), failures, settings.registry.root, as_json=as_json)
     ending.leave(failed=bool(failures))
 
 
 def _unwatched(training: Iterator[Progress], jobs: Sequence[str]) -> Iterator[Progress]:
     del jobs
     return training
-
-
-def _report(
-    manifests: list[ModelManifest],
-    unchanged: list[ModelManifest],
-    failures: dict[str, str],
-    root: str,
-    *,
-    as_json: bool,
-) -> None:
-    if as_json:
-        trained = [m.model_dump(mode="json", exclude={"calibration"}) for m in manifests]
-        print_json(
-            {
-                "trained": trained,
-                "unchanged": [m.model for m in unchanged],
-                "failed": failures,
-                "warnings": _warnings(manifests),
-            }
-        )
-    elif manifests:
-        out.print(training_table(manifests))
-    if unchanged:
-        listed = ", ".join(m.model for m in unchanged[:_UNCHANGED_LISTED])
-        more = f" and {len(unchanged) - _UNCHANGED_LISTED} more" if len(unchanged) > _UNCHANGED_LISTED else ""
-        print_message(f"unchanged: {listed}{more}: trained before on the same data and recipe; --again trains anew")
-    if not as_json and (manifests or unchanged):
-        print_message(f"registry: {root}")
-        print_message(f"next:     flawstream serve --registry {root}")
-    for name, reason in failures.items():
-        print_message(f"{name} failed: {reason}", "red")
 
 
 def train_all(
@@ -251,7 +215,7 @@ def train_all(
     ]
     manifests: list[ModelManifest] = []
     failures: dict[str, str] = {}
-    promotions = _Promotions(Registry(settings.registry.root))
+    promotions = Promotions(Registry(settings.registry.root))
     if promote:
         promotions.add(manifest for (_, seed), manifest in finished.items() if seed == settings.training.seed)
     with contextlib.closing(promotions), TrainingDisplay([job.name for job in jobs]) as display:
@@ -268,53 +232,12 @@ def train_all(
             elif progress.stage is Stage.FAILED:
                 failures[progress.job] = progress.note
     failures |= promotions.refused
-    for model, warning in _warnings(manifests).items():
+    for model, warning in shortage_warnings(manifests).items():
         print_message(f"warning: {model}: {warning}", "yellow")
     return sorted(manifests, key=lambda m: (m.category, m.training.seed)), failures
 
 
-class _Promotions:
-    """Promotes versions while a run goes on; in a run that changes the backbone, all together after the last one.
-
-    Args:
-        registry: The registry of the versions.
-    """
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._waiting: dict[str, str] = {}
-        self._promoted_s = time.monotonic()
-        self._error = ""
-
-    @property
-    def refused(self) -> dict[str, str]:
-        """Return the error of every category that was not promoted."""
-        return {
-            category: f"{category}@{version} is written and not promoted: {self._error}"
-            for category, version in self._waiting.items()
-        }
-
-    def add(self, manifests: Iterable[ModelManifest]) -> None:
-        """Add versions, and promote all that wait if the last time was a while ago: it reads every current version."""
-        self._waiting |= {manifest.category: manifest.version for manifest in manifests}
-        if time.monotonic() - self._promoted_s >= _PROMOTE_S:
-            self.close()
-
-    def close(self) -> None:
-        """Promote all versions that wait and are not current; if the registry refuses, keep them all for later."""
-        try:
-            current = self._registry.currents()
-            changed = {one: version for one, version in self._waiting.items() if current.get(one) != version}
-            if changed:
-                self._registry.promote_all(changed)
-        except RegistryError as error:
-            self._error = str(error)
-        else:
-            self._waiting.clear()
-        self._promoted_s = time.monotonic()
-
-
-def _refuse_other_backbone(data: list[CategoryData], settings: Settings) -> None:
+def _refuse_other_backbone(data: list[CategoryData], root: str, backbone_spec: Callable[[], BackboneSpec]) -> None:
     """Refuse, before training, a backbone whose versions could not be promoted.
 
     Raises:
@@ -323,12 +246,12 @@ def _refuse_other_backbone(data: list[CategoryData], settings: Settings) -> None
         ConfigError: The backbone does not exist.
         WeightsError: The backbone's weights cannot be loaded.
     """
-    trained, root = [category.name for category in data], settings.registry.root
+    trained = [category.name for category in data]
     manifests, _ = Registry(root).current_manifests()
     others = {manifest.category: manifest.backbone for manifest in manifests if manifest.category not in trained}
     if others:
         require_one_backbone(
-            others | dict.fromkeys(trained, Backbone(settings.model).spec),
+            others | dict.fromkeys(trained, backbone_spec()),
             f"training is refused, because the current versions in {root} would have several backbones",
             "train on the backbone of the other categories, train all categories in one run, use another registry "
             "(--registry), or train with --no-promote",
@@ -350,7 +273,9 @@ def _job(data: CategoryData, settings: Settings, seed: int, seeds: int) -> Train
     )
 
 
-def _find_finished(data: list[CategoryData], settings: Settings, seeds: int) -> dict[tuple[str, int], ModelManifest]:
+def _find_finished(
+    data: list[CategoryData], settings: Settings, seeds: int, backbone_spec: Callable[[], BackboneSpec]
+) -> dict[tuple[str, int], ModelManifest]:
     """Find what an earlier run has trained; loads the backbone only if the registry has versions to compare with.
 
     Raises:
@@ -363,7 +288,7 @@ def _find_finished(data: list[CategoryData], settings: Settings, seeds: int) -> 
     known = [category for category in data if category.name in trained]
     if not known:
         return {}
-    spec = Backbone(settings.model).spec
+    spec = backbone_spec()
     recipes = [
         Recipe(spec, settings.model, settings.training.model_copy(update={"seed": seed}), settings.detector, device)
         for seed in _seeds(settings, seeds)
@@ -395,50 +320,6 @@ def _hint_at_idle_cpus(cluster: Cluster, categories: int, settings: Settings) ->
             f"hint: training uses {categories * threads} of {cluster.cpus:g} CPUs; --threads gives each category more, "
             f"with other weights in the last bits"
         )
-
-
-def training_table(manifests: list[ModelManifest]) -> Table:
-    """Build a table of trained versions."""
-    return table(
-        "Trained",
-        (
-            "category",
-            "version",
-            "seed",
-            "train",
-            "calibrate",
-            "test",
-            "AUROC",
-            "pixel AUROC",
-            "AUPRO",
-            "false alarms",
-            "recall",
-            "seconds",
-        ),
-        (
-            (
-                m.category,
-                m.version,
-                m.training.seed,
-                m.training.train_images,
-                m.training.calibration_images,
-                measured.normal_images + measured.anomalous_images,
-                measured.image_auroc,
-                measured.pixel_auroc,
-                measured.aupro,
-                measured.false_alarm_rate,
-                measured.recall,
-                round(m.training.duration_s),
-            )
-            for m in manifests
-            for measured in [m.serving_metrics]
-        ),
-    )
-
-
-def _warnings(manifests: list[ModelManifest]) -> dict[str, str]:
-    """Return a warning for each model with too few held-out images for its false-alarm rate."""
-    return {m.model: warning for m in manifests if (warning := shortage_of(m.calibration))}
 
 
 def _absolute(root: str) -> str:

@@ -9,7 +9,7 @@ import boto3
 import pytest
 from aiohttp import web
 from helpers.fakes import png
-from helpers.s3_server import point_to, running_s3
+from helpers.s3_server import point_to
 from helpers.streams import single_client
 from redis.asyncio import Redis
 
@@ -207,12 +207,6 @@ class _CutOffS3(S3Source):
         with pytest.MonkeyPatch.context() as patch:
             point_to(patch, self._address)
             return await super().read(reference)
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    with running_s3() as address:
-        yield address
 
 
 class TestS3Source(SourceContract):

@@ -111,11 +111,11 @@ def test_workers_follow_what_arrives_up_and_down(running: Service) -> None:
         return running.replicas("StreamWorker") == {"RUNNING": MOST}
 
     wait_until(kept_busy, lambda: f"{MOST} workers, and not {running.replicas('StreamWorker')}", deadline_s=200)
-    told = running.api.get("/readyz").json()
-    assert told["backlog"]["images"] > 0
-    assert told["backlog"]["oldest_s"] > 0
-    assert told["backlog"]["delivered"] > 0
-    assert told["backlog"]["counters"]["duplicates"] == 1, "either replica of the API has seen a push"
+    reported = running.api.get("/readyz").json()
+    assert reported["backlog"]["images"] > 0
+    assert reported["backlog"]["oldest_s"] > 0
+    assert reported["backlog"]["delivered"] > 0
+    assert reported["backlog"]["counters"]["duplicates"] == 1, "either replica of the API has seen a push"
     running.redis("XTRIM", IMAGES, "MAXLEN", 0)
     running.await_replicas("StreamWorker", 1)
     assert running.replicas("Detector") == {"RUNNING": 1}

@@ -9,7 +9,7 @@ import boto3
 import pytest
 from helpers.fakes import png
 from helpers.registries import make_manifest
-from helpers.s3_server import point_to, running_s3
+from helpers.s3_server import point_to
 
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from schemas.errors import ConfigError, MessageError, Reason, RegistryError
@@ -45,13 +45,6 @@ async def refusal(fetcher: ReferenceFetcher, text: str) -> tuple[Reason, str]:
     with pytest.raises(MessageError) as caught:
         await fetch(fetcher, text)
     return caught.value.reason, str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    """Give the address of a server that speaks S3."""
-    with running_s3() as address:
-        yield address
 
 
 @pytest.fixture

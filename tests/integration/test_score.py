@@ -7,7 +7,7 @@ from pathlib import Path
 import boto3
 import pytest
 from helpers.fakes import png
-from helpers.s3_server import point_to, running_s3
+from helpers.s3_server import point_to
 from helpers.tiny_models import write_version
 from soak import score as soak
 
@@ -80,13 +80,6 @@ def test_error_in_an_actor_is_raised_as_our_own_with_the_node(tmp_path: Path) ->
     with pytest.raises(ModelUnavailableError, match=r"on node .*'bottle' cannot be used"):
         list(score_parts(output, run, settings, [0]))
     assert not output.finished()
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    """Give the address of a server that speaks S3."""
-    with running_s3() as address:
-        yield address
 
 
 @pytest.fixture

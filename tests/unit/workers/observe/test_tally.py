@@ -47,7 +47,7 @@ def metrics(registry: CollectorRegistry) -> PrometheusMetrics:
 
 
 @pytest.fixture
-def told(registry: CollectorRegistry) -> Callable[[], Scraped]:
+def scraped(registry: CollectorRegistry) -> Callable[[], Scraped]:
     return lambda: collected(registry)
 
 
@@ -70,14 +70,16 @@ class Rig:
         )
 
 
-async def test_every_image_is_counted_by_how_it_ended(metrics: PrometheusMetrics, told: Callable[[], Scraped]) -> None:
+async def test_every_image_is_counted_by_how_it_ended(
+    metrics: PrometheusMetrics, scraped: Callable[[], Scraped]
+) -> None:
     rig = Rig(metrics)
     rig.detector.unknown = {"ghost": Refusal(Reason.UNKNOWN_CATEGORY, "nobody")}
     rig.stream.add(*(image_entry(number, image=png(50)) for number in range(3)))
     rig.stream.add(image_entry(3, image=png(200)), image_entry(4, category="ghost"), image_entry(5, image=b"none"))
     rig.clock.advance(2)
     assert await rig.worker.run_once() == 6
-    now = told()
+    now = scraped()
     assert now.total(m.IMAGES.name) == 6
     assert now.total(m.RESULTS.name, category="bottle", verdict="normal") == 3
     assert now.total(m.RESULTS.name, category="bottle", verdict="anomalous") == 1
@@ -92,7 +94,7 @@ async def test_every_image_is_counted_by_how_it_ended(metrics: PrometheusMetrics
 
 
 async def test_retries_are_counted_by_cause_and_bugs_as_errors(
-    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+    metrics: PrometheusMetrics, scraped: Callable[[], Scraped]
 ) -> None:
     rig = Rig(metrics)
     rig.detector.failures = [DetectorOverloadedError("full"), ValueError("a bug")]
@@ -101,36 +103,36 @@ async def test_retries_are_counted_by_cause_and_bugs_as_errors(
     assert await rig.worker.run_once() == 0  # the bug: it stays pending
     rig.stream.add(image_entry(1))
     assert await rig.worker.run_once() == 1
-    assert told().total(m.RETRIES.name, cause="detector_overloaded") == 1
-    assert told().total(m.RETRIES.name, cause="stream_unavailable") == 1
-    assert told().total(m.ERRORS.name) == 1
+    assert scraped().total(m.RETRIES.name, cause="detector_overloaded") == 1
+    assert scraped().total(m.RETRIES.name, cause="stream_unavailable") == 1
+    assert scraped().total(m.ERRORS.name) == 1
     assert rig.worker.stats.retries == 2
 
 
 async def test_images_that_wait_for_a_version_are_counted_as_retries_of_their_own_cause(
-    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+    metrics: PrometheusMetrics, scraped: Callable[[], Scraped]
 ) -> None:
     rig = Rig(metrics)
     rig.detector.unknown = {"cap": Deferral("its version cannot be used")}
     rig.stream.add(image_entry(0, category="cap"), image_entry(1, category="cap"), image_entry(2))
     assert await rig.worker.run_once() == 1
-    assert told().total(m.RETRIES.name, cause="model_unavailable") == 2
-    assert told().total(m.DEAD_LETTERS.name) == told().total(m.ERRORS.name) == 0
+    assert scraped().total(m.RETRIES.name, cause="model_unavailable") == 2
+    assert scraped().total(m.DEAD_LETTERS.name) == scraped().total(m.ERRORS.name) == 0
 
 
 async def test_what_another_worker_has_ended_is_no_result_of_ours(
-    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+    metrics: PrometheusMetrics, scraped: Callable[[], Scraped]
 ) -> None:
     rig = Rig(metrics)
     rig.sink.lost_replies = [StreamUnavailableError("the reply was lost")]
     rig.stream.add(image_entry(0))
     assert await rig.worker.run_once() == 0
-    assert told().total(m.NOT_OURS.name) == 1
-    assert told().total(m.RESULTS.name) == 0
+    assert scraped().total(m.NOT_OURS.name) == 1
+    assert scraped().total(m.RESULTS.name) == 0
 
 
 async def test_detector_tells_its_batches_its_queue_its_halvings_and_its_refusals(
-    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+    metrics: PrometheusMetrics, scraped: Callable[[], Scraped]
 ) -> None:
     gate = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -148,13 +150,13 @@ async def test_detector_tells_its_batches_its_queue_its_halvings_and_its_refusal
     await asyncio.sleep(0)  # the batcher has taken it
     calls.append(asyncio.create_task(batcher.submit(np.zeros((2, 8, 8, 3), np.uint8), "xy")))
     await asyncio.sleep(0)
-    assert told().most(m.DETECTOR_QUEUE_IMAGES.name) == 2
+    assert scraped().most(m.DETECTOR_QUEUE_IMAGES.name) == 2
     with pytest.raises(DetectorOverloadedError):
         await batcher.submit(np.zeros((3, 8, 8, 3), np.uint8), "nay")
     gate.set()
     assert await asyncio.gather(*calls) == [list("abcd"), list("xy")]
     await batcher.stop()
-    now = told()
+    now = scraped()
     assert now.most(m.DETECTOR_QUEUE_IMAGES.name) == 0
     assert now.total(m.DETECTOR_REFUSALS.name) == 1
     assert now.total(m.HALVINGS.name) == 1
@@ -165,7 +167,7 @@ async def test_detector_tells_its_batches_its_queue_its_halvings_and_its_refusal
 
 
 class _Backlog:
-    """Tells what it is told to."""
+    """Tells what it is scraped to."""
 
     def __init__(self) -> None:
         self.state = BacklogState(5, 2, 3, 1.5, 7, 1, {"refused_images": 4})
@@ -178,12 +180,12 @@ class _Backlog:
 
 
 async def test_streams_are_told_as_they_stand_and_events_only_grow(
-    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+    metrics: PrometheusMetrics, scraped: Callable[[], Scraped]
 ) -> None:
     backlog = _Backlog()
     gauges = StreamGauges(backlog, metrics)  # type: ignore[arg-type]  # it only reads
     await gauges.report()
-    now = told()
+    now = scraped()
     for metric, value in (
         (m.STREAM_UP, 1),
         (m.BACKLOG_IMAGES, 5),
@@ -197,18 +199,18 @@ async def test_streams_are_told_as_they_stand_and_events_only_grow(
     assert now.total(m.STREAM_EVENTS.name, event="refused_images") == 4
     backlog.state = BacklogState(0, 0, None, None, 7, 1, {"refused_images": 6})
     await gauges.report()
-    assert told().total(m.STREAM_EVENTS.name, event="refused_images") == 6
-    assert told().most(m.OLDEST_IMAGE_SECONDS.name) == 0
+    assert scraped().total(m.STREAM_EVENTS.name, event="refused_images") == 6
+    assert scraped().most(m.OLDEST_IMAGE_SECONDS.name) == 0
     backlog.state = BacklogState(0, 0, None, None, 0, 0, {"refused_images": 1})  # the server was emptied
     await gauges.report()
-    assert told().total(m.STREAM_EVENTS.name, event="refused_images") == 7
+    assert scraped().total(m.STREAM_EVENTS.name, event="refused_images") == 7
     backlog.away = True
     await gauges.report()
-    assert told().most(m.STREAM_UP.name) == 0
+    assert scraped().most(m.STREAM_UP.name) == 0
 
 
 def test_training_tells_images_epoch_and_loss_and_how_each_job_ended(
-    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+    metrics: PrometheusMetrics, scraped: Callable[[], Scraped]
 ) -> None:
     reports = [
         Progress("bottle", Stage.FEATURES, 8, 16),
@@ -218,7 +220,7 @@ def test_training_tells_images_epoch_and_loss_and_how_each_job_ended(
         Progress("bottle", Stage.FAILED, 0, 1, "no luck"),
     ]
     assert list(record_progress(reports, metrics)) == reports
-    now = told()
+    now = scraped()
     assert now.total(m.TRAINING_IMAGES.name, category="bottle", stage="features") == 16
     assert now.total(m.TRAINING_IMAGES.name, category="cable", stage="training") == 24
     assert now.most(m.TRAINING_EPOCH.name, category="cable") == 2
@@ -227,7 +229,7 @@ def test_training_tells_images_epoch_and_loss_and_how_each_job_ended(
 
 
 def test_training_reports_speed_and_time_left_and_counts_a_retry_from_its_start(
-    metrics: PrometheusMetrics, told: Callable[[], Scraped]
+    metrics: PrometheusMetrics, scraped: Callable[[], Scraped]
 ) -> None:
     times_s = iter([0.0, 0.0, 2.0, 10.0, 10.0])
     reports = [
@@ -239,9 +241,9 @@ def test_training_reports_speed_and_time_left_and_counts_a_retry_from_its_start(
     passed = record_progress(reports, metrics, lambda: next(times_s))
     next(passed)
     next(passed)
-    assert told().most(m.TRAINING_SPEED.name, category="cable") == 20
-    assert told().most(m.TRAINING_LEFT.name, category="cable") == 2.5
+    assert scraped().most(m.TRAINING_SPEED.name, category="cable") == 20
+    assert scraped().most(m.TRAINING_LEFT.name, category="cable") == 2.5
     assert next(passed).stage is Stage.WAITING
-    assert told().total(m.TRAINING_SPEED.name) == 0
+    assert scraped().total(m.TRAINING_SPEED.name) == 0
     next(passed)
-    assert told().total(m.TRAINING_IMAGES.name, category="cable", stage="training") == 60
+    assert scraped().total(m.TRAINING_IMAGES.name, category="cable", stage="training") == 60
