@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 
 
@@ -20,7 +21,8 @@ def running_s3() -> Iterator[str]:
 
 
 def point_to(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """Have S3's clients of this process ask that server."""
+    """Have S3's clients of this process ask that server; those that fsspec keeps ask the one before."""
+    s3fs.S3FileSystem.clear_instance_cache()
     for name, value in {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",

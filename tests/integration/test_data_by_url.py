@@ -37,7 +37,6 @@ def s3_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with running_s3() as address:
         point_to(monkeypatch, address)
         boto3.client("s3").create_bucket(Bucket=BUCKET)
-        s3fs.S3FileSystem.clear_instance_cache()  # connected to the server of the test before
         yield address
 
 
