@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -60,6 +61,19 @@ def convert(module: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.d
         )
 
 
+@cache
+def openvino_core() -> Any:
+    """Return the `openvino.Core` of this process, which stays for good.
+
+    OpenVINO's CPU plugin gives the thread that loads it a stack for signals, and frees that stack with the last of its
+    core's models. With a core for each model, as `openvino.compile_model` makes one, the thread may be left with freed
+    memory as its stack, and the next signal to Python, such as SIGTERM, ends the process with SIGSEGV.
+    """
+    import openvino  # noqa: PLC0415 - an optional extra, installed where there is a graph
+
+    return openvino.Core()
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Raise `MemoryError` if OpenVINO is out of memory."""
@@ -102,12 +116,10 @@ class CompiledGraph:
         return [results[index] for index in range(self._outputs)]
 
     def _compile(self) -> Any:
-        import openvino  # noqa: PLC0415 - an optional extra, installed where there is a graph
-
         config: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if self._threads:
             config["INFERENCE_NUM_THREADS"] = self._threads
-        return openvino.compile_model(self._graph, "CPU", config)
+        return openvino_core().compile_model(self._graph, "CPU", config)
 
 
 class CompiledModule(CompiledGraph):
@@ -146,14 +158,12 @@ class ImageGraph:
 
     def __init__(self, module: nn.Module, shape: tuple[int, ...], *, dtype: torch.dtype, threads: int) -> None:
         graph = convert(_TupleModule(module), [shape], dtype)
-        import openvino  # noqa: PLC0415 - an optional extra, installed if `convert` succeeded
-
         graph.reshape([1, *shape])
         # no pinning: a pinned thread waits for its core even if another is idle
         config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
         self._all_threads, self._one_thread = SimpleQueue[Any](), SimpleQueue[Any]()
         for requests, streams in ((self._all_threads, 1), (self._one_thread, threads)):
-            compiled = openvino.compile_model(graph, "CPU", config | {"NUM_STREAMS": streams})
+            compiled = openvino_core().compile_model(graph, "CPU", config | {"NUM_STREAMS": streams})
             for _ in range(streams):
                 requests.put(compiled.create_infer_request())
 

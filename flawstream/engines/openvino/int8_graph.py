@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from flawstream.engines.numpy_whitening import array_normaliser
-from flawstream.engines.openvino.compile import memory_errors, openvino_is_installed
+from flawstream.engines.openvino.compile import memory_errors, openvino_core, openvino_is_installed
 from flawstream.fastflow.head import FastFlowHead
 
 GRAPH_FILE, CONSTANTS_FILE = "int8.xml", "int8.bin"
@@ -69,7 +69,7 @@ class Int8Graph:
         import openvino  # noqa: PLC0415 - an optional extra
 
         self._turn = threading.Lock()
-        core = openvino.Core()
+        core = openvino_core()
         graph = core.read_model(files[GRAPH_FILE], files[CONSTANTS_FILE])
         threads = threads or os.cpu_count() or 1
         bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

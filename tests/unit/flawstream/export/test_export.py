@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 import torch
 from helpers.command_line import Run, make_run
 from helpers.tiny_models import FLOW, make_manifest
 from numpy.typing import NDArray
 
+from flawstream.engines.openvino.compile import openvino_core
 from flawstream.export.graph import ExtraOutputs
 from flawstream.export.triton import (
     BACKBONE,
@@ -137,7 +137,7 @@ def test_openvino_gives_what_torch_gives(
     written: dict[ExportFormat, Path], backbone: Backbone, head: FastFlowHead, count: int
 ) -> None:
     images = make_images(count)
-    model = openvino.compile_model(
+    model = openvino_core().compile_model(
         written[ExportFormat.OPENVINO] / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     outputs = {port.any_name: values for port, values in model({"images": images}).items()}
@@ -265,7 +265,7 @@ def test_triton_s_configuration_fits_its_network(written: dict[ExportFormat, Pat
 def test_command_writes_the_current_version_and_says_where(run: Run, tmp_path: Path) -> None:
     ran = run("models", "export", "bottle", "--format", "openvino", "--to", tmp_path, "--no-score")
     assert (ran.code, ran.out.strip()) == (0, str(tmp_path / "bottle@v1"))
-    model = openvino.Core().read_model(tmp_path / "bottle@v1" / "model.xml")
+    model = openvino_core().read_model(tmp_path / "bottle@v1" / "model.xml")
     assert [port.any_name for port in model.outputs] == ["grid_0", "grid_1"]
 
 
