@@ -6,13 +6,14 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
 
 from flawstream_cli.terminal import busy
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, one_line
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -62,6 +63,12 @@ def connect(address: str | None = None) -> Cluster:
                 knock(address)
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
         except (OSError, ValueError) as error:
+            if address is None:
+                raise ConfigError(
+                    f"Ray did not start on this machine: {one_line(error)}; its files go to "
+                    f"{tempfile.gettempdir()}/ray: this user must be able to write there, and the path must be short; "
+                    "set TMPDIR to another folder"
+                ) from error
             raise ConfigError(
                 f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, "
                 "or leave the address out to run on this machine alone"

@@ -38,6 +38,22 @@ class _Answer:
     written: str = ""
 
 
+def require_writable(registry_root: str) -> None:
+    """Write a small file to the registry and remove it: else training would find out at its end.
+
+    Args:
+        registry_root: A path or a URL.
+
+    Raises:
+        ConfigError: The registry cannot be written.
+    """
+    registry, marker = _Storage(registry_root), _new_marker()
+    try:
+        _write_marker(registry, registry_root, marker)
+    finally:
+        registry.remove(marker)
+
+
 def check_nodes(sample: Path, registry_root: str, *, deadline_s: float = 8.0) -> list[str]:
     """Check, on every node of the joined cluster that has CPUs, whether trainers can work there.
 
@@ -58,13 +74,9 @@ def check_nodes(sample: Path, registry_root: str, *, deadline_s: float = 8.0) ->
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
     if set(nodes) <= {ray.get_runtime_context().get_node_id()}:
         return []
-    marker = f".preflight-{uuid.uuid4().hex}"
-    registry = _Storage(registry_root)
+    registry, marker = _Storage(registry_root), _new_marker()
     try:
-        try:
-            registry.write(marker, marker)
-        except Exception as error:  # each storage has its own exceptions
-            raise ConfigError(f"the registry {registry_root} cannot be written here: {one_line(error)}") from error
+        _write_marker(registry, registry_root, marker)
         answers = _ask(nodes, sample, registry_root, marker, deadline_s)
         problems = [f"{_name(nodes[node])} {text}" for node, answer in answers.items() for text in answer.problems]
         problems += [
@@ -82,6 +94,20 @@ def check_nodes(sample: Path, registry_root: str, *, deadline_s: float = 8.0) ->
             f"no node of the cluster answered within {deadline_s:.0f} s: {', '.join(silent)}; look at `ray status`"
         )
     return silent
+
+
+def _new_marker() -> str:
+    return f".preflight-{uuid.uuid4().hex}"
+
+
+def _write_marker(registry: "_Storage", root: str, marker: str) -> None:
+    try:
+        registry.write(marker, marker)
+    except Exception as error:  # each storage has its own exceptions
+        raise ConfigError(
+            f"the registry {root} cannot be written here: {one_line(error)}; give this user the rights, or name "
+            "another with --registry"
+        ) from error
 
 
 def _ask(

@@ -191,9 +191,9 @@ WINDOW_IMAGES = Gauge(
 )
 WINDOW_SCORE = Gauge(
     "flawstream_window_score",
-    "Quantiles of the latest scores, nats per channel.",
-    ("category", "quantile"),
-    {"quantile": ("0.05", "0.5", "0.95")},
+    "Score below which this share of the latest scores lies, nats per channel.",
+    ("category", "share"),
+    {"share": ("0.05", "0.5", "0.95")},
 )
 THRESHOLD = Gauge("flawstream_threshold", "The threshold of image scores, nats per channel.", ("category",))
 DRIFT_DISTANCE = Gauge(

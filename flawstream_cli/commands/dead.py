@@ -164,7 +164,7 @@ async def _list(settings: Settings, limit: int, before: str | None, reason: Reas
     if not count:
         print_message("no dead letters")
         return
-    columns = ("dead id", "failed at", "reason", "category", "id", "detail")
+    columns = ("dead id", "failed at", "reason", "category", "id or file", "detail")
     out.print(table(_title(count, reasons), columns, rows))
 
 
@@ -297,7 +297,7 @@ def _row(entry: DeadEntry) -> tuple[object, ...]:
         entry.letter.failed_at.isoformat(timespec="seconds"),
         entry.letter.reason,
         _text(entry, b"category"),
-        _text(entry, b"id"),
+        _text(entry, b"id") or _text(entry, b"file"),
         entry.letter.detail,
     )
 

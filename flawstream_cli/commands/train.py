@@ -35,7 +35,7 @@ from training.datasets.open import DatasetLayout, open_dataset
 from training.datasets.samples import CategoryData
 from training.fleet import train_fleet
 from training.pipeline import Progress, Stage, TrainingJob
-from training.preflight import check_nodes
+from training.preflight import check_nodes, require_writable
 from training.work import Recipe, find_finished
 
 Watch = Callable[[Iterator[Progress], Sequence[str]], Iterator[Progress]]
@@ -76,6 +76,9 @@ def train(
         int, typer.Option(min=1, help="Versions of each category, one per seed from --seed on; the first is promoted.")
     ] = 1,
     promote: Annotated[bool, typer.Option(help="Make the new versions current.")] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote a version that is worse than the current one too.")
+    ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Train too what an earlier run has trained on the same data and recipe.")
     ] = False,
@@ -120,7 +123,8 @@ def train(
     Needs normal images only. A share of them is held out, and sets the threshold for the false-alarm rate. If there is
     a test folder, the metrics of `flawstream evaluate` are reported. A category whose data has an error
     (`flawstream datasets check`) is skipped. A backbone other than that of the current versions of other categories is
-    refused, except with --no-promote. What an earlier run has trained on the same data by the same recipe is skipped.
+    refused, except with --no-promote. What an earlier run has trained on the same data by the same recipe is skipped. A
+    version with a lower AUROC or more false alarms than the current one is not promoted, except with --force.
 
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
@@ -165,6 +169,7 @@ def train(
         with contextlib.ExitStack() as stack:
             watch = _unwatched
             if sound:
+                require_writable(settings.registry.root)
                 cluster = stack.enter_context(on_cluster(ray_address))
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray prints deaths of nodes
                 watch = functools.partial(ending.watch, head=cluster.head)
@@ -172,7 +177,7 @@ def train(
                 for node in check_nodes(sound[0].files()[0], _absolute(settings.registry.root)):
                     print_message(f"warning: {node} has not answered the check; training goes on", "yellow")
             manifests, failures = train_all(
-                sound, settings, promote=promote, seeds=seeds, finished=finished, watch=watch
+                sound, settings, promote=promote, force=force, seeds=seeds, finished=finished, watch=watch
             )
         failures |= faulty
         report_run(manifests, list(finished.values()), failures, settings.registry.root, as_json=as_json)
@@ -189,6 +194,7 @@ def train_all(
     settings: Settings,
     *,
     promote: bool = True,
+    force: bool = False,
     seeds: int = 1,
     finished: Mapping[tuple[str, int], ModelManifest] = MappingProxyType({}),
     watch: Watch = _unwatched,
@@ -199,6 +205,7 @@ def train_all(
         data: The categories.
         settings: The recipe, with the first seed.
         promote: Whether to promote the versions with the first seed.
+        force: Whether to promote those that are worse than the current ones too.
         seeds: Number of versions per category.
         finished: Versions that are not trained again, by category and seed; promoted too, as the run that trained them
             may have been cut short.
@@ -215,7 +222,7 @@ def train_all(
     ]
     manifests: list[ModelManifest] = []
     failures: dict[str, str] = {}
-    promotions = Promotions(Registry(settings.registry.root))
+    promotions = Promotions(settings.registry, force=force)
     if promote:
         promotions.add(manifest for (_, seed), manifest in finished.items() if seed == settings.training.seed)
     with contextlib.closing(promotions), TrainingDisplay([job.name for job in jobs]) as display:

@@ -118,7 +118,7 @@ BOARD = Board(
                     "none",
                     "Quantiles of the latest scores, nats per channel, averaged over workers. If the median approaches "
                     "the threshold: drift. If only the highest does: more anomalous parts.",
-                    Query(f"avg by (quantile) ({select(m.WINDOW_SCORE, _ONE)})", "quantile {{quantile}}"),
+                    Query(f"avg by (share) ({select(m.WINDOW_SCORE, _ONE)})", "quantile {{share}}"),
                     Query(f"max by (category) ({select(m.THRESHOLD, _ONE)})", "threshold"),
                     width=12,
                 ),

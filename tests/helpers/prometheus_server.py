@@ -32,11 +32,11 @@ needs_prometheus = pytest.mark.skipif(
 )
 
 
-def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run promtool."""
+def promtool(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run promtool, with a text on its standard input."""
     found = program("promtool")
     assert found is not None
-    return subprocess.run([found, *map(str, arguments)], capture_output=True, text=True, check=False)  # noqa: S603 - Prometheus's own
+    return subprocess.run([found, *map(str, arguments)], input=stdin, capture_output=True, text=True, check=False)  # noqa: S603 - Prometheus's own
 
 
 class PrometheusServer:

@@ -200,3 +200,23 @@ def test_push_that_is_refused_says_why_and_how_far_it_came(
     assert f"2 of 3 are pushed; push again from {tmp_path / 'c.png'} on" in ran.err
     assert "error (backlog_full): 2 images wait on flawstream:images and 2 are allowed" in ran.err
     assert raw.count("XLEN", "flawstream:images") == 2
+
+
+def test_image_pushed_without_an_id_is_listed_by_its_file(run: Run, raw: RawRedis, tmp_path: Path) -> None:
+    (tmp_path / "part-7.png").write_bytes(png())
+    assert run("push", tmp_path / "part-7.png", "--category", "bottle").code == 0
+    entries = raw("XRANGE", "flawstream:images", "-", "+")
+    assert isinstance(entries, list)
+    assert isinstance(entries[0], list)
+    fields = entries[0][1]
+    assert isinstance(fields, list)
+    letter = DeadLetter(
+        fields=dict(zip(fields[::2], fields[1::2], strict=True)),
+        reason=Reason.UNDECODABLE,
+        detail="it is no image",
+        deliveries=1,
+        failed_at=datetime(2026, 1, 1, tzinfo=UTC),
+        entry_id="1-0",
+    )
+    raw("XADD", "flawstream:dead", "*", *(part for field in dead_letter_fields(letter).items() for part in field))
+    assert "part-7.png" in run("dead", "list").out

@@ -152,7 +152,7 @@ def test_settings_that_are_named_to_the_reader_are_settings() -> None:
 
 
 def test_sets_of_values_are_those_of_the_code_that_counts() -> None:
-    assert OURS["flawstream_window_score"].values["quantile"] == tuple(str(share) for share in QUANTILES)
+    assert OURS["flawstream_window_score"].values["share"] == tuple(str(share) for share in QUANTILES)
     stages = {stage.value for stage in Stage}
     ends = set(OURS["flawstream_training_jobs_total"].values["outcome"])
     assert ends == {"done", "failed"} <= stages

@@ -64,8 +64,8 @@ class DriftMonitor:
                 self._metrics.set(m.WINDOW_IMAGES, len(p_values), category=category)
                 self._metrics.set(m.DRIFT_DISTANCE, distance_from_uniform(p_values), category=category)
                 self._metrics.set(m.THRESHOLD, window.threshold, category=category)
-                for quantile, score in zip(QUANTILES, np.quantile(scores, QUANTILES).tolist(), strict=True):
-                    self._metrics.set(m.WINDOW_SCORE, score, category=category, quantile=str(quantile))
+                for share, score in zip(QUANTILES, np.quantile(scores, QUANTILES).tolist(), strict=True):
+                    self._metrics.set(m.WINDOW_SCORE, score, category=category, share=str(share))
 
 
 def distance_from_uniform(p_values: NDArray[np.float64]) -> float:

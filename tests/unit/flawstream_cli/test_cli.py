@@ -71,7 +71,9 @@ def test_unknown_command_is_a_usage_error(run: Run) -> None:
     assert "No such command 'serv'" in ran.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["push", "--help"], ["watch", "--help"], ["dead", "list", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["push", "--help"], ["watch", "--help"], ["dead", "list", "--help"], ["profile"]]
+)
 def test_commands_without_a_model_load_neither_torch_nor_ray(arguments: list[str]) -> None:
     program = (
         "import sys, contextlib\n"

@@ -1,6 +1,10 @@
 """Joining a cluster that is not there, and starting one that does not come."""
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +45,19 @@ def test_other_errors_of_ray_stay_what_they_are(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("ray.init", start)
     with pytest.raises(RuntimeError, match="something else"):
         cluster.connect()
+
+
+def test_folder_in_which_ray_cannot_start_is_named_with_the_cure(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    program = "from flawstream_cli import cluster; cluster.connect()"
+    ran = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-c", program],
+        env=os.environ | {"TMPDIR": str(folder)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert "ConfigError: Ray did not start on this machine: " in ran.stderr
+    assert f"its files go to {folder}/ray" in ran.stderr
+    assert "None" not in ran.stderr.splitlines()[-1]

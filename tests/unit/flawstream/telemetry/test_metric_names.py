@@ -4,8 +4,9 @@ import re
 
 import pytest
 from helpers.places import ROOT
+from helpers.prometheus_server import needs_prometheus, promtool
 from helpers.scraped import collected
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import ALL, CategoryLabels, Counter, Gauge, Histogram, Metric
@@ -71,6 +72,21 @@ def test_every_metric_is_exported_under_its_own_name(
             metrics.observe(metric, 0.5, **labels)
             assert collected(registry).total(f"{metric.name}_count", **labels) == 1
             assert collected(registry).total(f"{metric.name}_bucket", le="+Inf", **labels) == 1
+
+
+@needs_prometheus
+def test_every_metric_is_as_prometheus_asks(metrics: PrometheusMetrics, registry: CollectorRegistry) -> None:
+    for metric in ALL:
+        labels = dict.fromkeys(metric.labels, "x")
+        match metric:
+            case Counter():
+                metrics.add(metric, 3, **labels)
+            case Gauge():
+                metrics.set(metric, 3, **labels)
+            case Histogram():
+                metrics.observe(metric, 0.5, **labels)
+    checked = promtool("check", "metrics", stdin=generate_latest(registry).decode())
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_categories_past_the_bound_count_as_other(metrics: PrometheusMetrics, registry: CollectorRegistry) -> None:

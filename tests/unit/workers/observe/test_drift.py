@@ -68,7 +68,7 @@ def test_another_version_of_the_model_begins_its_window_anew(registry: Collector
     assert told.most(m.WINDOW_IMAGES.name, category="bottle") == 1
     assert told.most(m.THRESHOLD.name, category="bottle") == 7.0
     assert told.most(m.DRIFT_DISTANCE.name, category="bottle") == 0.5
-    assert told.most(m.WINDOW_SCORE.name, category="bottle", quantile="0.95") == 3.0
+    assert told.most(m.WINDOW_SCORE.name, category="bottle", share="0.95") == 3.0
 
 
 def test_window_holds_the_latest_images_only(registry: CollectorRegistry) -> None:
@@ -78,7 +78,7 @@ def test_window_holds_the_latest_images_only(registry: CollectorRegistry) -> Non
     monitor.report()
     told = collected(registry)
     assert told.most(m.WINDOW_IMAGES.name) == 20
-    assert told.most(m.WINDOW_SCORE.name, quantile="0.5") == 89.5
+    assert told.most(m.WINDOW_SCORE.name, share="0.5") == 89.5
     assert told.total(f"{m.P_VALUE.name}_count", category="bottle") == 100
 
 
