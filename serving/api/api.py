@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
+from pydantic.json_schema import SkipJsonSchema
 from starlette.types import ASGIApp
 
 from flawstream.imaging.decode import decode_image
@@ -209,10 +210,11 @@ def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
         *,
         id: Annotated[str, Query(max_length=256, description="Your own id; the entry id if absent.")] = "",  # noqa: A002
         captured_at: Annotated[
-            CaptureTime | None, Query(description="Time of capture: RFC 3339, with a time zone.")
+            CaptureTime | SkipJsonSchema[None], Query(description="Time of capture: RFC 3339, with a time zone.")
         ] = None,
         captured_at_header: Annotated[
-            CaptureTime | None, Header(alias="Captured-At", description="The same as a header: no escaping of `+`.")
+            CaptureTime | SkipJsonSchema[None],
+            Header(alias="Captured-At", description="The same as a header: no escaping of `+`."),
         ] = None,
         traceparent: Annotated[str, Header(description="W3C trace context; copied to the result.")] = "",
     ) -> PushedBody:
