@@ -4,7 +4,7 @@
 #   make test          all tests            make check    lint, types, imports
 #   make unit | contracts | integration | e2e | ...   one folder of tests (ARGS goes to pytest)
 #   make coverage      which lines unit tests and contracts run (ARGS=tests/integration adds to them)
-#   make test-chaos | test-chaos-training | test-fuzz | test-overload | test-leaks | test-score   the long forms of what `make test` runs for minutes (ARGS=--help)
+#   make test-chaos | test-chaos-training | test-fuzz | test-overload | test-leaks | test-score | test-simulation   the long forms of what `make test` runs for minutes (ARGS=--help)
 #   make test-chart    the Helm chart in more than a thousand combinations of its values
 #   make test-image    the image's build scripts in a bare Debian, and the chart's containers in what they made (root, debootstrap)
 #   make prometheus    fetch a Prometheus server for the tests of alerts and boards (`make test` does, where there is apt-get)
@@ -32,7 +32,7 @@ PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-chaos-training test-fuzz test-overload test-leaks test-score demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-chaos-training test-fuzz test-overload test-leaks test-score test-simulation demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -98,7 +98,7 @@ $(IN_TURN): setup
 coverage: setup
 	@$(PYTEST_AT_ONCE) --cov --cov-report=term tests/unit tests/contracts $(ARGS)
 
-test-chaos test-fuzz test-overload test-leaks test-score: setup
+test-chaos test-fuzz test-overload test-leaks test-score test-simulation: setup
 	@PYTHONPATH=tests $(BIN) -m soak.$(@:test-%=%) $(ARGS)
 
 test-chaos-training: setup

@@ -81,6 +81,12 @@ class DetectorOverloadedError(TransientError):
     code = "detector_overloaded"
 
 
+class EverythingFailsError(TransientError):
+    """No image can be judged, or no outcome written, whatever the image: its delivery does not count."""
+
+    code = "everything_fails"
+
+
 class ClusterLostError(TransientError):
     """The head of the Ray cluster does not answer any more."""
 
@@ -103,6 +109,12 @@ class DetectorDiedError(FlawstreamError):
     """The process that judged a batch died, perhaps because of an image in it."""
 
     code = "detector_died"
+
+
+class WorkerHungError(FlawstreamError):
+    """A step of a batch does not return: only the end of the process ends it."""
+
+    code = "worker_hung"
 
 
 class RegistryError(FlawstreamError):

@@ -152,7 +152,11 @@ RETRIES = Counter(
     "flawstream_retries_total",
     "Retries after a transient error, by cause; for model_unavailable, images deferred.",
     ("cause",),
-    {"cause": ("detector_overloaded", "model_unavailable", "stream_unavailable")},
+    {"cause": ("detector_overloaded", "everything_fails", "model_unavailable", "stream_unavailable")},
+)
+EVERYTHING_FAILS = Gauge(
+    "flawstream_everything_fails",
+    "1 while a worker can judge no image or write no outcome, whatever the image: it waits, and no delivery counts.",
 )
 ERRORS = Counter("flawstream_errors_total", "Unexpected errors of a worker: bugs. Their images stay pending.")
 IMAGE_SECONDS = Histogram(

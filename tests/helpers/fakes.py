@@ -141,12 +141,11 @@ class FakeReader:
 
     async def claim(self, max_entries: int, in_flight: Collection[str] = ()) -> list[Entry]:
         await asyncio.sleep(0)
+        latest = self._stream.clock.now() - self._claim_idle
         idle = [
             pending
             for key, pending in sorted(self._stream.pending.items())
-            if key > self._claimed
-            and key not in in_flight
-            and self._stream.clock.now() - pending.since >= self._claim_idle
+            if key > self._claimed and key not in in_flight and pending.since <= latest
         ]
         claimed = [self._stream.give(pending.entry, self._consumer) for pending in idle[:max_entries]]
         self._claimed = claimed[-1].entry_id if len(claimed) == max_entries else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import cv2
+import numpy as np
 
 from flawstream.imaging.decode import DecodedImage, decode_image
 from flawstream.imaging.pixels import PixelForm
@@ -24,6 +25,12 @@ from workers.ports import Clock, Entry
 from workers.references import ImageFetcher, NoReferences
 
 _log = logging.getLogger(__name__)
+
+
+_PLAIN = Entry(
+    "0-0", {b"category": b"plain", b"image": cv2.imencode(".png", np.full((8, 8), 128, np.uint8))[1].tobytes()}
+)
+"""A plain grey image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,13 @@ class Decoder:
                 raise outcome
             decoded.append(outcome)
         return decoded
+
+    async def works(self, form: PixelForm) -> bool:
+        """Return whether a plain image can be decoded."""
+        decoding = asyncio.get_running_loop().run_in_executor(
+            self._pool, self._decode_one, _PLAIN, form, self._clock.now()
+        )
+        return isinstance(await decoding, DecodedEntry)
 
     def close(self) -> None:
         """End the threads."""

@@ -5,12 +5,19 @@ import logging
 from collections.abc import Collection, Sequence
 from functools import partial
 
-import numpy as np
-
-from schemas.errors import DetectorDiedError, MessageError, Reason, RegistryError, ShapeError, TransientError
+from flawstream.imaging.pixels import PixelForm
+from schemas.errors import (
+    EverythingFailsError,
+    MessageError,
+    Reason,
+    TransientError,
+    WorkerHungError,
+    one_line,
+)
 from schemas.settings import WorkerSettings
 from workers.consume.decode import DecodedEntry, Decoder, between_ms, since_arrival_ms
 from workers.consume.deferrals import DeferredCategories
+from workers.consume.judging import Judging
 from workers.consume.result_builder import Times, build_result
 from workers.consume.retry import Retry
 from workers.observe import log_fields
@@ -34,9 +41,9 @@ _log = logging.getLogger(__name__)
 class Pipeline:
     """Completes batches of entries, each with a result or a dead letter.
 
-    An entry that does not complete stays pending: one with a bug is redelivered and counted, one that is deferred is
-    released, so that the delivery does not count. Where the detector does not answer for as long as a claim takes,
-    the whole batch is released.
+    An entry that does not complete stays pending: one that fails alone is redelivered and counted, one that is deferred
+    is released, so that the delivery does not count. Where the detector does not answer, or fails for every image, for
+    as long as a claim takes, the whole batch is released. Until then it keeps its slot, so that no more is read.
 
     Args:
         reader: Releases entries.
@@ -50,6 +57,7 @@ class Pipeline:
 
     Attributes:
         in_flight: Ids of the entries being worked on: a heartbeat keeps them, and they are not claimed again.
+        hung: Set once a step has not returned in time: the process must end.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class Pipeline:
         retry: Retry,
     ) -> None:
         self.in_flight: set[str] = set()
+        self.hung = asyncio.Event()
         self._reader = reader
         self._sink = sink
         self._detector = detector
@@ -76,6 +85,7 @@ class Pipeline:
         self._deadline_s = settings.claim_idle_ms / 1000
         self._categories = DeferredCategories(clock)
         self._deferred: set[str] = set()
+        self._judging = Judging(detector, settings=settings, tally=tally, retry=retry)
 
     def is_deferred(self, entry: Entry) -> bool:
         """Return whether the entry's category was deferred a moment ago."""
@@ -101,7 +111,11 @@ class Pipeline:
         try:
             completions = await self._judge(entries, batch)
             with batch.stage("publish"):
-                written = await self._retry.call(partial(self._sink.publish, completions))
+                written = await self._publish(completions)
+        except TimeoutError:
+            self._give_up(entries)
+            self._leave(ids)
+            return 0
         except Exception as error:  # noqa: BLE001 - a batch's outermost boundary
             self._retry.log_failure(f"working on {len(entries)} entries, which stay pending,", error, entries)
             if isinstance(error, TransientError):  # no fault of theirs; another worker may have a detector
@@ -114,6 +128,17 @@ class Pipeline:
         self._leave(ids)
         self._tally.completed(batch, completions, written)
         return sum(written)
+
+    def _give_up(self, entries: Sequence[Entry]) -> None:
+        """Note that a step does not return. The entries get no more heartbeats, and their deliveries count."""
+        _log.error(
+            "%s: a step of a batch of %d took longer than worker.max_step_s (%g s); this process ends",
+            WorkerHungError.code,
+            len(entries),
+            self._settings.max_step_s,
+            extra=log_fields.entries(entries),
+        )
+        self.hung.set()
 
     def _leave(self, ids: set[str]) -> None:
         """Take entries out of flight. Those of a cancelled batch stay in: the worker releases them."""
@@ -145,30 +170,39 @@ class Pipeline:
                 sound.append(entry)
         if not sound:
             return completions
-        decoded = await self._decode(sound, batch, completions)
+        decoding = partial(self._decode, sound, batch, completions)
+        decoded = await self._retry.call(decoding, self._deadline_s, EverythingFailsError)
         if decoded:
             started_at = self._clock.now()
             with batch.stage("call"):
-                judgements = await self._detect(decoded)
+                judgements = await self._judging.judge(decoded)
             detect_ms = between_ms(started_at, self._clock.now())
             with batch.stage("encode"):
-                concluded = await asyncio.gather(
-                    *(
-                        self._conclude(one, judgement, detect_ms)
-                        for one, judgement in zip(decoded, judgements, strict=True)
-                        if judgement is not None
+                async with self._in_time():
+                    concluded = await asyncio.gather(
+                        *(
+                            self._conclude(one, judgement, detect_ms)
+                            for one, judgement in zip(decoded, judgements, strict=True)
+                            if judgement is not None
+                        )
                     )
-                )
             completions += [completion for completion in concluded if completion is not None]
         return completions
 
     async def _decode(
         self, entries: Sequence[Entry], batch: Batch, completions: list[Completion]
     ) -> list[DecodedEntry]:
-        """Decode entries; those that can never be decoded are added to `completions` as dead letters."""
+        """Decode entries; those that can never be decoded are added to `completions` as dead letters.
+
+        Raises:
+            EverythingFailsError: Not even a plain image can be decoded.
+            TimeoutError: Decoding does not return.
+        """
         form = await self._retry.call(self._detector.pixel_form, self._deadline_s)
         with batch.stage("decode"):
-            attempts = await self._retry.call(partial(self._decoder.decode, entries, form))
+            attempts = await self._retry.call(partial(self._decode_in_time, entries, form))
+            if all(attempt is None for attempt in attempts) and not await self._decoder.works(form):
+                raise self._everything_fails("no image can be decoded")
         decoded: list[DecodedEntry] = []
         for entry, attempt in zip(entries, attempts, strict=True):
             if isinstance(attempt, DecodedEntry):
@@ -179,39 +213,53 @@ class Pipeline:
                 self._tally.failed()
         return decoded
 
-    async def _detect(self, decoded: Sequence[DecodedEntry]) -> list[Judgement | None]:
-        """Have a batch judged; where that fails, image by image, with None for an image that fails alone.
+    async def _decode_in_time(
+        self, entries: Sequence[Entry], form: PixelForm
+    ) -> list[DecodedEntry | MessageError | None]:
+        async with self._in_time():
+            return await self._decoder.decode(entries, form)
+
+    def _in_time(self) -> asyncio.Timeout:
+        """Limit a step that may hang: raises `TimeoutError`."""
+        return asyncio.timeout(self._settings.max_step_s)
+
+    def _everything_fails(self, detail: str) -> EverythingFailsError:
+        self._tally.everything_fails(True)  # noqa: FBT003 - a gauge's two values
+        return EverythingFailsError(detail)
+
+    async def _publish(self, completions: Sequence[Completion]) -> list[bool]:
+        """Write outcomes. One that the server refuses alone stays pending; where it refuses all, they are tried again.
+
+        Returns:
+            For each, whether it was written.
 
         Raises:
-            TransientError: The detector did not answer within the deadline, or the worker stops.
+            EverythingFailsError: The server refuses every outcome: a key has another type, or a right is missing.
+            TransientError: The server does not answer, and the worker stops.
         """
+        publishing = partial(self._publish_each, completions)
+        return await self._retry.call(publishing, self._deadline_s, EverythingFailsError)
+
+    async def _publish_each(self, completions: Sequence[Completion]) -> list[bool]:
         try:
-            return list(await self._retry.call(partial(self._detect_batch, decoded), self._deadline_s))
+            return await self._retry.call(partial(self._sink.publish, completions))
         except TransientError:
             raise
-        except MessageError as error:
-            if len(decoded) == 1:
-                return [Refusal(error.reason, str(error))]
-        except RegistryError as error:  # the version was lost while the detector ran
-            if len(decoded) == 1:
-                return [Deferral(str(error))]
-        except DetectorDiedError as error:
-            _log.warning("%s: %s", error.code, error, extra=log_fields.entries([one.entry for one in decoded]))
-            if len(decoded) == 1:  # it may have died of this image: redelivered, it is counted
-                return [None]
-        except Exception as error:  # noqa: BLE001 - one image must not take its neighbours down
-            names = ", ".join(one.entry.entry_id for one in decoded)
-            self._retry.log_failure(f"detecting {names}", error, [one.entry for one in decoded])
-            if len(decoded) == 1:
-                return [None]
-        return [judgement for one in decoded for judgement in await self._detect([one])]
-
-    async def _detect_batch(self, decoded: Sequence[DecodedEntry]) -> Sequence[Judgement]:
-        images = np.stack([one.image.pixels for one in decoded])
-        judgements = await self._detector.detect(images, [one.message.category for one in decoded])
-        if len(judgements) != len(decoded):
-            raise ShapeError(f"the detector gave {len(judgements)} judgements for {len(decoded)} images")
-        return judgements
+        except Exception as error:  # noqa: BLE001 - one outcome must not take its neighbours down
+            self._retry.log_failure(f"publishing {len(completions)} outcomes", error)
+            refused = error
+        written: list[bool | None] = []
+        for completion in completions if len(completions) > 1 else ():
+            try:
+                written += await self._retry.call(partial(self._sink.publish, [completion]))
+            except TransientError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as above
+                self._retry.log_failure(f"publishing the outcome of {completion.entry_id}", error)
+                written.append(None)
+        if all(one is None for one in written):
+            raise self._everything_fails(f"no outcome can be published: {one_line(refused)}")
+        return [bool(one) for one in written]
 
     async def _conclude(self, decoded: DecodedEntry, judgement: Judgement, detect_ms: float) -> Completion | None:
         """Build an entry's outcome; None where it is deferred, or where building fails, which is a bug."""

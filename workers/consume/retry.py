@@ -37,12 +37,18 @@ class Retry:
         """Return whether the worker stops."""
         return self.stop.is_set()
 
-    async def call(self, attempt: Callable[[], Awaitable[_T]], deadline_s: float = math.inf) -> _T:
+    async def call(
+        self,
+        attempt: Callable[[], Awaitable[_T]],
+        deadline_s: float = math.inf,
+        errors: type[TransientError] = TransientError,
+    ) -> _T:
         """Await `attempt()` until it succeeds.
 
         Args:
             attempt: Makes the awaitable, anew for each try.
             deadline_s: No further try starts once so much time has passed.
+            errors: What is tried again; other errors are raised.
 
         Raises:
             TransientError: The last try failed too: the deadline has passed, or the worker stops.
@@ -53,7 +59,7 @@ class Retry:
             last = self.is_stopping() or between_ms(started_at, self._clock.now()) >= deadline_s * 1000
             try:
                 return await attempt()
-            except TransientError as error:
+            except errors as error:
                 if last:
                     raise
                 failures += 1

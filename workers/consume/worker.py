@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from schemas.errors import WorkerHungError
 from schemas.settings import WorkerSettings
 from workers.consume.decode import Decoder
 from workers.consume.heartbeat import Heartbeat
@@ -68,21 +69,29 @@ class StreamWorker:
         return self._tally.stats
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then finish the batches in flight; what takes too long is released."""
+        """Work until `stop` is set, then finish the batches in flight; what takes too long is released.
+
+        Raises:
+            WorkerHungError: A step does not return. `stop` is set then; the process must end.
+        """
         self._retry.stop = stop
         reading = asyncio.create_task(self._read_until_stopped())
         reclaiming = asyncio.create_task(self._reclaimer.run())
         beating = asyncio.create_task(self._heartbeat.run())
         stopping = asyncio.create_task(stop.wait())
+        hanging = asyncio.create_task(self._pipeline.hung.wait())
         try:
-            await asyncio.wait([reading, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([reading, stopping, hanging], return_when=asyncio.FIRST_COMPLETED)
+            stop.set()
             await asyncio.wait([reading, reclaiming, *self._batches], timeout=self._settings.drain_s)
         finally:
-            tasks = [reading, reclaiming, beating, stopping, *self._batches]
+            tasks = [reading, reclaiming, beating, stopping, hanging, *self._batches]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         await self._pipeline.release(self._pipeline.in_flight)
+        if self._pipeline.hung.is_set():
+            raise WorkerHungError("a step of a batch has not returned within worker.max_step_s; the process must end")
         if not reading.cancelled():
             reading.result()  # raises what should never have been raised
 

@@ -177,6 +177,10 @@ class Tally:
         self.stats.deferred += images
         self._metrics.add(m.RETRIES, images, cause=ModelUnavailableError.code)
 
+    def everything_fails(self, fails: bool, /) -> None:  # noqa: FBT001 - a gauge's two values
+        """Say whether no image can be judged, or no outcome written, whatever the image."""
+        self._metrics.set(m.EVERYTHING_FAILS, float(fails))
+
     def failed(self) -> None:
         """Count a bug."""
         self.stats.errors += 1
