@@ -111,10 +111,10 @@ class DetectorDiedError(FlawstreamError):
     code = "detector_died"
 
 
-class WorkerHungError(FlawstreamError):
-    """A step of a batch does not return: only the end of the process ends it."""
+class StageTimeoutError(FlawstreamError):
+    """Decoding, the detector or building results hangs: only the end of the process ends that."""
 
-    code = "worker_hung"
+    code = "stage_timeout"
 
 
 class RegistryError(FlawstreamError):

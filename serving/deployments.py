@@ -18,7 +18,13 @@ from starlette.types import ASGIApp
 from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.logs import set_up_logging
-from schemas.errors import DetectorDiedError, DetectorOverloadedError, FlawstreamError, StreamUnavailableError
+from schemas.errors import (
+    DetectorDiedError,
+    DetectorOverloadedError,
+    FlawstreamError,
+    StageTimeoutError,
+    StreamUnavailableError,
+)
 from schemas.keys import all_keys
 from schemas.settings import Settings
 from serving.api.api import build_api
@@ -183,6 +189,7 @@ class StreamWorkerDeployment:
         # one that has images waiting for it always works: it reads as long as it has a free slot
         self._load = LoadReports(backlog, lambda: (self._worker.stats.completed, time.monotonic()))
         self._stop = asyncio.Event()
+        self._draining = False
         self._loop_task = asyncio.create_task(self._worker.run(self._stop))
 
     async def status(self) -> dict[str, object]:
@@ -195,8 +202,8 @@ class StreamWorkerDeployment:
         return await self._load.make()
 
     async def check_health(self) -> None:
-        """Fail if the worker's loop has ended unexpectedly, so that Serve replaces the replica."""
-        if self._loop_task.done() and not self._stop.is_set():
+        """Fail if the worker's loop has ended unexpectedly, or because a stage hangs: Serve replaces the replica."""
+        if self._loop_task.done() and not self._draining:
             raise RuntimeError(f"the worker's loop has ended: {self._loop_task}")
 
     async def drain(self) -> str:
@@ -205,8 +212,9 @@ class StreamWorkerDeployment:
         Returns:
             The consumer's name.
         """
+        self._draining = True
         self._stop.set()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, StageTimeoutError):
             await self._loop_task
         return self._worker.consumer
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 from typing import Annotated
@@ -22,6 +23,7 @@ from flawstream_cli.terminal import (
     print_message,
     read_settings,
 )
+from schemas.errors import StageTimeoutError
 from schemas.settings import Settings
 from serving.detector import DetectorService, make_detector
 from workers.consume.sharded import ShardedWorker
@@ -48,7 +50,8 @@ def worker(
 
     Prints one JSON line to standard output when ready, and another at the end. On Ctrl-C or SIGTERM, finishes the
     batches in flight within `worker.drain_s` and releases the rest. After a crash, a worker with the same name
-    continues with the entries that are pending for it.
+    continues with the entries that are pending for it. Where decoding or the detector hangs for longer than
+    `worker.stage_timeout_s`, ends with exit code 1, so that its supervisor starts it again.
 
     Example: `flawstream worker --redis redis://plant:6379/0 --registry /models --name line7`
     """
@@ -104,7 +107,12 @@ async def _work(
                 )
         alive = detector.alive
         stop.set()
-        await working
+        try:
+            await working
+        except StageTimeoutError as error:
+            print_json(stream_worker.stats.as_dict())
+            print_message(str(error), "red")
+            os._exit(ExitCode.FAILED)  # an end in order would wait for the thread that hangs
         await stream_worker.close()
         await detector.stop()
         print_json(stream_worker.stats.as_dict())

@@ -138,6 +138,8 @@ _RETRIES = lines(
     "`detector_overloaded`: no detector had capacity or answered in time; add detectors. `model_unavailable`: images "
     "deferred because their category's version cannot be used. `stream_unavailable`: Redis did not answer.",
     Query(per_second(m.RETRIES, "cause"), "{{cause}}"),
+    Query(f"max({select(m.EVERYTHING_FAILS)})", "everything fails (1: now)"),
+    runbook="FlawstreamEverythingFails",
 )
 _BUGS = lines(
     "Unexpected errors",

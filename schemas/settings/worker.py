@@ -28,11 +28,11 @@ class WorkerSettings(ScaledSection):
     claim_idle_ms: int = Field(
         60_000, ge=100, description="Time without a heartbeat after which a pending entry is claimed by another worker."
     )
-    max_step_s: float = Field(
+    stage_timeout_s: float = Field(
         70.0,
         gt=0,
         description="Longest time that decoding a batch, a call of the detector, or building results may take. Past it "
-        "the delivery counts, and the process ends, to be replaced. More than `detector.timeout_s`.",
+        "the delivery counts, and the worker ends, to be replaced. Behind Ray Serve, more than `detector.timeout_s`.",
     )
     max_deliveries: int = Field(
         5, ge=1, description="An entry delivered more often than this becomes a dead letter: `poison`."

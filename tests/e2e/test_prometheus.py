@@ -61,6 +61,7 @@ QUIET = {
     "FlawstreamImagesLate": "images end within seconds",
     "FlawstreamBacklogGrows": "a hundred images are never there",
     "FlawstreamPoison": "no image kills a worker",
+    "FlawstreamEverythingFails": "the engine works, and the server takes outcomes",
     "FlawstreamUnexpectedErrors": "there is no bug",
     "FlawstreamDrift": "windows have fewer than a hundred images",
     "FlawstreamReplicasRestart": "replicas start once",

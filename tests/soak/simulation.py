@@ -80,7 +80,7 @@ def run_episode(seed: int) -> Report:
     dice = random.Random(seed)  # noqa: S311 - no secret
     random.seed(seed)  # the jitter of waits between retries
     claim_idle_ms = dice.choice(_CLAIM_IDLE_MS)
-    settings = WorkerSettings(claim_idle_ms=claim_idle_ms, max_step_s=claim_idle_ms / 1000 + 10)
+    settings = WorkerSettings(claim_idle_ms=claim_idle_ms, stage_timeout_s=claim_idle_ms / 1000 + 10)
     loop = SimulatedLoop()
     report = Report()
     try:

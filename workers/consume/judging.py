@@ -46,7 +46,7 @@ class Judging:
     def __init__(self, detector: Detector, *, settings: WorkerSettings, tally: Tally, retry: Retry) -> None:
         self._detector = detector
         self._deadline_s = settings.claim_idle_ms / 1000
-        self._max_step_s = settings.max_step_s
+        self._stage_timeout_s = settings.stage_timeout_s
         self._tally = tally
         self._retry = retry
         self._judged = 0
@@ -123,7 +123,7 @@ class Judging:
         return judgements
 
     async def _call(self, images: Pixels, categories: list[str]) -> Sequence[Judgement]:
-        async with asyncio.timeout(self._max_step_s):
+        async with asyncio.timeout(self._stage_timeout_s):
             judgements = await self._detector.detect(images, categories)
         if len(judgements) != len(categories):
             raise ShapeError(f"the detector gave {len(judgements)} judgements for {len(categories)} images")

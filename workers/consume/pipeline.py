@@ -10,8 +10,8 @@ from schemas.errors import (
     EverythingFailsError,
     MessageError,
     Reason,
+    StageTimeoutError,
     TransientError,
-    WorkerHungError,
     one_line,
 )
 from schemas.settings import WorkerSettings
@@ -132,10 +132,10 @@ class Pipeline:
     def _give_up(self, entries: Sequence[Entry]) -> None:
         """Note that a step does not return. The entries get no more heartbeats, and their deliveries count."""
         _log.error(
-            "%s: a step of a batch of %d took longer than worker.max_step_s (%g s); this process ends",
-            WorkerHungError.code,
+            "%s: a step of a batch of %d took longer than worker.stage_timeout_s (%g s); this process ends",
+            StageTimeoutError.code,
             len(entries),
-            self._settings.max_step_s,
+            self._settings.stage_timeout_s,
             extra=log_fields.entries(entries),
         )
         self.hung.set()
@@ -221,7 +221,7 @@ class Pipeline:
 
     def _in_time(self) -> asyncio.Timeout:
         """Limit a step that may hang: raises `TimeoutError`."""
-        return asyncio.timeout(self._settings.max_step_s)
+        return asyncio.timeout(self._settings.stage_timeout_s)
 
     def _everything_fails(self, detail: str) -> EverythingFailsError:
         self._tally.everything_fails(True)  # noqa: FBT003 - a gauge's two values

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from schemas.errors import WorkerHungError
+from schemas.errors import StageTimeoutError
 from schemas.settings import WorkerSettings
 from workers.consume.decode import Decoder
 from workers.consume.heartbeat import Heartbeat
@@ -72,7 +72,7 @@ class StreamWorker:
         """Work until `stop` is set, then finish the batches in flight; what takes too long is released.
 
         Raises:
-            WorkerHungError: A step does not return. `stop` is set then; the process must end.
+            StageTimeoutError: A step does not return. `stop` is set then; the process must end.
         """
         self._retry.stop = stop
         reading = asyncio.create_task(self._read_until_stopped())
@@ -91,7 +91,9 @@ class StreamWorker:
             await asyncio.gather(*tasks, return_exceptions=True)
         await self._pipeline.release(self._pipeline.in_flight)
         if self._pipeline.hung.is_set():
-            raise WorkerHungError("a step of a batch has not returned within worker.max_step_s; the process must end")
+            raise StageTimeoutError(
+                "a step of a batch has not returned within worker.stage_timeout_s; the process must end"
+            )
         if not reading.cancelled():
             reading.result()  # raises what should never have been raised
 
