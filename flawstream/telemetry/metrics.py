@@ -214,10 +214,20 @@ STREAM_RESULTS = Gauge("flawstream_stream_results", "Results on the results stre
 STREAM_DEAD_LETTERS = Gauge("flawstream_stream_dead_letters", "Dead letters on the dead-letter streams.")
 STREAM_EVENTS = Counter(
     "flawstream_stream_events_total",
-    "Events counted by the stream server, of all producers: refused_images, refused_bytes, refused_memory, duplicates, "
-    "trimmed_results.",
+    "Events counted by the stream server, of all clients: refused_images, refused_bytes, refused_memory, duplicates, "
+    "id_conflicts, lost_images, trimmed_results.",
     ("event",),
-    {"event": ("refused_images", "refused_bytes", "refused_memory", "duplicates", "trimmed_results")},
+    {
+        "event": (
+            "refused_images",
+            "refused_bytes",
+            "refused_memory",
+            "duplicates",
+            "id_conflicts",
+            "lost_images",
+            "trimmed_results",
+        )
+    },
     from_zero=False,  # its first value is the server's count so far, not an increase
 )
 
@@ -226,7 +236,7 @@ PUSHES = Counter(
     "flawstream_pushes_total",
     "Pushes of this process by outcome: written, or the code of the error.",
     ("outcome",),
-    {"outcome": ("written", "backlog_full", "stream_unavailable", "message", "config", "error")},
+    {"outcome": ("written", "backlog_full", "id_conflict", "stream_unavailable", "message", "config", "error")},
 )
 PUSH_SECONDS = Histogram(
     "flawstream_push_seconds", "Time of one push, including waiting for capacity.", buckets=_SECONDS
