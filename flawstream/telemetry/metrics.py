@@ -154,6 +154,10 @@ RETRIES = Counter(
     ("cause",),
     {"cause": ("detector_overloaded", "model_unavailable", "stream_unavailable")},
 )
+ORPHANS = Counter(
+    "flawstream_orphans_total",
+    "Images delivered again because somebody else had removed their consumer or acknowledged them.",
+)
 ERRORS = Counter("flawstream_errors_total", "Unexpected errors of a worker: bugs. Their images stay pending.")
 IMAGE_SECONDS = Histogram(
     "flawstream_image_seconds",
@@ -207,6 +211,9 @@ STREAM_UP = Gauge("flawstream_stream_up", "1 if the stream server answers, else 
 BACKLOG_IMAGES = Gauge("flawstream_backlog_images", "Images on the images streams: lag and pending.")
 PENDING_IMAGES = Gauge("flawstream_pending_images", "Images delivered to workers and not yet completed.")
 LAG_IMAGES = Gauge("flawstream_lag_images", "Images not yet delivered to a worker.")
+ORPHANED_IMAGES = Gauge(
+    "flawstream_orphaned_images", "Images that are neither pending nor undelivered; the next sweep delivers them again."
+)
 OLDEST_IMAGE_SECONDS = Gauge(
     "flawstream_oldest_image_seconds", "Age of the oldest image on the images streams; 0 if there is none."
 )

@@ -24,6 +24,7 @@ WHO_RUNS = {
     "measure_backlog.lua": (Role.WORKER, Role.SERVICE),
     "claim.lua": (Role.WORKER, Role.SERVICE),
     "count_refusal.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
+    "repair_pending.lua": (Role.WORKER, Role.SERVICE),
     "remove_stale_consumers.lua": (Role.WORKER, Role.SERVICE),
     "list_dead_letters.lua": (Role.OPERATOR,),
     "_owned_by.lua": (Role.WORKER, Role.SERVICE),
