@@ -75,6 +75,12 @@ class BacklogFullError(TransientError):
     code = "backlog_full"
 
 
+class IdConflictError(FlawstreamError):
+    """An image has the id of another one that was pushed a short time ago: it is refused and nothing was written."""
+
+    code = "id_conflict"
+
+
 class DetectorOverloadedError(TransientError):
     """The detector's queue is full."""
 

@@ -40,7 +40,7 @@ class StreamKeys(BaseModel):
 
     @property
     def counters(self) -> str:
-        """Return the name of the hash that counts refusals, duplicates and trimmed results."""
+        """Return the name of the hash that counts refusals, duplicates, trimmed results and other events."""
         return f"{self._base}:counters"
 
     @property
@@ -61,6 +61,11 @@ class StreamKeys(BaseModel):
     def seen(self, message_id: str) -> str:
         """Return the name of the key that remembers a pushed id for a while."""
         return f"{self._base}:seen:{message_id}"
+
+    @property
+    def outcomes_since(self) -> str:
+        """Return the name of the key that has since when workers remember outcomes: that of the empty id."""
+        return self.seen("")
 
     @property
     def _base(self) -> str:

@@ -28,6 +28,7 @@ from serving.deployments import ApiDeployment, DetectorDeployment, StreamWorkerD
 from serving.detector import newest_manifest
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
+from workers.redis.persistence import all_warnings, require_no_eviction
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def require_startable(settings: Settings) -> None:
 
     Raises:
         ConfigError: The port is taken, the tokens cannot be read, the registry's root is not a folder, or the stream
-            server is too old.
+            server is too old or evicts streams.
         StreamUnavailableError: The stream server does not answer.
         RegistryError: The registry cannot be read.
     """
@@ -176,6 +177,8 @@ def _require_free_port(api: ApiSettings) -> None:
 async def _require_streams(redis: RedisSettings) -> None:
     async with make_client(redis) as client:
         await require_server(client)
+        for warning in all_warnings(await require_no_eviction(client)):
+            _log.warning("%s", warning)
 
 
 def _start_error(error: Exception) -> str:

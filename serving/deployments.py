@@ -39,6 +39,7 @@ from workers.ports import Judgement
 from workers.produce.producer import Producer
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
+from workers.redis.persistence import all_warnings, require_no_eviction
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class StreamWorkerDeployment:
         self._exit = contextlib.ExitStack()
         self._client = make_client(settings.redis)
         await require_server(self._client)
+        await require_no_eviction(self._client)
         # A replica that replaces a dead one gets its rank, and so continues at once with what was pending for it.
         consumer = f"{socket.gethostname()}-{serve.get_replica_context().rank.rank}"
         self._worker = ShardedWorker(
@@ -247,6 +249,7 @@ class ApiDeployment:
         tracer = self._exit.enter_context(open_tracer(settings.tracing))
         self._producer = Producer(settings.redis, settings.limits, settings.backlog, metrics, tracer=tracer)
         self._client = make_client(settings.redis)
+        self._may_ask_server = True
         self._backlog = Backlog(self._client, all_keys(settings.redis))
         gauges = StreamGauges(self._backlog, metrics)  # reported here too, as there may be no worker
         self._reporting = asyncio.create_task(report_for_ever(settings.metrics.report_s, [gauges.report]))
@@ -264,8 +267,21 @@ class ApiDeployment:
                 raise
             status["backlog"] = None  # without workers the service does not need the streams
         if self._worker is not None:
+            status["warnings"] = await self._warnings()
             status["worker"] = await self._worker.status.remote()
         return status
+
+    async def _warnings(self) -> list[str]:
+        """Return what the stream server may lose; it is not asked again where the user has no right to that.
+
+        Raises:
+            ConfigError: It evicts streams.
+        """
+        if not self._may_ask_server:
+            return []
+        servers = await require_no_eviction(self._client)
+        self._may_ask_server = any(server.eviction for server in servers)
+        return all_warnings(servers)
 
     async def __del__(self) -> None:
         """Close the connections."""

@@ -61,6 +61,8 @@ _WORKER = (
     _Grant("xtrim xpending xinfo|groups", "results"),
     _Grant("hincrby hgetall", "counters"),
     _Grant("hincrby hget hgetall hdel", "workers"),
+    _Grant("get append", "seen"),
+    _Grant("set", "outcomes_since"),
 )
 _GRANTS = {
     Role.PRODUCER: _PRODUCER,

@@ -157,6 +157,21 @@ class StreamReader(Releaser, Protocol):
         """
         ...
 
+    async def repair_pending(self) -> int:
+        """Make entries claimable that no claim finds.
+
+        Orphans: entries that were delivered and are neither completed nor pending, as their consumer was removed or
+        another client acknowledged them. Their deliveries are counted anew. And entries whose last delivery lies in
+        the future, as the server's clock was set back: their idle time starts now.
+
+        Returns:
+            How many orphans there were.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+        """
+        ...
+
     async def remove_stale_consumers(self) -> None:
         """Remove consumers that have not read for long and have nothing pending.
 

@@ -158,6 +158,10 @@ EVERYTHING_FAILS = Gauge(
     "flawstream_everything_fails",
     "1 while a worker can judge no image or write no outcome, whatever the image: it waits, and no delivery counts.",
 )
+ORPHANS = Counter(
+    "flawstream_orphans_total",
+    "Images delivered again because somebody else had removed their consumer or acknowledged them.",
+)
 ERRORS = Counter("flawstream_errors_total", "Unexpected errors of a worker: bugs. Their images stay pending.")
 IMAGE_SECONDS = Histogram(
     "flawstream_image_seconds",
@@ -211,6 +215,9 @@ STREAM_UP = Gauge("flawstream_stream_up", "1 if the stream server answers, else 
 BACKLOG_IMAGES = Gauge("flawstream_backlog_images", "Images on the images streams: lag and pending.")
 PENDING_IMAGES = Gauge("flawstream_pending_images", "Images delivered to workers and not yet completed.")
 LAG_IMAGES = Gauge("flawstream_lag_images", "Images not yet delivered to a worker.")
+ORPHANED_IMAGES = Gauge(
+    "flawstream_orphaned_images", "Images that are neither pending nor undelivered; the next sweep delivers them again."
+)
 OLDEST_IMAGE_SECONDS = Gauge(
     "flawstream_oldest_image_seconds", "Age of the oldest image on the images streams; 0 if there is none."
 )
@@ -218,10 +225,20 @@ STREAM_RESULTS = Gauge("flawstream_stream_results", "Results on the results stre
 STREAM_DEAD_LETTERS = Gauge("flawstream_stream_dead_letters", "Dead letters on the dead-letter streams.")
 STREAM_EVENTS = Counter(
     "flawstream_stream_events_total",
-    "Events counted by the stream server, of all producers: refused_images, refused_bytes, refused_memory, duplicates, "
-    "trimmed_results.",
+    "Events counted by the stream server, of all clients: refused_images, refused_bytes, refused_memory, duplicates, "
+    "id_conflicts, lost_images, trimmed_results.",
     ("event",),
-    {"event": ("refused_images", "refused_bytes", "refused_memory", "duplicates", "trimmed_results")},
+    {
+        "event": (
+            "refused_images",
+            "refused_bytes",
+            "refused_memory",
+            "duplicates",
+            "id_conflicts",
+            "lost_images",
+            "trimmed_results",
+        )
+    },
     from_zero=False,  # its first value is the server's count so far, not an increase
 )
 
@@ -230,7 +247,7 @@ PUSHES = Counter(
     "flawstream_pushes_total",
     "Pushes of this process by outcome: written, or the code of the error.",
     ("outcome",),
-    {"outcome": ("written", "backlog_full", "stream_unavailable", "message", "config", "error")},
+    {"outcome": ("written", "backlog_full", "id_conflict", "stream_unavailable", "message", "config", "error")},
 )
 PUSH_SECONDS = Histogram(
     "flawstream_push_seconds", "Time of one push, including waiting for capacity.", buckets=_SECONDS

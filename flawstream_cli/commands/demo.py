@@ -3,6 +3,7 @@
 import asyncio
 import random
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import typer
@@ -59,7 +60,9 @@ def demo(
         _train(data, settings)
 
         err.rule("3. Serving")
-        with EmbeddedServer() as server, running(with_redis(settings, server.url), cluster) as addresses:
+        stop = Event()
+        server = EmbeddedServer(on_failure=stop.set)
+        with server, running(with_redis(settings, server.url), cluster) as addresses:
             err.rule("4. Streaming")
             trip = asyncio.run(stream_samples(with_redis(settings, server.url), _shuffled_tests(data)))
 
@@ -72,7 +75,8 @@ def demo(
             if keep:
                 err.print("everything keeps running; Ctrl-C stops it")
                 print_json(_summary(trip, metrics) | {"addresses": addresses})
-                wait_for_stop()
+                wait_for_stop(stop)
+                server.require_running()
     if not keep:  # after everything has stopped, so that the JSON is the last line
         print_json(_summary(trip, metrics))
     if trip.lost or trip.duplicates:

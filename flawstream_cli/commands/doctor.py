@@ -28,11 +28,14 @@ from flawstream_cli.terminal import (
     read_settings,
 )
 from schemas.errors import FlawstreamError
+from schemas.keys import all_keys
 from schemas.settings import ENV_PREFIX, Settings
 from serving.detector import newest_manifest
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
+from workers.redis.exhaustion import require_not_exhausted
+from workers.redis.persistence import all_warnings, require_no_eviction
 
 _PACKAGES = (
     "flawstream",
@@ -136,7 +139,10 @@ def _server(settings: Settings) -> str:
     async def connect() -> str:
         async with make_client(settings.redis) as client:
             await require_server(client)
-        return f"{settings.redis.url} answers"
+            servers = await require_no_eviction(client)
+            await require_not_exhausted(client, all_keys(settings.redis))
+        described = dict.fromkeys(server.describe() for server in servers)
+        return "; ".join([f"{settings.redis.url} answers", *described, *all_warnings(servers)])
 
     return asyncio.run(connect())
 

@@ -23,7 +23,7 @@ from flawstream_cli.terminal import (
     read_settings,
     table,
 )
-from schemas.errors import ConfigError, MessageError, TransientError
+from schemas.errors import ConfigError, IdConflictError, MessageError, TransientError
 from schemas.messages import DetectionResult
 from schemas.settings import Settings
 from training.datasets.folders import IMAGE_SUFFIXES, image_files
@@ -37,7 +37,7 @@ def push(
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of images.")],
     category: Annotated[str, typer.Option("--category", "-c", help="Category whose model judges the images.")],
     id_: Annotated[
-        str | None, typer.Option("--id", help="Your own id of a single image; a second push with it changes nothing.")
+        str | None, typer.Option("--id", help="Your own id of a single image; to push it again changes nothing.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the results and show them.")] = False,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="With --wait: longest time without any outcome.")] = 60.0,
@@ -49,8 +49,9 @@ def push(
 
     Example: `flawstream push line7/*.png --category bottle --wait`
 
-    Exit code 1: an image was refused; with --wait also, it became a dead letter or had no outcome in time. 4: the
-    backlog is full, or the server does not answer; the message names the first file that was not pushed.
+    Exit code 1: an image was refused, as malformed or because another image has its id; with --wait also, it became a
+    dead letter or had no outcome in time. 4: the backlog is full, or the server does not answer; the message names the
+    first file that was not pushed.
     """
     settings = read_settings(config, redis={"url": redis})
     files = list(image_files(paths))
@@ -90,9 +91,10 @@ async def _push(
                 except OSError as error:
                     failed += 1
                     _report_failure(file, "unreadable", error.strerror or str(error), as_json=as_json)
-                except MessageError as error:
+                except (MessageError, IdConflictError) as error:
                     failed += 1
-                    _report_failure(file, error.reason, str(error), as_json=as_json)
+                    reason = error.reason if isinstance(error, MessageError) else error.code
+                    _report_failure(file, reason, str(error), as_json=as_json)
                 except TransientError as error:
                     if as_json:
                         print_json({"file": str(file), "reason": error.code, "detail": str(error)})

@@ -53,8 +53,9 @@ def serve(
 ) -> None:
     """Serve the trained categories until Ctrl-C.
 
-    Without --redis, starts an embedded Valkey server, whose data survives a restart. When everything is ready, prints
-    one JSON line with the addresses to standard output.
+    Without --redis, starts an embedded Valkey server, whose data survives a restart. Should it end, it is started
+    again; where that does not help, the service stops with exit code 4. When everything is ready, prints one JSON line
+    with the addresses to standard output.
 
     Example: `flawstream serve --redis redis://plant:6379/0 --registry s3://plant/models`
     """
@@ -69,6 +70,8 @@ def serve(
     if redis is not None and redis_port is not None:
         raise ConfigError("--redis-port is for the embedded server, --redis for another server; leave one of them out")
     embedded = redis is None and "url" not in settings.redis.model_fields_set
+    server: EmbeddedServer | None = None
+    stop = Event()
     with contextlib.ExitStack() as stack:
         if embedded:
             print_message(f"starting an embedded Valkey server in {data_dir} ...")
@@ -76,7 +79,8 @@ def serve(
                 "each push is on the disk before it is confirmed, which limits it to some hundreds a second; "
                 "for more bring a server of your own with --redis (docs/how-to/many-shards.md)"
             )
-            server = stack.enter_context(EmbeddedServer(data_dir, redis_port or free_port(_REDIS_PORT)))
+            server = EmbeddedServer(data_dir, redis_port or free_port(_REDIS_PORT), on_failure=stop.set)
+            stack.enter_context(server)
             settings = with_redis(settings, server.url)
         if ray_address is None:  # a remote cluster may reach servers and folders that this machine cannot
             _require_startable(settings)
@@ -85,7 +89,9 @@ def serve(
         print_message(f"push an image   flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
         print_message("stop            Ctrl-C")
         print_json(addresses)
-        wait_for_stop()
+        wait_for_stop(stop)
+        if server is not None:
+            server.require_running()
     print_message("stopped")
 
 
@@ -136,9 +142,8 @@ def running(settings: Settings, cluster: Cluster) -> Iterator[dict[str, str]]:
             service.stop()
 
 
-def wait_for_stop() -> None:
-    """Wait for Ctrl-C or SIGTERM."""
-    stop = Event()
+def wait_for_stop(stop: Event) -> None:
+    """Wait for Ctrl-C or SIGTERM, or until `stop` is set."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()

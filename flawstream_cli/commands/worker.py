@@ -29,6 +29,7 @@ from serving.detector import DetectorService, make_detector
 from workers.consume.sharded import ShardedWorker
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
+from workers.redis.persistence import all_warnings, require_no_eviction
 
 _REPORT_S = 10.0
 
@@ -82,6 +83,8 @@ async def _work(
         loop.add_signal_handler(number, stop.set)
     async with make_client(settings.redis) as client:
         await require_server(client)
+        for warning in all_warnings(await require_no_eviction(client)):
+            print_message(warning, "yellow")
         await detector.start()
         name = settings.worker.name or socket.gethostname()
         stream_worker = ShardedWorker(client, name, detector, settings, metrics, tracer=tracer)

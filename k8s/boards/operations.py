@@ -105,6 +105,7 @@ _BACKLOG = lines(
     Query(of_the_streams(m.BACKLOG_IMAGES), "backlog"),
     Query(of_the_streams(m.PENDING_IMAGES), "pending"),
     Query(of_the_streams(m.LAG_IMAGES), "lag"),
+    Query(of_the_streams(m.ORPHANED_IMAGES), "orphans"),
     runbook="FlawstreamBacklogGrows",
 )
 _OLDEST = lines(
@@ -148,6 +149,7 @@ _BUGS = lines(
     "the image: normal after a pause or a restart.",
     Query(counted(m.ERRORS), "unexpected errors"),
     Query(counted(m.NOT_OURS), "completed by another worker"),
+    Query(counted(m.ORPHANS), "orphans, delivered again"),
     runbook="FlawstreamUnexpectedErrors",
     bars=True,
 )

@@ -200,8 +200,8 @@ def _add_images(v1: APIRouter, pusher: Pusher, bodies: Bodies) -> None:
         status_code=202,
         summary="Push one image to the stream",
         description="The result is published on the results stream. If the response is lost, or is 503, push again "
-        "with the same `id`: the push is idempotent.",
-        responses=_problems(401, 403, 408, 413, 414, 421, 422, 429, 500, 503),
+        "with the same `id`: the push is idempotent. 409: another image was pushed with that `id`.",
+        responses=_problems(401, 403, 408, 409, 413, 414, 421, 422, 429, 500, 503),
         openapi_extra=_IMAGE_BODY,
     )
     async def post_image(

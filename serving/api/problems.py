@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
-from schemas.errors import BacklogFullError, FlawstreamError, MessageError, Reason, TransientError
+from schemas.errors import BacklogFullError, FlawstreamError, IdConflictError, MessageError, Reason, TransientError
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ def answer_failures(app: FastAPI) -> None:
     async def refuse(_: Request, error: FlawstreamError) -> JSONResponse:
         if isinstance(error, MessageError):
             return _answer(_STATUS_OF_REASON.get(error.reason, 422), str(error.reason), str(error))
+        if isinstance(error, IdConflictError):
+            return _answer(409, error.code, str(error))
         if isinstance(error, TransientError):
             return _answer(_status_of(error), error.code, str(error), RETRY)
         _log.error("a request failed (%s): %s", error.code, error)

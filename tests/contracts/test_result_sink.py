@@ -1,5 +1,6 @@
 """What every `ResultSink` does, by the fake and on a real Valkey."""
 
+import re
 from collections.abc import AsyncIterator
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from schemas.keys import StreamKeys
 from schemas.messages import DeadLetter, DetectionResult
 from schemas.settings import RedisSettings
 from schemas.wire import parse_dead_letter, parse_result
+from workers.acl import Role, access_rules
 from workers.consume.reader import RedisStreamReader
 from workers.consume.sink import RedisResultSink
 from workers.ports import Completion, ResultSink
@@ -118,12 +120,12 @@ class RedisWorld:
     def __init__(self, client: Redis, settings: RedisSettings) -> None:
         self.client = client
         self.keys = StreamKeys(prefix=settings.prefix)
-        self._settings = settings
+        self.settings = settings
 
     async def give(self, consumer: str, count: int) -> list[str]:
         for _ in range(count):
             await self.client.xadd(self.keys.images, {"category": "bottle", "image": png()})
-        reader = RedisStreamReader(self.client, self.keys, consumer, self._settings, claim_idle_ms=1000)
+        reader = RedisStreamReader(self.client, self.keys, consumer, self.settings, claim_idle_ms=1000)
         return [entry.entry_id for entry in await reader.read(count, PLENTY_BYTES)]
 
     async def take_over(self, consumer: str, entry_id: str) -> None:
@@ -176,6 +178,18 @@ class TestRedisResultSink(ResultSinkContract):
         await world.client.flushall()
         assert await world.sink("a").publish([result_of(entry_id)]) == [False]
         assert await world.results() == []
+
+    async def test_access_rules_of_an_older_release_are_enough(self, world: RedisWorld) -> None:
+        rules = re.sub(r" \(\S*seen:\S* [^)]*\)", "", access_rules(Role.WORKER, world.keys.prefix))
+        await world.client.acl_setuser("older", enabled=True, passwords=["+right"], reset=True)
+        await world.client.execute_command("ACL", "SETUSER", "older", *rules.split())  # type: ignore[no-untyped-call]
+        (entry_id,) = await world.give("a", 1)
+        await world.client.set(world.keys.seen("part-7"), f"{entry_id} digest")
+        settings = RedisSettings(url=world.settings.url, username="older", password="right")  # noqa: S106
+        async with single_client(settings) as client:
+            completion = Completion(entry_id, make_result("part-7"))
+            assert await RedisResultSink(client, world.keys, "a").publish([completion]) == [True]
+        assert await world.results() == [completion.outcome]
 
     async def test_a_server_that_is_full_can_be_drained(self, world: RedisWorld) -> None:
         ids = await world.give("a", 4)

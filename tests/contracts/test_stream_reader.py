@@ -6,14 +6,16 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import pytest
-from helpers.fakes import FakeReader, FakeStream, image_entry, png
-from helpers.streams import add, single_client
+from helpers.fakes import FakeReader, FakeStream, image_entry, make_result, png
+from helpers.streams import add, deliver_in_the_future, single_client
 from redis.asyncio import Redis
 
 from schemas.keys import StreamKeys
 from schemas.settings import RedisSettings
+from workers.consume import reader as reader_module
 from workers.consume.reader import RedisStreamReader
-from workers.ports import Entry, StreamReader
+from workers.consume.sink import RedisResultSink
+from workers.ports import Completion, Entry, StreamReader
 from workers.redis.scripts import Script
 
 pytestmark = pytest.mark.anyio
@@ -30,6 +32,7 @@ class World(Protocol):
     async def add(self, count: int) -> list[str]: ...
     def reader(self, consumer: str, *, claim_idle_ms: int = _NEVER_IDLE_MS) -> StreamReader: ...
     async def pass_time(self, duration_ms: int) -> None: ...
+    async def orphan(self, entry_id: str) -> None: ...
 
 
 class StreamReaderContract:
@@ -159,6 +162,33 @@ class StreamReaderContract:
         await world.reader("b").release(ids)
         assert await world.reader("c").claim(8) == []
 
+    async def test_orphans_are_delivered_again_once_and_nothing_else_is(self, world: World) -> None:
+        ids = await world.add(5)
+        first, second = world.reader("a"), world.reader("b")
+        await first.read(4, PLENTY_BYTES)
+        await world.orphan(ids[0])
+        await world.orphan(ids[2])
+        assert await second.repair_pending() == 2
+        assert await second.repair_pending() == 0
+        claimed = [entry for _ in range(3) for entry in await second.claim(8)]
+        assert [(entry.entry_id, entry.deliveries) for entry in claimed] == [(ids[0], 1), (ids[2], 1)]
+        assert [entry.entry_id for entry in await first.read(8, PLENTY_BYTES)] == ids[4:]
+
+    async def test_an_orphan_may_be_completed_by_whoever_repaired_it_only(self, world: World) -> None:
+        (entry_id,) = await world.add(1)
+        first, second = world.reader("a"), world.reader("b")
+        await first.read(1, PLENTY_BYTES)
+        await world.orphan(entry_id)
+        await second.repair_pending()
+        await first.heartbeat([entry_id])  # it is not this one's any more
+        assert [entry.entry_id for entry in await world.reader("c").claim(8)] == [entry_id]
+
+    async def test_repairing_nothing_is_nothing(self, world: World) -> None:
+        assert await world.reader("a").repair_pending() == 0
+        await world.add(3)
+        await world.reader("a").read(2, PLENTY_BYTES)
+        assert await world.reader("a").repair_pending() == 0
+
     async def test_claiming_from_nothing_is_an_empty_list(self, world: World) -> None:
         assert await world.reader("a").claim(8) == []
 
@@ -180,6 +210,9 @@ class FakeWorld:
     async def pass_time(self, duration_ms: int) -> None:
         self._stream.clock.advance(duration_ms / 1000)
 
+    async def orphan(self, entry_id: str) -> None:
+        self._stream.orphan(entry_id)
+
 
 class RedisWorld:
     def __init__(self, client: Redis, settings: RedisSettings) -> None:
@@ -197,6 +230,9 @@ class RedisWorld:
     async def consumers(self) -> set[str]:
         found = await self.client.xinfo_consumers(self.keys.images, self.keys.group)
         return {one["name"].decode() for one in found}
+
+    async def orphan(self, entry_id: str) -> None:
+        await self.client.xack(self.keys.images, self.keys.group, entry_id)
 
     async def pass_time(self, duration_ms: int) -> None:
         """Add to the idle time of the pending entries."""
@@ -251,6 +287,59 @@ class TestRedisStreamReader(StreamReaderContract):
         assert await reader.claim(8) == []
         ids = await world.add(1)
         assert [entry.entry_id for entry in await reader.read(8, PLENTY_BYTES)] == ids
+
+    async def test_entries_of_a_consumer_that_somebody_removed_are_delivered_again(self, world: RedisWorld) -> None:
+        ids = await world.add(3)
+        await world.reader("a").read(8, PLENTY_BYTES)
+        await world.client.xgroup_delconsumer(world.keys.images, world.keys.group, "a")
+        assert await world.reader("b").repair_pending() == 3
+        assert [entry.entry_id for entry in await world.reader("b").claim(8)] == ids
+
+    async def test_orphans_are_found_where_the_server_does_not_know_the_lag(self, world: RedisWorld) -> None:
+        ids = await world.add(4)
+        await world.reader("a").read(2, PLENTY_BYTES)
+        await world.client.xdel(world.keys.images, ids[2])
+        (group,) = await world.client.xinfo_groups(world.keys.images)
+        assert group["lag"] is None
+        await world.orphan(ids[0])
+        assert await world.reader("b").repair_pending() == 1
+        assert [entry.entry_id for entry in await world.reader("b").claim(8)] == ids[:1]
+
+    async def test_any_number_of_orphans_is_found_in_steps(
+        self, world: RedisWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for limit in ("_REPAIR_PENDING", "_REPAIR_ORPHANS"):
+            monkeypatch.setattr(reader_module, limit, 2)
+        monkeypatch.setattr(reader_module, "_REPAIR_BYTES", 100)
+        ids = await world.add(12)
+        await world.reader("a").read(11, PLENTY_BYTES)
+        orphans = [*ids[:4], ids[6], *ids[8:11]]
+        for entry_id in orphans:
+            await world.orphan(entry_id)
+        assert await world.reader("b").repair_pending() == len(orphans)
+        assert [entry.entry_id for entry in await world.reader("b").claim(100)] == orphans
+
+    async def test_an_orphan_that_is_completed_meanwhile_has_one_outcome(self, world: RedisWorld) -> None:
+        (entry_id,) = await world.add(1)
+        await world.reader("a").read(1, PLENTY_BYTES)
+        await world.orphan(entry_id)
+        completion = Completion(entry_id, make_result(entry_id))
+        sinks = [RedisResultSink(world.client, world.keys, name) for name in "ab"]
+        assert await sinks[0].publish([completion]) == [False]
+        await world.reader("b").repair_pending()
+        assert [await sink.publish([completion]) for sink in sinks] == [[False], [True]]
+        assert await world.reader("b").repair_pending() == 0
+        assert await world.client.xlen(world.keys.images) == 0
+
+    async def test_an_entry_delivered_in_the_future_is_claimed_after_the_idle_time(self, world: RedisWorld) -> None:
+        """The server's clock was set back by an hour, and the worker is dead."""
+        (entry_id,) = await world.add(1)
+        await world.reader("a").read(1, PLENTY_BYTES)
+        await deliver_in_the_future(world.client, world.keys.images, entry_id)
+        reader = world.reader("b", claim_idle_ms=50)
+        await reader.repair_pending()
+        await asyncio.sleep(0.06)
+        assert [(entry.entry_id, entry.deliveries) for entry in await reader.claim(8)] == [(entry_id, 2)]
 
     async def test_consumers_are_removed_only_when_long_gone_and_empty(self, world: RedisWorld) -> None:
         await world.add(1)

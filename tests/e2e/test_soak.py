@@ -1,4 +1,4 @@
-"""The short forms of the long tests: `make test-chaos`, `-chaos-training`, `-fuzz`, `-leaks` and `-score`."""
+"""The short forms of the long tests: `make test-chaos`, `-chaos-training`, `-fuzz`, `-leaks`, `-score` and `-simulation`."""
 
 import json
 import os
@@ -13,6 +13,7 @@ pytestmark = pytest.mark.timeout(900)
 
 FAULTS = 8
 """Kinds of them."""
+SIMULATED_FAULTS = 15
 
 
 def run(program: str, *options: str) -> dict[str, Any]:
@@ -35,6 +36,15 @@ def test_every_image_ends_once_though_everything_is_killed_cut_off_and_paused() 
     assert (report["lost"], report["duplicates"], report["wrong_ending"], report["unread_by_group"]) == (0, 0, 0, 0)
     assert report["images"] > 0
     assert len(report["faults"]) == FAULTS
+
+
+def test_no_simulated_fault_loses_doubles_blames_or_holds_up_an_image() -> None:
+    report = run("simulation", "--episodes", "24")
+    failures = ("lost", "duplicates", "falsely_dead", "falsely_good", "stuck")
+    assert [report[name] for name in failures] == [0, 0, 0, 0, 0]
+    assert report["endings"] == 24_000
+    assert report["faults"] > 200
+    assert len(report["kinds"]) == SIMULATED_FAULTS
 
 
 def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobody() -> None:

@@ -89,6 +89,11 @@ class FakeStream:
         self.waiting: list[Entry] = []
         self.pending: dict[str, _Pending] = {}
         self.ended: list[Completion] = []
+        self.orphans: list[Entry] = []
+
+    def orphan(self, entry_id: str) -> None:
+        """Have an entry acknowledged by somebody who does not complete it."""
+        self.orphans.append(replace(self.pending.pop(entry_id).entry, deliveries=0))
 
     def add(self, *entries: Entry) -> None:
         self.waiting += entries
@@ -160,6 +165,13 @@ class FakeReader:
         for pending in self._ours(ids):
             pending.entry = replace(pending.entry, deliveries=pending.entry.deliveries - 1)
             pending.since = self._stream.clock.now() - (self._claim_idle if at_once else timedelta())
+
+    async def repair_pending(self) -> int:
+        orphans, self._stream.orphans = self._stream.orphans, []
+        for entry in orphans:
+            since = self._stream.clock.now() - self._claim_idle
+            self._stream.pending[entry.entry_id] = _Pending(entry, self._consumer, since)
+        return len(orphans)
 
     async def remove_stale_consumers(self) -> None:
         """Consumers leave no trace here."""

@@ -38,7 +38,7 @@ FORBIDDEN: dict[Role, tuple[str, ...]] = {
         "XRANGE {results} - +",
         "XGROUP DESTROY {images} workers",
         "SET {seen} x",
-        "GET {seen}",
+        "DEL {seen}",
         "EVAL return(redis.call('XDEL',KEYS[1],'1-1')) 1 {results}",
     ),
     Role.READER: (

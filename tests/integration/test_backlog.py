@@ -59,6 +59,16 @@ async def test_image_in_hand_is_pending_and_counts_as_waiting(client: Redis) -> 
     assert 100 <= state.oldest_s < 200
 
 
+async def test_image_that_was_acknowledged_and_has_no_outcome_is_an_orphan(client: Redis) -> None:
+    (keys,) = all_keys(RedisSettings())
+    await client.xgroup_create(keys.images, GROUP, id="0", mkstream=True)
+    ids = [await client.xadd(keys.images, {"image": b"x"}) for _ in range(3)]
+    await client.xreadgroup(GROUP, "a", {keys.images: ">"}, count=2)
+    assert (await backlog_of(client).read()).orphans == 0
+    await client.xack(keys.images, GROUP, ids[0])
+    assert (await backlog_of(client).read()).orphans == 1
+
+
 async def test_lag_is_unknown_where_the_server_cannot_tell_and_the_number_of_images_is_known_all_the_same(
     client: Redis,
 ) -> None:

@@ -191,6 +191,19 @@ def test_push_writes_what_it_can_and_names_what_it_cannot(
     assert "gone.png: unreadable: No such file" in ran.err
 
 
+def test_push_of_another_image_with_the_same_id_is_refused(
+    run: Run, raw: RawRedis, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("images")
+    for name, grey in (("a.png", 100), ("b.png", 200)):
+        (folder / name).write_bytes(png(grey))
+    assert run("push", folder / "a.png", "-c", "bottle", "--id", "part-7").code == 0
+    assert run("push", folder / "a.png", "-c", "bottle", "--id", "part-7").code == 0
+    ran = run("push", folder / "b.png", "-c", "bottle", "--id", "part-7", "--json")
+    assert (ran.code, json.loads(ran.out)["reason"]) == (1, "id_conflict")
+    assert raw.count("XLEN", "flawstream:images") == 1
+
+
 def test_push_that_waits_in_vain_says_what_to_look_at(run: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
     image = tmp_path_factory.mktemp("images") / "a.png"
     image.write_bytes(png())

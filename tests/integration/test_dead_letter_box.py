@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from schemas.errors import BacklogFullError, ConfigError, MessageError, Reason
+from schemas.errors import BacklogFullError, ConfigError, IdConflictError, MessageError, Reason
 from schemas.keys import StreamKeys
 from schemas.messages import DeadLetter
 from schemas.settings import BacklogSettings, RedisSettings
@@ -170,6 +170,8 @@ async def test_a_replay_is_not_taken_for_a_duplicate_and_a_producers_repeat_stil
         again = await box.replay(await make_dead_letter(client, "cam1-1", entry_id=first))
         assert again not in {None, first}
         assert await producer.push(IMAGE, "bottle", id="cam1-1") == again
+        with pytest.raises(IdConflictError):
+            await producer.push(IMAGE, "cable", id="cam1-1")
     assert [entry_id for entry_id, _ in await images(client)] == [again]
     assert 0 < await client.ttl(KEYS.seen("cam1-1")) <= 600
 

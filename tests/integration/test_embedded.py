@@ -1,15 +1,20 @@
 """The embedded server: its life and its data."""
 
+import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
+from helpers.raw_redis import RawRedis
+from helpers.waiting import wait_until
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, StreamUnavailableError
 from workers.redis.embedded import EmbeddedServer, free_port
 
 _PARENT = """
@@ -89,3 +94,93 @@ def test_the_server_ends_with_a_parent_that_was_killed() -> None:
             assert raw.recv(1) == b""  # the server has closed its end
     with pytest.raises(ConnectionRefusedError):
         command(port, b"PING")
+
+
+def server_pid(port: int) -> int:
+    with RawRedis(port) as raw:
+        info = raw("INFO", "server")
+    assert isinstance(info, bytes)
+    return int(info.partition(b"process_id:")[2].split()[0])
+
+
+def test_a_server_that_was_killed_is_started_again_on_its_port_with_its_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed = Event()
+    caplog.set_level(logging.WARNING)
+    with EmbeddedServer(tmp_path, on_failure=failed.set) as server:
+        command(server.port, b"XADD s * a b")
+        for round_ in (1, 2):
+            os.kill(server_pid(server.port), signal.SIGKILL)
+            wait_until(lambda n=round_: caplog.text.count("signal 9") == n, "the server is back")  # type: ignore[misc]  # n
+        assert command(server.port, b"XLEN s") == b":1\r\n"
+        server.require_running()
+    assert not failed.is_set()
+    with pytest.raises(ConnectionRefusedError):
+        command(server.port, b"PING")
+
+
+def test_a_server_that_cannot_write_any_more_is_given_up_with_its_reason(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk that is full."""
+    failed = Event()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with EmbeddedServer(tmp_path, on_failure=failed.set) as server:
+        resource.prlimit(server_pid(server.port), resource.RLIMIT_FSIZE, (1 << 16, hard))
+        resource.prlimit(parent_of(server_pid(server.port)), resource.RLIMIT_FSIZE, (1 << 16, hard))
+
+        def gave_up() -> bool:
+            command(server.port, b"SET k " + b"x" * 20_000)
+            return failed.is_set()
+
+        wait_until(lambda: failed.is_set() or gave_up(), "the supervisor has given up", ignoring=(OSError,))
+        with pytest.raises(StreamUnavailableError, match=r"has ended: .*started again 5 times"):
+            server.require_running()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
+
+
+def test_a_server_without_a_folder_is_not_started_again_empty() -> None:
+    failed = Event()
+    with EmbeddedServer(on_failure=failed.set) as server:
+        os.kill(server_pid(server.port), signal.SIGKILL)
+        assert failed.wait(30)
+        with pytest.raises(StreamUnavailableError, match=r"signal 9.*without a data folder"):
+            server.require_running()
+
+
+def test_a_supervisor_that_was_killed_is_noticed(tmp_path: Path) -> None:
+    failed = Event()
+    with EmbeddedServer(tmp_path, on_failure=failed.set) as server:
+        pid = server_pid(server.port)
+        os.kill(parent_of(pid), signal.SIGKILL)
+        assert failed.wait(30)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(StreamUnavailableError, match="supervisor was killed"):
+            server.require_running()
+
+
+def test_its_memory_is_bounded_and_nothing_is_evicted(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path) as server, RawRedis(server.port) as raw:
+        most_bytes = raw("CONFIG", "GET", "maxmemory")
+        policy = raw("CONFIG", "GET", "maxmemory-policy")
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert policy == [b"maxmemory-policy", b"noeviction"]
+    assert isinstance(most_bytes, list)
+    assert isinstance(most_bytes[1], bytes)
+    assert 0 < int(most_bytes[1]) <= machine // 2
+
+
+def test_its_folder_and_files_are_its_users_alone_also_those_of_an_earlier_release(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        with EmbeddedServer(folder) as server:
+            command(server.port, b"XADD s * a b")
+        os.umask(before)
+        modes = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in [folder, *folder.rglob("*")]}
+        assert {mode for path, mode in modes.items() if (tmp_path / path).is_dir()} == {0o700}
+        assert {mode for path, mode in modes.items() if (tmp_path / path).is_file()} == {0o600}
+        for path in modes:
+            (tmp_path / path).chmod(0o755 if (tmp_path / path).is_dir() else 0o644)

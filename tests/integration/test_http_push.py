@@ -83,6 +83,15 @@ async def test_full_backlog_is_429_and_there_is_room_again_when_images_have_ende
         assert (await push(client)).status_code == 202
 
 
+async def test_another_image_with_the_same_id_is_409(settings: RedisSettings, redis_settings: RedisSettings) -> None:
+    async with serving(settings) as client, make_client(redis_settings) as admin:
+        first = await push(client, id="cam1-7")
+        answer = await push(client, png(200), id="cam1-7")
+        assert await admin.xlen("flawstream:images") == 1
+    assert (first.status_code, answer.status_code) == (202, 409)
+    assert answer.json()["reason"] == "id_conflict"
+
+
 async def test_server_that_is_away_is_503(settings: RedisSettings) -> None:
     async with serving(settings.model_copy(update={"url": "redis://127.0.0.1:1/0"})) as client:
         answer = await push(client)

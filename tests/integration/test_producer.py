@@ -5,15 +5,19 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
-from helpers.fakes import png
+from helpers.fakes import make_result, png
 from helpers.streams import rows, single_client
 from helpers.waiting import wait_until_async
 from redis.asyncio import Redis
 
-from schemas.errors import BacklogFullError, ConfigError, MessageError, Reason, StreamUnavailableError
+from schemas.errors import BacklogFullError, ConfigError, IdConflictError, MessageError, Reason, StreamUnavailableError
 from schemas.keys import StreamKeys, all_keys, keys_of
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from schemas.wire import parse_image
+from workers.acl import Role, access_rules
+from workers.consume.reader import RedisStreamReader
+from workers.consume.sink import RedisResultSink
+from workers.ports import Completion
 from workers.produce.producer import Producer
 
 pytestmark = pytest.mark.anyio
@@ -46,6 +50,112 @@ async def test_a_retry_with_the_same_id_writes_once(client: Redis, redis_setting
         assert set(again) == {entry_id}
         assert await first.push(png(), "bottle", id="cam1-2") != entry_id
     assert await client.xlen(KEYS.images) == 2
+
+
+async def complete_all(client: Redis, settings: RedisSettings) -> None:
+    """Complete every image with a result, as a worker does."""
+    reader = RedisStreamReader(client, KEYS, "w", settings, claim_idle_ms=60_000)
+    entries = await reader.read(100, 1 << 30)
+    completions = [Completion(one.entry_id, make_result(one.fields[b"id"].decode())) for one in entries]
+    assert all(await RedisResultSink(client, KEYS, "w").publish(completions))
+
+
+async def workers_have_long_remembered_outcomes(client: Redis) -> None:
+    """Have it that every worker has been of this release for longer than any rolling upgrade takes."""
+    await client.set(KEYS.outcomes_since, 1)
+
+
+@pytest.mark.parametrize(("image", "category"), [(png(200), "bottle"), (png(), "cable")], ids=["image", "category"])
+@pytest.mark.parametrize("completed", [False, True])
+async def test_another_image_with_the_same_id_is_refused_and_counted(
+    client: Redis, redis_settings: RedisSettings, image: bytes, category: str, *, completed: bool
+) -> None:
+    async with Producer(redis_settings) as producer:
+        first = await producer.push(png(), "bottle", id="part-7")
+        if completed:
+            await complete_all(client, redis_settings)
+        with pytest.raises(IdConflictError, match=rf"'part-7'.*{first}.*nothing was written"):
+            await producer.push(image, category, id="part-7")
+        assert await producer.push(png(), "bottle", id="part-7", extra={"try": b"2"}) == first
+    assert await client.xlen(KEYS.images) == (0 if completed else 1)
+    assert await client.hgetall(KEYS.counters) == {b"id_conflicts": b"1", b"duplicates": b"1"}
+
+
+async def test_an_id_that_an_older_release_remembered_is_a_duplicate_whatever_the_image(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    await client.set(KEYS.seen("part-7"), "1-0")
+    await workers_have_long_remembered_outcomes(client)
+    async with Producer(redis_settings) as producer:
+        assert await producer.push(png(), "bottle", id="part-7") == "1-0"
+    assert await client.xlen(KEYS.images) == 0
+
+
+async def test_an_image_is_written_again_where_its_stream_was_deleted(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    async with Producer(redis_settings) as producer:
+        first = await producer.push(png(), "bottle", id="part-7")
+        await client.delete(KEYS.images)
+        again = await producer.push(png(), "bottle", id="part-7")
+        assert await producer.push(png(), "bottle", id="part-7") == again
+    assert again != first
+    assert [entry_id for entry_id, _ in await rows(client, KEYS.images)] == [again]
+    assert await client.hgetall(KEYS.counters) == {b"lost_images": b"1", b"duplicates": b"1"}
+
+
+async def test_an_image_is_written_again_where_its_entry_was_deleted_among_others(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    await workers_have_long_remembered_outcomes(client)
+    async with Producer(redis_settings) as producer:
+        lost = await producer.push(png(), "bottle", id="part-7")
+        kept = await producer.push(png(), "bottle", id="part-8")
+        await client.xdel(KEYS.images, lost)
+        assert await producer.push(png(), "bottle", id="part-8") == kept
+        again = await producer.push(png(), "bottle", id="part-7")
+    assert [entry_id for entry_id, _ in await rows(client, KEYS.images)] == [kept, again]
+
+
+async def test_an_image_with_an_outcome_is_not_written_again_though_the_outcome_was_trimmed(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    async with Producer(redis_settings) as producer:
+        first = await producer.push(png(), "bottle", id="part-7")
+        await complete_all(client, redis_settings)
+        await workers_have_long_remembered_outcomes(client)
+        await client.delete(KEYS.results, KEYS.images)
+        assert await producer.push(png(), "bottle", id="part-7") == first
+    assert await client.xlen(KEYS.images) == 0
+    assert 0 < await client.ttl(KEYS.seen("part-7")) <= 600
+
+
+async def test_an_image_that_a_worker_of_an_older_release_completed_is_not_written_again(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    async with Producer(redis_settings) as producer:
+        await producer.push(png(), "bottle", id="part-6")
+        await complete_all(client, redis_settings)  # a worker of this release has begun to remember outcomes
+        first = await producer.push(png(), "bottle", id="part-7")
+        await client.xdel(KEYS.images, first)  # one of an older release completes an image and remembers nothing
+        assert await producer.push(png(), "bottle", id="part-7") == first
+
+
+async def test_a_producer_that_may_not_read_images_confirms_what_it_cannot_look_up(
+    client: Redis, redis_settings: RedisSettings
+) -> None:
+    await client.acl_setuser("camera", enabled=True, passwords=["+right"], reset=True)
+    rules = access_rules(Role.PRODUCER, redis_settings.prefix)
+    await client.execute_command("ACL", "SETUSER", "camera", *rules.split())  # type: ignore[no-untyped-call]
+    await workers_have_long_remembered_outcomes(client)
+    settings = RedisSettings(url=redis_settings.url, username="camera", password="right")  # noqa: S106
+    async with Producer(settings) as producer:
+        first = await producer.push(png(), "bottle", id="part-7")
+        other = await producer.push(png(), "bottle", id="part-8")
+        await client.xdel(KEYS.images, first)
+        assert await producer.push(png(), "bottle", id="part-7") == first
+        await client.xdel(KEYS.images, other)
+        assert await producer.push(png(), "bottle", id="part-7") != first
 
 
 async def test_images_without_an_id_are_all_written(client: Redis, redis_settings: RedisSettings) -> None:

@@ -214,6 +214,19 @@ def test_http_api_judges_and_tells_counts(line: Line) -> None:
     assert told["worker"]["results"] >= 1
     assert told["worker"]["errors"] == 0
     assert sum(told["worker"]["dead"].values()) == line.redis.count("XLEN", DEAD)
+    assert ["no append-only file" in warning for warning in told["warnings"]] == [True]
+
+
+def test_service_is_not_ready_while_the_server_evicts_streams(line: Line) -> None:
+    address = f"http://127.0.0.1:{line.settings.api.port}/readyz"
+    line.redis("CONFIG", "SET", "maxmemory", "1gb")
+    line.redis("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    refused = httpx.get(address, timeout=60)
+    line.redis("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    line.redis("CONFIG", "SET", "maxmemory", 0)
+    assert refused.status_code == 503
+    assert "CONFIG SET maxmemory-policy noeviction" in refused.json()["detail"]
+    assert httpx.get(address, timeout=60).status_code == 200
 
 
 def is_alive(actor: str) -> bool:

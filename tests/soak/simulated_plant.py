@@ -86,6 +86,7 @@ class Fault(StrEnum):
     CALL_RAISES = "call_raises"
     WORKER_KILLED = "worker_killed"
     WORKER_STOPPED = "worker_stopped"
+    CONSUMER_DELETED = "consumer_deleted"
     WORKER_PAUSED = "worker_paused"
     SERVER_AWAY = "server_away"
     PUBLISH_REFUSED = "publish_refused"
@@ -103,6 +104,7 @@ AT_A_CALL = (
     Fault.CALL_RAISES,
     Fault.WORKER_KILLED,
     Fault.WORKER_STOPPED,
+    Fault.CONSUMER_DELETED,
 )
 FOR_A_WHILE = tuple(fault for fault in Fault if fault not in AT_A_CALL)
 
@@ -192,7 +194,8 @@ class Plant:
 
     def open_ids(self) -> set[str]:
         """Return the ids of the entries that have not ended."""
-        return {entry.entry_id for entry in self.stream.waiting} | self.stream.pending.keys()
+        waiting = {entry.entry_id for entry in [*self.stream.waiting, *self.stream.orphans]}
+        return waiting | self.stream.pending.keys()
 
     def is_now(self, fault: Fault) -> bool:
         """Return whether a fault of a while is going on."""
@@ -201,6 +204,11 @@ class Plant:
     def over(self, at_s: float) -> None:
         """Note when a fault was over."""
         self.quiet_s = max(self.quiet_s, at_s)
+
+    def delete_consumer(self, name: str) -> None:
+        """Do as XGROUP DELCONSUMER does: nobody has what was pending for the worker."""
+        for key in [key for key, pending in self.stream.pending.items() if pending.consumer == name]:
+            self.stream.orphan(key)
 
     def now_s(self) -> float:
         """Return the seconds since the beginning."""
@@ -362,6 +370,9 @@ class _Ports:
     async def release(self, ids: Collection[str], *, at_once: bool = True) -> None:
         await self._on_server(lambda: self._reader.release(ids, at_once=at_once))
 
+    async def repair_pending(self) -> int:
+        return await self._on_server(self._reader.repair_pending)
+
     async def remove_stale_consumers(self) -> None:
         await self._on_server(self._reader.remove_stale_consumers)
 
@@ -439,6 +450,9 @@ class _Ports:
                     await call()
                 self._worker.kill()
                 raise _DiedError
+            case Fault.CONSUMER_DELETED:
+                self._plant.delete_consumer(self._worker.name)
+                return await call()
             case _:
                 self._worker.stop()
                 return await call()

@@ -16,6 +16,10 @@ from workers.redis.groups import Row, in_group, read_group, rows
 from workers.redis.scripts import Script
 
 _OLDEST = "0-0"
+_REPAIR_PENDING = 1000
+_REPAIR_ORPHANS = 1000
+_REPAIR_BYTES = 8 << 20
+"""Most that one script looks at, in some ten milliseconds."""
 _STALE_AFTER_MS = 600_000
 """A live consumer calls the server every `block_ms`, whether or not there is something to read."""
 
@@ -46,6 +50,7 @@ class RedisStreamReader:
         self._claim_script = Script(client, "claim.lua")
         self._heartbeat_script = Script(client, "_owned_by.lua", "heartbeat.lua")
         self._release_script = Script(client, "_owned_by.lua", "release.lua")
+        self._repair_script = Script(client, "repair_pending.lua")
         self._remove_stale_script = Script(client, "remove_stale_consumers.lua")
         self._claim_cursor = _OLDEST
         self._own_cursor: str | None = _OLDEST  # None: what was pending at the start has been read
@@ -124,6 +129,28 @@ class RedisStreamReader:
                 await self._release_script(
                     keys=[self._keys.images], args=(self._keys.group, self._consumer, idle_ms, *ids)
                 )
+
+    async def repair_pending(self) -> int:
+        """Make entries claimable that no claim finds: orphans, and those whose last delivery lies in the future.
+
+        Returns:
+            How many orphans there were.
+
+        Raises:
+            StreamUnavailableError: The server does not answer.
+            ConfigError: The server refuses the user.
+        """
+        orphans, start = 0, "-"
+        limits = (_REPAIR_PENDING, _REPAIR_ORPHANS, _REPAIR_BYTES)
+        with stream_errors(self._client):
+            while start:
+                found, next_start = await self._repair_script(
+                    keys=[self._keys.images],
+                    args=(self._keys.group, self._consumer, self._claim_idle_ms, start, *limits),
+                )
+                orphans += found
+                start = next_start.decode()
+        return orphans
 
     async def remove_stale_consumers(self) -> None:
         """Remove consumers that have not called the server for ten minutes and have nothing pending.

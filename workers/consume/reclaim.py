@@ -4,11 +4,12 @@ import asyncio
 
 from workers.consume.pipeline import Pipeline
 from workers.consume.retry import Retry
+from workers.observe.tally import Tally
 from workers.ports import Retention, StreamReader
 
 
 class Reclaimer:
-    """Claims entries without a heartbeat, removes stale consumers and trims the results.
+    """Claims entries without a heartbeat, and orphans, removes stale consumers and trims the results.
 
     One entry at a time, in a batch of its own: an entry that kills workers takes no others with it.
 
@@ -17,6 +18,7 @@ class Reclaimer:
         pipeline: Completes them.
         slots: One is taken for each batch in flight.
         retry: For waits, and for the log of what fails.
+        tally: Counts orphans.
         sweep_s: Time between two sweeps.
         retention: Trims the results at every sweep; absent: they are not trimmed.
     """
@@ -27,6 +29,7 @@ class Reclaimer:
         pipeline: Pipeline,
         slots: asyncio.Semaphore,
         retry: Retry,
+        tally: Tally,
         *,
         sweep_s: float,
         retention: Retention | None,
@@ -35,6 +38,7 @@ class Reclaimer:
         self._pipeline = pipeline
         self._slots = slots
         self._retry = retry
+        self._tally = tally
         self._sweep_s = sweep_s
         self._retention = retention
 
@@ -56,6 +60,7 @@ class Reclaimer:
         Raises:
             StreamUnavailableError: The server does not answer.
         """
+        self._tally.orphaned(await self._reader.repair_pending())
         completed = 0
         deferred: set[str] = set()
         while not self._retry.is_stopping():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from schemas.keys import StreamKeys
-from schemas.messages import DetectionResult
+from schemas.messages import DeadLetter, DetectionResult
 from schemas.wire import dead_letter_fields, result_fields
 from workers.ports import Completion
 from workers.redis.connection import StreamConnection
@@ -43,7 +43,7 @@ class RedisResultSink:
         if not completions:
             return []
         targets: list[str] = []
-        values: list[str | bytes | int] = [self._keys.group, self._consumer]
+        values: list[str | bytes | int] = [self._keys.group, self._consumer, self._keys.outcomes_since]
         for completion in completions:
             if isinstance(completion.outcome, DetectionResult):
                 targets.append(self._keys.results)
@@ -51,9 +51,18 @@ class RedisResultSink:
             else:
                 targets.append(self._keys.dead)
                 fields = dead_letter_fields(completion.outcome)
-            values += (completion.entry_id, 2 * len(fields))
+            values += (completion.entry_id, self._seen(completion), 2 * len(fields))
             for name, value in fields.items():
                 values += (name, value)
         with stream_errors(self._client):
             reply: list[int] = await self._script(keys=[self._keys.images, *targets], args=values)
         return [bool(written) for written in reply]
+
+    def _seen(self, completion: Completion) -> str:
+        """Return the name of the key that may remember the producer's id; empty where there is no such id."""
+        match completion.outcome:
+            case DetectionResult(id=message_id):
+                named = message_id if message_id != completion.entry_id else ""
+            case DeadLetter(fields=fields):
+                named = fields.get(b"id", b"").decode(errors="ignore")
+        return self._keys.seen(named) if named else ""

@@ -59,7 +59,7 @@ class StreamWorker:
             reader, sink, detector, decoder, clock, settings=settings, tally=self._tally, retry=self._retry
         )
         self._reclaimer = Reclaimer(
-            reader, self._pipeline, self._slots, self._retry, sweep_s=settings.sweep_s, retention=retention
+            reader, self._pipeline, self._slots, self._retry, self._tally, sweep_s=settings.sweep_s, retention=retention
         )
         self._heartbeat = Heartbeat(reader, self._pipeline.in_flight, clock, self._retry, settings.claim_idle_ms / 1000)
 

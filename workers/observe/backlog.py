@@ -23,7 +23,7 @@ class BacklogState:
         oldest_s: Age of the oldest image by the server's clock; None where there is none.
         results: Results on the results streams.
         dead: Dead letters on the dead-letter streams.
-        counters: Refusals, duplicates and trimmed results since the servers' data began, by name.
+        counters: Refusals, duplicates, trimmed results and other events since the servers' data began, by name.
         delivered: How many images were ever delivered, redeliveries not counted. None where a server does not know.
     """
 
@@ -40,6 +40,11 @@ class BacklogState:
     def waiting(self) -> int:
         """Return how many images were not yet delivered; unlike `lag` always known."""
         return max(0, self.images - self.pending)  # pending may be what somebody deleted
+
+    @property
+    def orphans(self) -> int | None:
+        """Return how many images are neither pending nor undelivered; None where a server does not know."""
+        return None if self.lag is None else max(0, self.waiting - self.lag)
 
     @property
     def arrived(self) -> int | None:

@@ -40,6 +40,8 @@ class StreamGauges:
         self._metrics.set(m.PENDING_IMAGES, state.pending)
         if state.lag is not None:
             self._metrics.set(m.LAG_IMAGES, state.lag)
+        if state.orphans is not None:
+            self._metrics.set(m.ORPHANED_IMAGES, state.orphans)
         self._metrics.set(m.OLDEST_IMAGE_SECONDS, state.oldest_s or 0.0)
         self._metrics.set(m.STREAM_RESULTS, state.results)
         self._metrics.set(m.STREAM_DEAD_LETTERS, state.dead)

@@ -31,6 +31,7 @@ class WorkerStats:
         not_ours: Outcomes not written because another worker owned the entry, or an earlier try had completed it.
         retries: Retries after transient errors of the detector or the server.
         deferred: Deferrals of images whose category has no usable version.
+        orphans: Entries that were delivered, not completed, and no longer pending for anybody: delivered again.
         errors: Bugs: unexpected exceptions. Their entries stay pending.
     """
 
@@ -41,6 +42,7 @@ class WorkerStats:
     not_ours: int = 0
     retries: int = 0
     deferred: int = 0
+    orphans: int = 0
     errors: int = 0
 
     @property
@@ -180,6 +182,17 @@ class Tally:
     def everything_fails(self, fails: bool, /) -> None:  # noqa: FBT001 - a gauge's two values
         """Say whether no image can be judged, or no outcome written, whatever the image."""
         self._metrics.set(m.EVERYTHING_FAILS, float(fails))
+
+    def orphaned(self, images: int) -> None:
+        """Count orphans: entries that were delivered and not completed, and that nobody had pending any more."""
+        if images:
+            _log.warning(
+                "%d images were no longer pending and had no outcome: somebody removed their consumer or acknowledged "
+                "them; they are delivered again",
+                images,
+            )
+        self.stats.orphans += images
+        self._metrics.add(m.ORPHANS, images)
 
     def failed(self) -> None:
         """Count a bug."""

@@ -43,6 +43,14 @@ def is_missing_key(error: RedisError) -> bool:
     return "no such key" in str(error)
 
 
+def is_exhausted_stream(error: RedisError) -> bool:
+    """Return whether a stream takes no more entries, as it has one with the largest id.
+
+    Source: github.com/valkey-io/valkey/blob/8.1/src/t_stream.c, `xaddCommand`.
+    """
+    return "exhausted the last possible ID" in str(error)
+
+
 def is_transient_reply(error: RedisError) -> bool:
     """Return whether the server cannot serve now and may well do so later, by the code that its reply starts with."""
     return str(error).startswith(_TRANSIENT_CODES)

@@ -26,6 +26,7 @@ from workers.redis.connection import PasswordFileError, StreamConnection, addres
 from workers.redis.error_texts import (
     is_closed_at_once,
     is_closed_while_writing,
+    is_exhausted_stream,
     is_no_cluster,
     is_transient_reply,
     is_unreachable_cluster,
@@ -96,6 +97,11 @@ def _transient(client: StreamConnection, error: BaseException) -> StreamUnavaila
         return StreamUnavailableError(
             f"the server at {address(client)} is out of memory and takes no writes; "
             "let the workers drain it, or raise its maxmemory"
+        )
+    if isinstance(error, ResponseError) and is_exhausted_stream(error):
+        return StreamUnavailableError(
+            f"a stream of the server at {address(client)} takes no more entries, as some client wrote one with the "
+            "largest id; nothing was written; `flawstream doctor` names the stream and the command that mends it"
         )
     if isinstance(error, _TRANSIENT) or (isinstance(error, ResponseError) and is_transient_reply(error)):
         return _unavailable(client, error)

@@ -53,7 +53,11 @@ end
 local id = add(images, cache, fields)
 if seen then
     -- The key still names the entry that failed: a repeated push must be answered with the new one.
-    redis.call('SET', seen, id, 'EX', ARGV[3])
+    local before = redis.call('SET', seen, id, 'EX', ARGV[3], 'GET')
+    local digest = before and string.match(before, '^%S+ (%S+)')
+    if digest then
+        redis.call('SET', seen, id .. ' ' .. digest, 'EX', ARGV[3])
+    end
 end
 redis.call('XDEL', dead, letter_id)
 return {id}

@@ -183,6 +183,7 @@ async def test_openapi_names_every_status_and_the_image_types(bench: Bench) -> N
     for status, response in detect["responses"].items():
         (schema,) = (content["schema"]["$ref"] for content in response["content"].values())
         assert schema.endswith("/DetectionBody" if status == "200" else "/Problem")
+    assert set(document["paths"]["/v1/images"]["post"]["responses"]) == {"202", "409", "429", *refused - {"404", "415"}}
     assert "image/png" in detect["requestBody"]["content"]
     assert {parameter["name"] for parameter in detect["parameters"]} == {"category", "id", "map"}
     assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from helpers.fakes import ARRIVED, entry_id, image_entry, png
+from helpers.fakes import ARRIVED, FakeReader, entry_id, image_entry, png
 from helpers.worker_bench import Bench
 
 from schemas.errors import Reason
@@ -86,6 +86,17 @@ async def test_a_sweep_trims_the_results() -> None:
     bench = Bench()
     await bench.worker.sweep()
     assert bench.trims == 1
+
+
+async def test_a_sweep_completes_and_counts_orphans() -> None:
+    bench = Bench()
+    bench.stream.add(image_entry(1), image_entry(2))
+    await FakeReader(bench.stream, "removed").read(2, 1 << 30)
+    for number in (1, 2):
+        bench.stream.orphan(entry_id(number))
+    assert await bench.worker.sweep() == 2
+    assert set(bench.results) == {entry_id(1), entry_id(2)}
+    assert bench.worker.stats.orphans == 2
 
 
 async def test_times_are_measured_from_the_arrival_on_the_server() -> None:

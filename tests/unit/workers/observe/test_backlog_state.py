@@ -19,6 +19,13 @@ def test_images_that_somebody_deleted_are_pending_and_do_not_make_the_number_neg
     assert replace(STATE, images=0).waiting == 0
 
 
+@pytest.mark.parametrize(("changes", "orphans"), [({}, 0), ({"lag": 53}, 7), ({"lag": None}, None), ({"images": 0}, 0)])
+def test_images_that_are_neither_pending_nor_undelivered_are_orphans(
+    changes: dict[str, int | None], orphans: int | None
+) -> None:
+    assert replace(STATE, **changes).orphans == orphans  # type: ignore[arg-type]  # of these two fields
+
+
 def test_arrivals_are_unknown_where_the_server_does_not_count_deliveries() -> None:
     assert replace(STATE, delivered=None).arrived is None
 

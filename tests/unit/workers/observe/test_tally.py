@@ -191,6 +191,7 @@ async def test_streams_are_told_as_they_stand_and_events_only_grow(
         (m.BACKLOG_IMAGES, 5),
         (m.PENDING_IMAGES, 2),
         (m.LAG_IMAGES, 3),
+        (m.ORPHANED_IMAGES, 0),
         (m.OLDEST_IMAGE_SECONDS, 1.5),
         (m.STREAM_RESULTS, 7),
         (m.STREAM_DEAD_LETTERS, 1),
