@@ -1,7 +1,6 @@
 """`flawstream worker`: runs stream worker and detector in one process, without Ray."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -99,8 +98,7 @@ async def _work(
         )
         reported = -1
         while not working.done() and detector.alive:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(working), _REPORT_S)
+            await asyncio.wait([working], timeout=_REPORT_S)
             stats = stream_worker.stats
             if stats.read != reported and not stop.is_set():
                 reported = stats.read

@@ -1,4 +1,4 @@
-"""The short forms of the long tests: `make test-chaos`, `-chaos-training`, `-fuzz`, `-leaks`, `-score` and `-simulation`."""
+"""Short forms of the long tests: `make test-chaos`, `-chaos-training`, `-fuzz`, `-leaks`, `-score`, `-simulation`."""
 
 import json
 import os

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import Metrics
-from schemas.errors import FlawstreamError
+from schemas.errors import FlawstreamError, StageTimeoutError
 from workers.consume.shard_leases import HEARTBEAT_S, ShardLeases, divide
 from workers.consume.shard_members import ShardMembers
 from workers.consume.slots import Slots
@@ -53,9 +53,14 @@ class ShardLoops:
         self._loops: dict[int, _Loop] = {}
         self._latest: dict[int, asyncio.Task[None]] = {}
         self._seen: tuple[list[int], list[str]] = ([], [])
+        self._hung: StageTimeoutError | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then leave the shards to the other workers and finish the batches in flight."""
+        """Work until `stop` is set, then leave the shards to the other workers and finish the batches in flight.
+
+        Raises:
+            StageTimeoutError: Decoding or the detector hangs in one loop. `stop` was set, and all loops have ended.
+        """
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._beat_until(stop, tasks))
             await stop.wait()
@@ -66,6 +71,8 @@ class ShardLoops:
                 await self._members.leave()
             except FlawstreamError as error:  # the others miss the heartbeats
                 _log.warning("leaving the other workers: %s: %s", error.code, error)
+        if self._hung is not None:
+            raise self._hung
 
     async def _beat_until(self, stop: asyncio.Event, tasks: asyncio.TaskGroup) -> None:
         failed = False
@@ -83,12 +90,12 @@ class ShardLoops:
                     )
                 failed = True
             if not stop.is_set():
-                self._follow(tasks)
+                self._follow(tasks, stop)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(HEARTBEAT_S):
                         await stop.wait()
 
-    def _follow(self, tasks: asyncio.TaskGroup) -> None:
+    def _follow(self, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
         """Start and stop loops, so that they are those of the leases."""
         slots = divide(self._in_flight, self._leases.shares)
         for shard in self._loops.keys() - slots.keys():
@@ -98,11 +105,11 @@ class ShardLoops:
                 self._loops[shard].slots.resize(number)
             else:
                 self._loops[shard] = loop = _Loop(asyncio.Event(), Slots(number))
-                self._latest[shard] = tasks.create_task(self._run_loop(shard, loop, self._latest.get(shard)))
+                self._latest[shard] = tasks.create_task(self._run_loop(shard, loop, self._latest.get(shard), stop))
         self._report(list(slots))
 
-    async def _run_loop(self, shard: int, loop: _Loop, before: asyncio.Task[None] | None) -> None:
-        """Read a shard until the loop's stop.
+    async def _run_loop(self, shard: int, loop: _Loop, before: asyncio.Task[None] | None, stop: asyncio.Event) -> None:
+        """Read a shard until the loop's stop. Where something hangs in it, the worker's `stop` is set.
 
         Where this worker read it a moment ago, that loop finishes its batches first: two would work on the same ones.
         It takes long only where the detector or the server do not answer, and then no other loop would get on either.
@@ -110,7 +117,11 @@ class ShardLoops:
         if before is not None:
             await asyncio.wait([before])
         if not loop.stop.is_set():
-            await self._make_loop(shard, loop.slots).run(loop.stop)
+            try:
+                await self._make_loop(shard, loop.slots).run(loop.stop)
+            except StageTimeoutError as error:  # the other loops finish first
+                self._hung = error
+                stop.set()
 
     def _report(self, shards: list[int]) -> None:
         self._metrics.set(m.SHARDS_READ, len(shards))

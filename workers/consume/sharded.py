@@ -78,7 +78,11 @@ class ShardedWorker:
         return self._tally.stats
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then finish the batches in flight; what takes too long is released."""
+        """Work until `stop` is set, then finish the batches in flight; what takes too long is released.
+
+        Raises:
+            StageTimeoutError: Decoding or the detector hangs: the process has to end. `stop` was set.
+        """
         reports = [self._gauges.report, self._report_drift]
         reporting = asyncio.create_task(report_for_ever(self._settings.metrics.report_s, reports))
         try:
