@@ -7,6 +7,7 @@ from typing import Any
 import prometheus_client
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
+from flawstream.telemetry.liveness import Liveness
 from flawstream.telemetry.metrics import ALL, NO_METRICS, CategoryLabels, Counter, Gauge, Histogram, Metric, Metrics
 from schemas.errors import ConfigError
 from schemas.settings import MetricsSettings
@@ -80,8 +81,12 @@ def _family(metric: Metric, registry: CollectorRegistry) -> Any:
 
 
 @contextlib.contextmanager
-def serve_metrics(settings: MetricsSettings) -> Iterator[tuple[Metrics, str | None]]:
+def serve_metrics(settings: MetricsSettings, liveness: Liveness | None = None) -> Iterator[tuple[Metrics, str | None]]:
     """Serve metrics to Prometheus during the context, if a port is set.
+
+    Args:
+        settings: The port.
+        liveness: Answers `/livez` on the same port: 200, or 503 once the process does not get on.
 
     Yields:
         The metrics and the URL to scrape; without a port, metrics that record nothing, and None.
@@ -103,9 +108,24 @@ def serve_metrics(settings: MetricsSettings) -> Iterator[tuple[Metrics, str | No
             f"metrics cannot be served on {settings.host} port {settings.port}: {error.strerror}; "
             "choose another metrics.port, or unset it"
         ) from error
+    if liveness is not None:
+        server.set_app(_with_liveness(server.get_app(), liveness))
     try:
         yield metrics, f"http://{settings.host}:{server.server_port}/metrics"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _with_liveness(metrics: Any, liveness: Liveness) -> Any:
+    """Put `/livez` in front of a WSGI application."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["PATH_INFO"] != "/livez":
+            return metrics(environ, start_response)
+        alive = liveness.alive
+        start_response("200 OK" if alive else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"alive\n" if alive else b"the event loop is blocked\n"]
+
+    return app

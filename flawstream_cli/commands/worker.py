@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flawstream.telemetry.choose_tracer import open_tracer
+from flawstream.telemetry.liveness import Liveness
 from flawstream.telemetry.metrics import Metrics
 from flawstream.telemetry.prometheus import serve_metrics
 from flawstream.telemetry.traces import Tracer
@@ -63,17 +64,23 @@ def worker(
         worker={"name": name},
         metrics={"port": metrics_port},
     )
-    with serve_metrics(settings.metrics) as (metrics, metrics_url), open_tracer(settings.tracing) as tracer:
+    liveness = Liveness()
+    with serve_metrics(settings.metrics, liveness) as (metrics, metrics_url), open_tracer(settings.tracing) as tracer:
         with busy("loading the models"):
             detector = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
-        detector_alive = asyncio.run(_work(settings, detector, metrics, metrics_url, tracer))
+        detector_alive = asyncio.run(_work(settings, detector, metrics, metrics_url, tracer, liveness))
     if not detector_alive:
         print_message("the detector has stopped unexpectedly; restart the worker", "red")
         raise typer.Exit(ExitCode.FAILED)
 
 
 async def _work(
-    settings: Settings, detector: DetectorService, metrics: Metrics, metrics_url: str | None, tracer: Tracer
+    settings: Settings,
+    detector: DetectorService,
+    metrics: Metrics,
+    metrics_url: str | None,
+    tracer: Tracer,
+    liveness: Liveness,
 ) -> bool:
     """Run the worker until SIGINT or SIGTERM, or until the detector fails; return whether the detector is alive."""
     stop = asyncio.Event()
@@ -85,6 +92,7 @@ async def _work(
         for warning in all_warnings(await require_no_eviction(client)):
             print_message(warning, "yellow")
         await detector.start()
+        beating = asyncio.create_task(liveness.beat_for_ever())
         name = settings.worker.name or socket.gethostname()
         stream_worker = ShardedWorker(client, name, detector, settings, metrics, tracer=tracer)
         working = asyncio.create_task(stream_worker.run(stop))
@@ -114,6 +122,7 @@ async def _work(
             print_json(stream_worker.stats.as_dict())
             print_message(str(error), "red")
             os._exit(ExitCode.FAILED)  # an end in order would wait for the thread that hangs
+        beating.cancel()
         await stream_worker.close()
         await detector.stop()
         print_json(stream_worker.stats.as_dict())

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,11 @@ def worker(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> 
         yield json.loads(process.stdout.readline())
         process.terminate()
         process.communicate()
+
+
+def test_worker_answers_that_it_lives(worker: dict[str, Any]) -> None:
+    with urllib.request.urlopen(worker["metrics"].replace("/metrics", "/livez")) as answer:
+        assert (answer.status, answer.read()) == (200, b"alive\n")
 
 
 def test_a_worker_tells_prometheus_what_became_of_each_image(server: EmbeddedServer, worker: dict[str, Any]) -> None:
