@@ -4,7 +4,6 @@ Where an image fails alone, a plain grey one is judged in its place. If that suc
 delivery counts. Else it is not: the category is deferred, or, where no image of any category succeeds, the batch waits.
 """
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -18,12 +17,14 @@ from schemas.errors import (
     MessageError,
     RegistryError,
     ShapeError,
+    StageTimeoutError,
     TransientError,
     one_line,
 )
 from schemas.settings import WorkerSettings
 from workers.consume.decode import DecodedEntry
 from workers.consume.retry import Retry
+from workers.consume.stage_limit import stage_limit
 from workers.observe import log_fields
 from workers.observe.tally import Tally
 from workers.ports import Deferral, Detection, Detector, Judgement, Refusal
@@ -46,7 +47,7 @@ class Judging:
     def __init__(self, detector: Detector, *, settings: WorkerSettings, tally: Tally, retry: Retry) -> None:
         self._detector = detector
         self._deadline_s = settings.claim_idle_ms / 1000
-        self._stage_timeout_s = settings.stage_timeout_s
+        self._limit_s = settings.stage_timeout_s
         self._tally = tally
         self._retry = retry
         self._judged = 0
@@ -57,7 +58,7 @@ class Judging:
         Raises:
             EverythingFailsError: For as long as a claim takes, plain images failed too, and no batch was judged.
             TransientError: The detector did not answer within that time, or the worker stops.
-            TimeoutError: A call does not return.
+            StageTimeoutError: A call hangs.
         """
         return await self._retry.call(
             partial(self._judge_once, decoded, self._judged), self._deadline_s, EverythingFailsError
@@ -83,7 +84,7 @@ class Judging:
             return [Deferral(detail)]
         try:
             return list(await self._retry.call(partial(self._judge_batch, decoded), self._deadline_s))
-        except (TransientError, TimeoutError):
+        except (TransientError, StageTimeoutError):
             raise
         except Exception as error:  # noqa: BLE001 - one image must not take its neighbours down
             self._log_failure(decoded, error)
@@ -102,7 +103,7 @@ class Judging:
         plain = np.full_like(one.image.pixels[np.newaxis], _GREY)
         try:
             await self._retry.call(partial(self._call, plain, [category]), self._deadline_s)
-        except (TransientError, TimeoutError):
+        except (TransientError, StageTimeoutError):
             raise
         except Exception as other:  # noqa: BLE001 - whatever the detector raises
             failing[category] = f"the detector fails for a plain image of {category!r} too: {one_line(other)}"
@@ -119,11 +120,10 @@ class Judging:
         judgements = await self._call(images, [one.message.category for one in decoded])
         if any(isinstance(judgement, Detection) for judgement in judgements):
             self._judged += 1
-            self._tally.everything_fails(False)  # noqa: FBT003 - a gauge's two values
         return judgements
 
     async def _call(self, images: Pixels, categories: list[str]) -> Sequence[Judgement]:
-        async with asyncio.timeout(self._stage_timeout_s):
+        async with stage_limit(self._limit_s):
             judgements = await self._detector.detect(images, categories)
         if len(judgements) != len(categories):
             raise ShapeError(f"the detector gave {len(judgements)} judgements for {len(categories)} images")

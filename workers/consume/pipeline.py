@@ -14,12 +14,14 @@ from schemas.errors import (
     TransientError,
     one_line,
 )
+from schemas.messages import DetectionResult
 from schemas.settings import WorkerSettings
 from workers.consume.decode import DecodedEntry, Decoder, between_ms, since_arrival_ms
 from workers.consume.deferrals import DeferredCategories
 from workers.consume.judging import Judging
 from workers.consume.result_builder import Times, build_result
 from workers.consume.retry import Retry
+from workers.consume.stage_limit import stage_limit
 from workers.observe import log_fields
 from workers.observe.tally import Batch, Tally
 from workers.outcomes.dead_letter import make_dead_letter
@@ -57,7 +59,7 @@ class Pipeline:
 
     Attributes:
         in_flight: Ids of the entries being worked on: a heartbeat keeps them, and they are not claimed again.
-        hung: Set once a step has not returned in time: the process must end.
+        hung: Set once a stage has not ended in time: the process must end.
     """
 
     def __init__(
@@ -112,9 +114,12 @@ class Pipeline:
             completions = await self._judge(entries, batch)
             with batch.stage("publish"):
                 written = await self._publish(completions)
-        except TimeoutError:
-            self._give_up(entries)
+            if any(isinstance(completion.outcome, DetectionResult) for completion in completions):
+                self._tally.everything_fails(False)  # noqa: FBT003 - a gauge's two values
+        except StageTimeoutError as error:  # no more heartbeats, and the delivery counts
+            _log.error("%s: %s", error.code, error, extra=log_fields.entries(entries))
             self._leave(ids)
+            self.hung.set()
             return 0
         except Exception as error:  # noqa: BLE001 - a batch's outermost boundary
             self._retry.log_failure(f"working on {len(entries)} entries, which stay pending,", error, entries)
@@ -128,17 +133,6 @@ class Pipeline:
         self._leave(ids)
         self._tally.completed(batch, completions, written)
         return sum(written)
-
-    def _give_up(self, entries: Sequence[Entry]) -> None:
-        """Note that a step does not return. The entries get no more heartbeats, and their deliveries count."""
-        _log.error(
-            "%s: a step of a batch of %d took longer than worker.stage_timeout_s (%g s); this process ends",
-            StageTimeoutError.code,
-            len(entries),
-            self._settings.stage_timeout_s,
-            extra=log_fields.entries(entries),
-        )
-        self.hung.set()
 
     def _leave(self, ids: set[str]) -> None:
         """Take entries out of flight. Those of a cancelled batch stay in: the worker releases them."""
@@ -178,7 +172,7 @@ class Pipeline:
                 judgements = await self._judging.judge(decoded)
             detect_ms = between_ms(started_at, self._clock.now())
             with batch.stage("encode"):
-                async with self._in_time():
+                async with stage_limit(self._settings.stage_timeout_s):
                     concluded = await asyncio.gather(
                         *(
                             self._conclude(one, judgement, detect_ms)
@@ -196,7 +190,7 @@ class Pipeline:
 
         Raises:
             EverythingFailsError: Not even a plain image can be decoded.
-            TimeoutError: Decoding does not return.
+            StageTimeoutError: Decoding hangs.
         """
         form = await self._retry.call(self._detector.pixel_form, self._deadline_s)
         with batch.stage("decode"):
@@ -216,12 +210,8 @@ class Pipeline:
     async def _decode_in_time(
         self, entries: Sequence[Entry], form: PixelForm
     ) -> list[DecodedEntry | MessageError | None]:
-        async with self._in_time():
+        async with stage_limit(self._settings.stage_timeout_s):
             return await self._decoder.decode(entries, form)
-
-    def _in_time(self) -> asyncio.Timeout:
-        """Limit a step that may hang: raises `TimeoutError`."""
-        return asyncio.timeout(self._settings.stage_timeout_s)
 
     def _everything_fails(self, detail: str) -> EverythingFailsError:
         self._tally.everything_fails(True)  # noqa: FBT003 - a gauge's two values

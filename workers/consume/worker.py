@@ -91,9 +91,7 @@ class StreamWorker:
             await asyncio.gather(*tasks, return_exceptions=True)
         await self._pipeline.release(self._pipeline.in_flight)
         if self._pipeline.hung.is_set():
-            raise StageTimeoutError(
-                "a step of a batch has not returned within worker.stage_timeout_s; the process must end"
-            )
+            raise StageTimeoutError("decoding or the detector hangs, see above: the process ends, to be replaced")
         if not reading.cancelled():
             reading.result()  # raises what should never have been raised
 
