@@ -1,6 +1,7 @@
 """The stream worker of a process: a loop for each shard that it reads, with one decoder and one detector for all."""
 
 import asyncio
+from copy import deepcopy
 
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
@@ -74,8 +75,8 @@ class ShardedWorker:
 
     @property
     def stats(self) -> WorkerStats:
-        """Return what all loops together have done since the start."""
-        return self._tally.stats
+        """Return what all loops together have done since the start; it does not change any more."""
+        return deepcopy(self._tally.stats)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then finish the batches in flight; what takes too long is released.
