@@ -3,6 +3,7 @@
 The agent keeps the counters of services that other tests had on the same cluster: what is told is what was added.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,7 @@ import pytest
 import ray
 from helpers.fakes import png
 from helpers.raw_redis import RawRedis
-from helpers.scraped import Scraped, scrape_until
+from helpers.scraped import Scraped, scrape, scrape_until
 from helpers.tiny_models import write_version
 from ray import serve
 
@@ -116,6 +117,21 @@ def test_rays_agent_tells_what_became_of_each_image(redis: RawRedis) -> None:
         lambda told: ended.items() <= added(told).items() and gauges(told) == now and set(added(told)) >= STAGES,
         lambda told: (added(told), gauges(told)),
     )
+
+
+def test_gauge_that_is_set_once_is_told_for_as_long_as_its_process_lives(cluster: Cluster) -> None:
+    assert cluster.cpus > 0
+    metrics = RayMetrics(max_categories=1)
+
+    def told_of(told: Scraped) -> float | None:
+        return told.most(scraped_as(m.DRIFT_DISTANCE), category="once")
+
+    metrics.set(m.DRIFT_DISTANCE, 0.5, category="once")
+    agent_tells(lambda told: told_of(told) == 0.5, told_of)
+    time.sleep(30)  # without being set again it is forgotten after 20 s
+    assert told_of(scrape(agent_url())) == 0.5
+    metrics.forget(m.DRIFT_DISTANCE, category="once")
+    agent_tells(lambda told: told_of(told) is None, told_of)
 
 
 def test_training_is_told_by_its_driver(cluster: Cluster) -> None:
