@@ -62,6 +62,7 @@ QUIET = {
     "FlawstreamBacklogGrows": "a hundred images are never there",
     "FlawstreamPoison": "no image kills a worker",
     "FlawstreamEverythingFails": "the engine works, and the server takes outcomes",
+    "FlawstreamOrphans": "nobody deletes a consumer",
     "FlawstreamUnexpectedErrors": "there is no bug",
     "FlawstreamDrift": "windows have fewer than a hundred images",
     "FlawstreamReplicasRestart": "replicas start once",
