@@ -178,15 +178,14 @@ async def _run(worker: ShardedWorker, producer: Producer, work: _Work) -> float:
     """
     for image, category in work:
         await producer.push(image, category)
-    stats = worker.stats
-    expected = stats.results + stats.dead.total() + len(work)
+    expected = worker.stats.completed + len(work)
     stop = asyncio.Event()
     started_s = time.perf_counter()
     working = asyncio.create_task(worker.run(stop))
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
         bar = bars.add_task("judging", total=len(work))
-        while (remaining := expected - worker.stats.results - worker.stats.dead.total()) > 0 and not working.done():
-            if worker.stats.deferred:
+        while (remaining := expected - (stats := worker.stats).completed) > 0 and not working.done():
+            if stats.deferred:
                 break
             bars.update(bar, completed=len(work) - remaining)
             await asyncio.sleep(_POLL_S)

@@ -123,15 +123,15 @@ def test_gauge_that_is_set_once_is_told_for_as_long_as_its_process_lives(cluster
     assert cluster.cpus > 0
     metrics = RayMetrics(max_categories=1)
 
-    def told_of(told: Scraped) -> float | None:
-        return told.most(scraped_as(m.DRIFT_DISTANCE), category="once")
+    def value(scraped: Scraped) -> float | None:
+        return scraped.most(scraped_as(m.DRIFT_DISTANCE), category="once")
 
     metrics.set(m.DRIFT_DISTANCE, 0.5, category="once")
-    agent_tells(lambda told: told_of(told) == 0.5, told_of)
+    agent_tells(lambda scraped: value(scraped) == 0.5, value)
     time.sleep(30)  # without being set again it is forgotten after 20 s
-    assert told_of(scrape(agent_url())) == 0.5
+    assert value(scrape(agent_url())) == 0.5
     metrics.forget(m.DRIFT_DISTANCE, category="once")
-    agent_tells(lambda told: told_of(told) is None, told_of)
+    agent_tells(lambda scraped: value(scraped) is None, value)
 
 
 def test_training_is_told_by_its_driver(cluster: Cluster) -> None:
