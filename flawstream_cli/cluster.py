@@ -70,8 +70,9 @@ def connect(address: str | None = None) -> Cluster:
                     "set TMPDIR to another folder"
                 ) from error
             raise ConfigError(
-                f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, "
-                "or leave the address out to run on this machine alone"
+                f"no Ray cluster answers at {address} ({one_line(error)}); start one with `ray start --head`, or leave "
+                "the address out to run on this machine alone; if one runs there, it may ask for a token: set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that it was started with"
             ) from error
         except Exception as error:
             if type(error) is not Exception:  # the bare class is how Ray says that a start took too long

@@ -12,8 +12,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from flawstream_cli.cluster import knock
-from flawstream_cli.terminal import ExitCode, out, print_json, print_message
-from schemas.errors import ClusterLostError, ConfigError
+from flawstream_cli.terminal import ExitCode, busy, out, print_json, print_message
+from schemas.errors import ClusterLostError, ConfigError, one_line
 from schemas.settings import Settings
 
 _SECTIONS = ("model", "training", "limits", "detector", "registry", "metrics")
@@ -23,6 +23,9 @@ _LOCAL_OPTIONS = {"--submit": 1, "--ray": 1, "--config": 1, "--follow": 0, "--no
 _ANSWER_S = 30.0
 _POLL_S = 1.0
 _LOST_AFTER_S = 60.0
+_START_S = 120.0
+_STARTING = "No available agent"
+"""Part of Ray's answer while the agents of its nodes are starting, seconds after the dashboard answers."""
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types
@@ -59,14 +62,7 @@ def submit_job(
                 "absolute path of a folder that all of them have"
             )
     client = _connect(address)
-    try:
-        job = client.submit_job(
-            entrypoint=shlex.join(["flawstream", *_passed_on(arguments)]),
-            runtime_env={"env_vars": _environment(settings)},
-            metadata={"program": "flawstream"},
-        )
-    except (RuntimeError, requests.RequestException) as error:
-        raise ConfigError(f"the cluster at {address} refused the job: {error}") from error
+    job = _submit(client, address, shlex.join(["flawstream", *_passed_on(arguments)]), _environment(settings))
     try:
         print_message(f"submitted {job}; stop it with: ray job stop --address {address} {job}")
         if not follow:
@@ -97,6 +93,23 @@ def _connect(address: str) -> JobSubmissionClient:
             f"no Ray dashboard answers at {address} ({error}); give the address of the cluster's dashboard, as in "
             "http://HOST:8265"
         ) from error
+
+
+def _submit(client: JobSubmissionClient, address: str, command: str, environment: Mapping[str, str]) -> str:
+    """Submit the job and return its name; wait for a cluster that has started a moment ago."""
+    started_s = time.monotonic()
+    with busy("waiting for the cluster to take the job"):
+        while True:
+            try:
+                return str(
+                    client.submit_job(
+                        entrypoint=command, runtime_env={"env_vars": environment}, metadata={"program": "flawstream"}
+                    )
+                )
+            except (RuntimeError, requests.RequestException) as error:
+                if _STARTING not in str(error) or time.monotonic() - started_s > _START_S:
+                    raise ConfigError(f"the cluster at {address} refused the job: {one_line(error)}") from error
+            time.sleep(_POLL_S)
 
 
 def _follow(client: JobSubmissionClient, job: str, *, as_json: bool) -> int:

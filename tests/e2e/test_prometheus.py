@@ -26,6 +26,7 @@ from typing import IO, Any
 import pytest
 import yaml
 from helpers.boards import ALERTS, alerts, boards, filled_in, queries, vector_selectors
+from helpers.command_line import clean_environment
 from helpers.fakes import png
 from helpers.places import ROOT
 from helpers.prometheus_server import PrometheusServer, needs_prometheus
@@ -238,8 +239,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Plant, P
     spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec
     write_version(registry, "bottle", spec=spec)
     write_data_set(folder / "data")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLAWSTREAM_", "RAY_"))}
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = clean_environment() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     temporary = Path(tempfile.mkdtemp(prefix="fs", dir="/tmp"))  # Ray's sockets ask for a short path
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)

@@ -1,5 +1,6 @@
-"""The command line run in the test's own process, as `main` is called by the script."""
+"""The command line run in the test's own process, as `main` is called by the script, or in one of its own."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,3 +36,16 @@ def make_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Ran(code, said.out, said.err)
 
     return run
+
+
+def clean_environment() -> dict[str, str]:
+    """Return this process's environment without what tests and Ray have set for themselves.
+
+    `RAY_AUTH_MODE` stays: where a test before this one has started Ray in this process, it is `token`, and clusters
+    that this process starts ask every program for the token.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "RAY_AUTH_MODE" or not name.startswith(("FLAWSTREAM_", "RAY_"))
+    }

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.command_line import clean_environment
 from helpers.image_files import write_images
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -53,8 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(  # noqa: S603 - our own interpreter
         [sys.executable, "-m", "flawstream_cli", "train", *map(str, arguments)],
-        env={name: value for name, value in os.environ.items() if not name.startswith(("FLAWSTREAM_", "RAY_"))}
-        | environment,
+        env=clean_environment() | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -128,7 +128,7 @@ time.sleep({DEADLINE_S})
         try:
             assert head.stdout is not None  # ends with the process, which ends by itself
             address = f"http://{next(line for line in head.stdout if ':' in line).strip()}"
-            process = train("/nothing", "--registry", tmp_path, "--submit", address)
+            process = train("/nothing", "--registry", tmp_path, "--submit", address, RAY_AUTH_MODE="disabled")
             _, err = process.communicate(timeout=DEADLINE_S)
             assert process.returncode == 3, err
             assert f"the cluster at {address} needs its token: set RAY_AUTH_MODE=token" in err

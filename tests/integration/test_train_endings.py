@@ -1,7 +1,6 @@
 """`flawstream train` ended before its end: by Ctrl-C, by SIGTERM, by the loss of the cluster."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.command_line import clean_environment
 from helpers.image_files import write_images
 from ray.cluster_utils import Cluster
 
@@ -35,7 +35,7 @@ def training(folder: Path, registry: Path, *arguments: str) -> Iterator[subproce
             *(sys.executable, "-m", "flawstream_cli", "train", str(folder), "--registry", str(registry), "--json"),
             *("--epochs", "100000", "--input-size", "64", "--no-check", *arguments),
         ],
-        env={name: value for name, value in os.environ.items() if not name.startswith(("FLAWSTREAM_", "RAY_"))},
+        env=clean_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

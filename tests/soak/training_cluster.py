@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from helpers.command_line import clean_environment
 from helpers.waiting import wait_until
 
 from workers.redis.embedded import free_port
@@ -173,7 +174,7 @@ class TrainingCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout if stdout is not None else file,
                 stderr=file,
-                env={k: v for k, v in os.environ.items() if not k.startswith(("FLAWSTREAM_", "RAY_"))} | _ENVIRONMENT,
+                env=clean_environment() | _ENVIRONMENT,
                 start_new_session=True,
             )
 
