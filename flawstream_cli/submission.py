@@ -107,8 +107,10 @@ def _submit(client: JobSubmissionClient, address: str, command: str, environment
                     )
                 )
             except (RuntimeError, requests.RequestException) as error:
-                if _STARTING not in str(error) or time.monotonic() - started_s > _START_S:
-                    raise ConfigError(f"the cluster at {address} refused the job: {one_line(error)}") from error
+                starting = _STARTING in str(error)
+                if not starting or time.monotonic() - started_s > _START_S:
+                    cure = "; look at dashboard_agent.log on its head: its port 52365 may be taken" if starting else ""
+                    raise ConfigError(f"the cluster at {address} refused the job: {one_line(error)}{cure}") from error
             time.sleep(_POLL_S)
 
 

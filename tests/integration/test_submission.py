@@ -19,6 +19,7 @@ from flawstream_cli.main import main
 from flawstream_cli.submission import submit_job
 from schemas.errors import ConfigError
 from schemas.settings import Settings
+from workers.redis.embedded import free_port
 
 DEADLINE_S = 240.0
 
@@ -35,6 +36,7 @@ def dashboard() -> Iterator[str]:
                 "include_dashboard": True,
                 "dashboard_port": 0,
                 "dashboard_host": "127.0.0.1",
+                "dashboard_agent_listen_port": free_port(),  # the default is taken by another cluster's agent
             },
         )
         try:
@@ -117,7 +119,8 @@ def test_cluster_with_a_token_refuses_a_job_without_it(tmp_path: Path) -> None:
     script = f"""
 import time
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=True, dashboard_port=0))
+ports = dict(dashboard_port=0, dashboard_agent_listen_port={free_port()})
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=True, **ports))
 print(cluster.webui_url, flush=True)
 time.sleep({DEADLINE_S})
 """
