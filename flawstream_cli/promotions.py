@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable
 
 from flawstream.registry.registry import Registry
-from schemas.errors import RegistryError
+from schemas.errors import RegistryError, StorageUnavailableError
 from schemas.manifest import ModelManifest
 
 _PROMOTE_S = 5.0
@@ -45,7 +45,7 @@ class Promotions:
             changed = {one: version for one, version in self._waiting.items() if current.get(one) != version}
             if changed:
                 self._registry.promote_all(changed)
-        except RegistryError as error:
+        except (RegistryError, StorageUnavailableError) as error:
             self._error = str(error)
         else:
             self._waiting.clear()
