@@ -184,6 +184,16 @@ class Registry:
             )
         return data
 
+    def verify(self, manifest: ModelManifest) -> None:
+        """Read all of a version's files and compare their digests.
+
+        Raises:
+            RegistryError: A file is missing or damaged.
+            StorageUnavailableError: The storage cannot be read.
+        """
+        for name in manifest.files:
+            self.read_file(manifest, name)
+
     def write(self, manifest: ModelManifest, files: Mapping[str, bytes]) -> None:
         """Write a new version atomically. It serves only after `promote`.
 
@@ -234,10 +244,13 @@ class Registry:
 
         Raises:
             MixedBackbonesError: The backbones differ; nothing was promoted.
-            RegistryError: A version cannot be read (see `manifest`); nothing was promoted.
+            RegistryError: A version or one of its files is missing or damaged; nothing was promoted.
             StorageUnavailableError: The storage cannot be read, and nothing was promoted, or it cannot be written.
         """
         promoted = [self.manifest(category, version) for category, version in versions.items()]
+        with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+            for _ in threads.map(self.verify, promoted):
+                pass
         if not other_backbone:
             self._require_one_backbone(promoted)
         for category, version in versions.items():
