@@ -53,8 +53,9 @@ def worker(
 
     Waits until the registry can be read and has a current version. Prints one JSON line to standard output when ready,
     and another at the end. On Ctrl-C or SIGTERM, finishes the batches in flight within `worker.drain_s` and releases
-    the rest. After a crash, a worker with the same name continues with the entries that are pending for it. Where decoding or the detector hangs for longer than
-    `worker.stage_timeout_s`, ends with exit code 1, so that its supervisor starts it again.
+    the rest. After a crash, a worker with the same name continues with the entries that are pending for it. Where
+    decoding or the detector hangs for longer than `worker.stage_timeout_s`, ends with exit code 1, so that its
+    supervisor starts it again.
 
     Example: `flawstream worker --redis redis://plant:6379/0 --registry /models --name line7`
     """
