@@ -12,7 +12,17 @@ from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, FlawstreamError, StorageUnavailableError, one_line
+
+S3_OPTIONS = {
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 30,
+        "retries": {"total_max_attempts": 2},
+        "max_pool_connections": 16,
+    }
+}
+"""For fsspec's S3: the defaults take minutes to report that nobody answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,8 @@ def open_file_system(url: str, name: str) -> tuple[Any, str]:
         ConfigError: The URL's protocol is unknown, or its package is not installed.
     """
     with url_errors(url, name):
-        fs, path = url_to_fs(url, use_listings_cache=False)
+        options = S3_OPTIONS if split_protocol(url)[0] in {"s3", "s3a"} else {}
+        fs, path = url_to_fs(url, use_listings_cache=False, **options)
     return fs, str(fs._strip_protocol(path)).rstrip("/")  # noqa: SLF001 - fsspec's documented way to a bare path
 
 
@@ -96,6 +107,30 @@ def url_errors(url: str, name: str) -> Iterator[None]:
     except ValueError as error:
         raise ConfigError(
             f"{name} is neither a path nor a URL that fsspec knows ({error}); give a folder, s3://... or gs://..."
+        ) from error
+
+
+@contextlib.contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """Report any failure of a storage in the context as `StorageUnavailableError`.
+
+    Every backend of fsspec raises the exceptions of its own library, which have no common base: those of S3 are no
+    `OSError`.
+
+    Args:
+        path: What is read or written.
+
+    Raises:
+        StorageUnavailableError: The storage fails, or refuses this user.
+    """
+    try:
+        yield
+    except FlawstreamError:
+        raise
+    except Exception as error:
+        raise StorageUnavailableError(
+            f"the storage failed at {path}: {type(error).__name__}: {one_line(error)}; check that it is mounted or "
+            "answers, and the permissions here"
         ) from error
 
 

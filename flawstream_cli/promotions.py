@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from flawstream.registry.registry import Registry
 from flawstream_cli.terminal import print_message
-from schemas.errors import RegistryError
+from schemas.errors import RegistryError, StorageUnavailableError
 from schemas.manifest import ModelManifest
 from schemas.settings.registry import RegistrySettings
 
@@ -60,7 +60,7 @@ class Promotions:
             }
             if changed:
                 self._registry.promote_all({category: manifest.version for category, manifest in changed.items()})
-        except RegistryError as error:
+        except (RegistryError, StorageUnavailableError) as error:
             self._error = str(error)
         else:
             self._waiting.clear()

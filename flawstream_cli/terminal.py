@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -107,14 +107,18 @@ def print_message(text: str, style: str = "") -> None:
 
 
 @contextlib.contextmanager
-def busy(activity: str) -> Iterator[None]:
-    """Show a spinner while the context lasts; without a terminal, print one line."""
+def busy(activity: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner while the context lasts; without a terminal, print one line.
+
+    Yields:
+        Replaces the spinner's text.
+    """
     if err.is_terminal:
-        with err.status(printable(f"{activity} ...")):
-            yield
+        with err.status(printable(f"{activity} ...")) as status:
+            yield lambda text: status.update(printable(f"{text} ..."))
     else:
         print_message(f"{activity} ...")
-        yield
+        yield lambda _text: None
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:

@@ -69,6 +69,12 @@ class StreamUnavailableError(TransientError):
     code = "stream_unavailable"
 
 
+class StorageUnavailableError(TransientError):
+    """The registry's storage cannot be read or written, or looks empty, as a folder that is not mounted does."""
+
+    code = "storage_unavailable"
+
+
 class BacklogFullError(TransientError):
     """The backlog is full: the producer is refused and nothing was written."""
 

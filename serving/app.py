@@ -24,6 +24,7 @@ from schemas.errors import ConfigError
 from schemas.settings import ApiSettings, DetectorSettings, RedisSettings, Settings, WorkerSettings
 from serving.api.security import Tokens, warn_if_open
 from serving.autoscaling import autoscaling_config
+from serving.availability import wait_for_versions
 from serving.deployments import ApiDeployment, DetectorDeployment, StreamWorkerDeployment
 from serving.detector import newest_manifest
 from workers.redis.client import require_server
@@ -85,20 +86,24 @@ def build(settings: Settings) -> serve.Application:
 def require_startable(settings: Settings) -> None:
     """Check that the service can start on this machine, to fail within a second and not after minutes.
 
+    Waits for the registry: see `serving.availability`.
+
     Raises:
         ConfigError: The port is taken, the tokens cannot be read, the registry's root is not a folder, or the stream
             server is too old or evicts streams.
         StreamUnavailableError: The stream server does not answer.
-        RegistryError: The registry cannot be read.
+        RegistryError: All current versions are damaged, or they have several backbones.
     """
     _require_free_port(settings.api)
     Tokens(settings.api)
     root = settings.registry.root
     if Path(root).is_file():
         raise ConfigError(f"registry.root={root!r} is a file; name the folder that `flawstream train` wrote to")
-    newest_manifest(Registry(root))
     if settings.worker.replicas:
         asyncio.run(_require_streams(settings.redis))
+    registry = Registry(root)
+    wait_for_versions(registry)
+    newest_manifest(registry)
 
 
 def run(settings: Settings) -> str:

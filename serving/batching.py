@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -208,29 +209,32 @@ class DrainBatcher(Generic[Tag, Out]):
         return outputs
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while not self._stopping:
             batch = self._next_batch()
-            if not batch:
+            if batch:
+                await self._judge(batch)
+            else:
                 self._arrival.clear()
                 await self._arrival.wait()
-                continue
-            began_s = self._begin()
-            try:
-                tags = [item.tag for item in batch]
-                outputs = await loop.run_in_executor(self._threads, self._run_what_fits, _stack(batch), tags)
-                if len(outputs) != len(batch):
-                    raise ShapeError(f"{len(batch)} images were judged and {len(outputs)} outputs came back")  # noqa: TRY301 - the callers get it, as any other failure
-            except Exception as error:  # noqa: BLE001 - the callers get it, and the loop goes on
-                calls = {item.call for item in batch}
-                _fail([*batch, *(item for item in self._waiting if item.call in calls)], error)
-                continue
-            finally:
-                self._end()
-            self._count(len(batch), began_s - batch[0].call.since_s, time.perf_counter() - began_s)
-            for item, output in zip(batch, outputs, strict=True):
-                if not item.output.done():
-                    item.output.set_result(output)
+
+    async def _judge(self, batch: list[_Item[Tag, Out]]) -> None:
+        """Run a batch; afterwards nothing here refers to its tags, which may keep models in memory."""
+        began_s = self._begin()
+        try:
+            run = partial(self._run_what_fits, _stack(batch), [item.tag for item in batch])
+            outputs = await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            if len(outputs) != len(batch):
+                raise ShapeError(f"{len(batch)} images were judged and {len(outputs)} outputs came back")  # noqa: TRY301 - the callers get it, as any other failure
+        except Exception as error:  # noqa: BLE001 - the callers get it, and the loop goes on
+            calls = {item.call for item in batch}
+            _fail([*batch, *(item for item in self._waiting if item.call in calls)], error)
+            return
+        finally:
+            self._end()
+        self._count(len(batch), began_s - batch[0].call.since_s, time.perf_counter() - began_s)
+        for item, output in zip(batch, outputs, strict=True):
+            if not item.output.done():
+                item.output.set_result(output)
 
     def _begin(self) -> float:
         now_s = time.perf_counter()

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from flawstream.imaging.pixels import PixelForm, Pixels
+from flawstream.registry.registry import Registry
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.logs import set_up_logging
 from schemas.errors import (
@@ -29,7 +30,8 @@ from schemas.keys import all_keys
 from schemas.settings import Settings
 from serving.api.api import build_api
 from serving.autoscaling import LoadReports
-from serving.detector import make_detector
+from serving.availability import wait_for_versions
+from serving.detector import open_detector
 from serving.ray_metrics import RayMetrics
 from serving.routing import CATEGORIES_FIT, placement_of, split
 from workers.consume.sharded import ShardedWorker
@@ -128,7 +130,9 @@ class DetectorDeployment:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         set_up_logging(settings.logging)
         metrics = RayMetrics(settings.metrics.max_categories)
-        self._service = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
+        registry = Registry(settings.registry.root)
+        await asyncio.to_thread(wait_for_versions, registry, metrics)
+        self._service = open_detector(registry, settings.model, settings.detector, metrics)
         await self._service.start()
         self._client = make_client(settings.redis)  # only used with autoscaling
         backlog = Backlog(self._client, all_keys(settings.redis))

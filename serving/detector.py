@@ -20,16 +20,29 @@ from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream.registry.versions import open_backbone
+from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from schemas.errors import Reason, RegistryError, ShapeError, TransientError, UnknownCategoryError
+from schemas.errors import (
+    ModelUnavailableError,
+    Reason,
+    RegistryError,
+    ShapeError,
+    StorageUnavailableError,
+    TransientError,
+    UnknownCategoryError,
+)
 from schemas.manifest import ModelManifest
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
+from serving.availability import LOG_S
 from serving.batching import DrainBatcher
 from serving.model_store import ModelStore, ResidentModel
 from workers.ports import Deferral, Detection, Judgement, Refusal
 
 log = logging.getLogger(__name__)
+
+_LOAD_S = 10.0
+"""Longest wait of a call for a version that is not loaded; then its images are deferred, and loading goes on."""
 
 
 class DetectorService:
@@ -56,9 +69,12 @@ class DetectorService:
             target_batch_s=None if settings.target_batch_ms is None else settings.target_batch_ms / 1000,
             metrics=metrics,
         )
+        self._metrics = metrics
         self._loading = asyncio.Lock()
+        self._loads: dict[str, asyncio.Task[ResidentModel | Refusal | Deferral]] = {}
         self._refreshed_at_s = -np.inf
-        self._unreadable: RegistryError | None = None
+        self._away = ""
+        self._away_logged_s = -np.inf
         self._refresh_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -74,6 +90,10 @@ class DetectorService:
             self._refresh_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._refresh_task
+        loads = list(self._loads.values())
+        for load in loads:
+            load.cancel()
+        await asyncio.gather(*loads, return_exceptions=True)
         await self._batcher.stop()
 
     @property
@@ -133,22 +153,38 @@ class DetectorService:
         shape = (len(categories), *form.shape)
         if images.shape != shape or images.dtype != form.dtype:
             raise ShapeError(f"expected {shape} {form.dtype}, got {images.shape} {images.dtype}")
-        models: dict[str, ResidentModel | Refusal | Deferral] = {}
-        for category in dict.fromkeys(categories):
-            models[category] = self._store.get(category) or await self._load(category)
-        outcomes: list[Judgement | None] = []
-        rows: list[int] = []
-        tags: list[ResidentModel] = []
+        resident = self._store.get_all(categories)
+        tags = [resident[category] for category in categories if category in resident]
+        if len(tags) == len(images):
+            return list(await self._batcher.submit(images, tags))
+        rows = [row for row, category in enumerate(categories) if category in resident]
+        missing: dict[str, list[int]] = {}
         for row, category in enumerate(categories):
-            model = models[category]
-            if not isinstance(model, ResidentModel):
-                outcomes.append(model)
-                continue
-            outcomes.append(None)
-            rows.append(row)
-            tags.append(model)
-        detections = iter(await self._batcher.submit(images if len(rows) == len(images) else images[rows], tags))
-        return [next(detections) if outcome is None else outcome for outcome in outcomes]
+            if category not in resident:
+                missing.setdefault(category, []).append(row)
+        parts = [
+            self._judge_rows(images, rows, tags),
+            *(self._load_and_judge(images, rows, category) for category, rows in missing.items()),
+        ]
+        del resident, tags  # loading another version may have to wait until no call uses these
+        judgements: dict[int, Judgement] = {}
+        for part in await asyncio.gather(*parts, return_exceptions=True):
+            if isinstance(part, BaseException):
+                raise part
+            judgements |= part
+        return [judgements[row] for row in range(len(images))]
+
+    async def _judge_rows(
+        self, images: Pixels, rows: Sequence[int], tags: Sequence[ResidentModel]
+    ) -> dict[int, Judgement]:
+        return dict(zip(rows, await self._batcher.submit(images[rows], tags), strict=True))
+
+    async def _load_and_judge(self, images: Pixels, rows: Sequence[int], category: str) -> dict[int, Judgement]:
+        """Judge the rows of a category that is not loaded: apart from the others, which need not wait for it."""
+        model = await self._load(category)
+        if not isinstance(model, ResidentModel):
+            return dict.fromkeys(rows, model)
+        return await self._judge_rows(images, rows, [model] * len(rows))
 
     def _judge(self, images: Pixels, models: Sequence[ResidentModel]) -> list[Detection]:
         """Judge one batch; called in a thread of the batcher."""
@@ -182,34 +218,57 @@ class DetectorService:
         return [detection for detection in detections if detection is not None]
 
     async def _load(self, category: str) -> ResidentModel | Refusal | Deferral:
-        """Load the version of a category that is not resident, without blocking batches of other categories."""
+        """Load the version of a category that is not resident; waits for that no longer than `_LOAD_S`."""
+        if self._away:  # until `_refresh_for_ever` finds the registry again
+            return _defer(category, self._away)
+        load = self._loads.get(category)
+        if load is None:
+            load = self._loads[category] = asyncio.create_task(self._load_now(category))
+            load.add_done_callback(lambda _: self._loads.pop(category))
+        try:
+            async with asyncio.timeout(_LOAD_S):
+                return await asyncio.shield(load)
+        except TimeoutError:
+            return _defer(category, f"it was not loaded within {_LOAD_S:g} s; loading goes on")
+
+    async def _load_now(self, category: str) -> ResidentModel | Refusal | Deferral:
         async with self._loading:
             model = self._store.get(category)
-            if model is not None:
-                return model
+            if model is not None or self._away:
+                return model or _defer(category, self._away)
             try:
                 # at most one look at the registry per refresh_s, even if every image has an unknown category
                 if time.monotonic() - self._refreshed_at_s >= self._settings.refresh_s:
                     await self._refresh()
-                elif self._unreadable is not None:
-                    return _defer(category, self._unreadable)
                 if category not in self._store.known:
                     return _refuse(category, self._store.known)
                 return await asyncio.to_thread(self._store.load, category)
             except UnknownCategoryError:
                 return _refuse(category, self._store.known)
-            except RegistryError as error:  # logged by the model store
+            except (RegistryError, ModelUnavailableError, StorageUnavailableError) as error:
                 return _defer(category, error)
 
     async def _refresh(self) -> None:
-        self._unreadable = None
         try:
             await asyncio.to_thread(self._store.refresh)
-        except RegistryError as error:
-            self._unreadable = error
+        except StorageUnavailableError as error:
+            self._note_away(error)
             raise
+        else:
+            self._away = ""
+            self._metrics.set(m.REGISTRY_UP, 1)
         finally:
             self._refreshed_at_s = time.monotonic()
+
+    def _note_away(self, error: StorageUnavailableError) -> None:
+        """Note that the registry is away; logged at most every `LOG_S`."""
+        self._away = str(error)  # the error itself would keep the models of its traceback in memory
+        self._metrics.set(m.REGISTRY_UP, 0)
+        if time.monotonic() - self._away_logged_s >= LOG_S:
+            self._away_logged_s = time.monotonic()
+            log.warning(
+                "the registry is away; loaded versions keep serving, images of other categories stay pending: %s", error
+            )
 
     async def _refresh_for_ever(self) -> None:
         while True:
@@ -217,11 +276,20 @@ class DetectorService:
             try:
                 async with self._loading:
                     await self._refresh()
-            except (RegistryError, TransientError):  # TransientError: of an engine on another machine
+            except StorageUnavailableError:  # logged
+                continue
+            except TransientError:  # of an engine on another machine
                 log.exception("cannot look for new versions or load them; the loaded ones keep serving")
 
     def _preload(self) -> None:
+        try:
+            self._load_what_fits()
+        except StorageUnavailableError as error:
+            self._note_away(error)
+
+    def _load_what_fits(self) -> None:
         self._store.refresh()
+        self._metrics.set(m.REGISTRY_UP, 1)
         for category in self._store.known:
             if not self._store.has_room:
                 log.warning(
@@ -234,7 +302,7 @@ class DetectorService:
 
 
 def _refuse(category: str, known: dict[str, str]) -> Refusal:
-    listed = ", ".join(sorted(known)[:10]) or "none yet"
+    listed = ", ".join(sorted(known)[:10])
     return Refusal(
         Reason.UNKNOWN_CATEGORY,
         f"category {category!r} has no current model version; known: {listed}. "
@@ -242,7 +310,7 @@ def _refuse(category: str, known: dict[str, str]) -> Refusal:
     )
 
 
-def _defer(category: str, error: RegistryError) -> Deferral:
+def _defer(category: str, error: object) -> Deferral:
     return Deferral(f"the current version of {category!r} cannot be used: {error}")
 
 
@@ -260,8 +328,8 @@ def make_detector(
     Raises:
         ConfigError: The engine is not installed, or the backbone does not exist.
         WeightsError: The backbone's weights cannot be loaded.
-        RegistryError: The registry or all its current versions cannot be read, or these have several backbones.
-        TransientError: The engine is on another machine and does not answer.
+        RegistryError: All current versions are damaged, or they have several backbones.
+        TransientError: The registry cannot be read, or the engine is on another machine and does not answer.
     """
     return open_detector(Registry(registry_root), model, settings, metrics)
 
@@ -283,6 +351,12 @@ def open_detector(
         metrics: Metrics to update.
         threads: CPU threads of ncnn and OpenVINO; 0: all.
     """
+    engine = open_engine(registry, model, settings, threads)
+    return DetectorService(registry, engine, settings, metrics)
+
+
+def open_engine(registry: Registry, model: ModelSettings, settings: DetectorSettings, threads: int = 0) -> Engine:
+    """Create the engine for the current versions of a registry; see `open_detector`."""
     newest = newest_manifest(registry)
 
     def backbone() -> Backbone:
@@ -290,7 +364,7 @@ def open_detector(
 
     engine = make_engine(settings, backbone, threads)
     quiet_torch(engine)
-    return DetectorService(registry, engine, settings, metrics)
+    return engine
 
 
 def newest_manifest(registry: Registry) -> ModelManifest | None:
@@ -298,7 +372,8 @@ def newest_manifest(registry: Registry) -> ModelManifest | None:
 
     Raises:
         MixedBackbonesError: The current versions have several backbones.
-        RegistryError: The registry cannot be read, or all current versions are damaged.
+        RegistryError: All current versions are damaged.
+        StorageUnavailableError: The registry cannot be read.
     """
     manifests, damaged = registry.current_manifests()
     if damaged and not manifests:

@@ -1,12 +1,17 @@
 """The versions that a detector has loaded: loads and warms them up, swaps in promoted ones, unloads unused ones.
 
 Knows no batching and no Ray. `get` never blocks; `load` and `refresh` read the registry: call them in a thread.
+
+A model is in memory for as long as somebody has it: the store, a queued call, a batch that runs. All of them count.
 """
 
 import contextlib
+import gc
 import logging
 import time
+import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -19,16 +24,22 @@ from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from schemas.errors import RegistryError, UnknownCategoryError
+from schemas.errors import ModelUnavailableError, RegistryError, UnknownCategoryError
 from schemas.manifest import Calibration, ModelManifest
+from serving.availability import read_currents
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 30.0
 """Time before loading a failed version is retried: the storage may have failed, and not the version."""
+_ROOM_S = 10.0
+"""Longest wait until calls have finished with unloaded versions, so that there is memory for another."""
+_POLL_S = 0.01
+_COLLECT_S = 1.0
+"""After so long a wait the garbage collector runs: the traceback of a failed batch may keep its models."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ResidentModel:
     """A loaded and warmed-up version.
 
@@ -55,12 +66,13 @@ class _Failure:
 
 
 class ModelStore:
-    """Holds one loaded version per category; above a memory limit, unloads the least recently used.
+    """Holds one loaded version per category; to stay within a memory limit, unloads the least recently used.
 
     Args:
         registry: Registry of the versions.
         engine: Engine that runs them; a version with another backbone is refused.
-        max_resident_bytes: The memory limit. The version used last stays loaded, even if it is larger.
+        max_resident_bytes: The memory limit, for versions in use too. Exceptions: a version that is larger is loaded
+            alone, and one that is swapped in may be beside the one it replaces.
         metrics: Metrics to update.
 
     Attributes:
@@ -74,6 +86,7 @@ class ModelStore:
         self._engine = engine
         self._max_resident_bytes = max_resident_bytes
         self._models: OrderedDict[str, ResidentModel] = OrderedDict()
+        self._in_memory: list[weakref.ref[ResidentModel]] = []
         self._lock = Lock()
         self._known: dict[str, str] = {}
         self._failures: dict[str, _Failure] = {}
@@ -93,9 +106,8 @@ class ModelStore:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory of the loaded versions."""
-        with self._lock:
-            return self._size()
+        """Memory of the loaded versions, and of unloaded ones that calls still use."""
+        return self._bytes_besides(None)
 
     @property
     def has_room(self) -> bool:
@@ -119,6 +131,14 @@ class ModelStore:
                 self._models.move_to_end(category)
             return model
 
+    def get_all(self, categories: Iterable[str]) -> dict[str, ResidentModel]:
+        """Return those of the categories that are loaded, with their versions."""
+        with self._lock:
+            models = {category: self._models[category] for category in categories if category in self._models}
+            for category in models:
+                self._models.move_to_end(category)
+            return models
+
     def load(self, category: str) -> ResidentModel:
         """Load a category's current version and warm it up; then swap it in.
 
@@ -126,6 +146,8 @@ class ModelStore:
             UnknownCategoryError: The category has no current version.
             RegistryError: The current version cannot be used; a version loaded before stays. Logged once per version,
                 and retried after 30 s.
+            StorageUnavailableError: The registry cannot be read.
+            ModelUnavailableError: There was no room in memory in time.
         """
         recent = self._failures.get(category)
         if (
@@ -136,6 +158,7 @@ class ModelStore:
             raise RegistryError(recent.error)
         version = self._registry.current(category)
         if version is None:
+            read_currents(self._registry)  # raises where all of them are missing
             raise UnknownCategoryError(
                 f"category {category!r} has no current version in the registry; train it with `flawstream train`, "
                 f"or promote one with `flawstream models promote {category} VERSION`"
@@ -144,7 +167,9 @@ class ModelStore:
         if present is not None and present.manifest.version == version:
             return present
         try:
-            model = self._prepare(category, version)
+            model = load_version(
+                self._registry, self._engine, category, version, partial(self._make_room, replaced=present)
+            )
         except RegistryError as error:
             if recent is None or recent.version != version:
                 log.exception(
@@ -157,50 +182,72 @@ class ModelStore:
             self._metrics.add(m.MODEL_LOADS, outcome="failed")
             raise
         self._failures.pop(category, None)
-        unloaded: list[ResidentModel] = []
         with self._lock:
+            self._in_memory.append(weakref.ref(model))
             self._models[category] = model
             self._models.move_to_end(category)
-            while len(self._models) > 1 and self._size() > self._max_resident_bytes:
-                _, oldest = self._models.popitem(last=False)
-                unloaded.append(oldest)
+        log.info("loaded: %s", model.manifest.model, extra=_log_fields(model))
+        self.loads += 1
+        self._metrics.add(m.MODEL_LOADS, outcome="swap" if present else "first")
+        if present is not None:
+            self._forget(present)
+        self._metrics.set(m.MODEL_INFO, 1, category=category, version=version)
+        self._metrics.set(m.RESIDENT_CATEGORIES, len(self.resident))
+        self._metrics.set(m.RESIDENT_BYTES, self.resident_bytes)
+        return model
+
+    def _forget(self, model: ResidentModel) -> None:
+        self._metrics.forget(m.MODEL_INFO, category=model.manifest.category, version=model.manifest.version)
+
+    def _make_room(self, size: int, replaced: ResidentModel | None) -> None:
+        """Unload the least recently used versions until another fits, and wait until no call uses them.
+
+        Args:
+            size: Memory of the other version, in bytes.
+            replaced: The version that it replaces, which serves meanwhile.
+
+        Raises:
+            ModelUnavailableError: Calls have used too many unloaded versions for too long.
+        """
+        self._unload_for(size, replaced)
+        began_s = time.monotonic()
+        collected = False
+        while (used := self._bytes_besides(replaced)) and used + size > self._max_resident_bytes:
+            waited_s = time.monotonic() - began_s
+            if waited_s > _ROOM_S:
+                raise ModelUnavailableError(
+                    f"calls have used {used / 1e6:.1f} MB of versions for {waited_s:.0f} s, and {size / 1e6:.1f} MB "
+                    f"more do not fit in {self._max_resident_bytes / 1e6:.0f} MB; raise detector.max_resident_mb, or "
+                    "add replicas"
+                )
+            if waited_s > _COLLECT_S and not collected:
+                gc.collect()
+                collected = True
+            time.sleep(_POLL_S)
+
+    def _unload_for(self, size: int, replaced: ResidentModel | None) -> None:
+        with self._lock:
+            others = [model for model in self._models.values() if model is not replaced]
+            excess = sum(model.size_bytes for model in others) + size - self._max_resident_bytes
+            for oldest in others:
+                if excess <= 0:
+                    return
+                excess -= oldest.size_bytes
+                del self._models[oldest.manifest.category]
+                self._forget(oldest)
                 log.info(
                     "unloaded: %s, to stay within detector.max_resident_mb",
                     oldest.manifest.model,
                     extra=_log_fields(oldest),
                 )
-        log.info("loaded: %s", model.manifest.model, extra=_log_fields(model))
-        self._update_metrics(model, present, unloaded)
-        return model
 
-    def _update_metrics(
-        self, loaded: ResidentModel, swapped: ResidentModel | None, unloaded: list[ResidentModel]
-    ) -> None:
-        self.loads += 1
-        self._metrics.add(m.MODEL_LOADS, outcome="swap" if swapped else "first")
-        for model in (swapped, *unloaded):
-            if model is not None:
-                self._metrics.forget(m.MODEL_INFO, category=model.manifest.category, version=model.manifest.version)
-        self._metrics.set(m.MODEL_INFO, 1, category=loaded.manifest.category, version=loaded.manifest.version)
-        self._metrics.set(m.RESIDENT_CATEGORIES, len(self.resident))
-        self._metrics.set(m.RESIDENT_BYTES, self.resident_bytes)
-
-    def _prepare(self, category: str, version: str) -> ResidentModel:
-        manifest = self._registry.manifest(category, version)
-        self._refuse_other_backbone(manifest)
-        calibration = manifest.calibration_in(arithmetic_of(self._engine, manifest))
-        weights = self._registry.read_file(manifest, WEIGHTS_FILE)
-        try:
-            head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
-            loaded = self._engine.load(head, manifest, partial(self._registry.read_file, manifest))
-        except (
-            RuntimeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-        ) as error:  # the manifest does not match the weights
-            raise RegistryError(f"{manifest.model} cannot be loaded: {error}; train it again") from error
-        return ResidentModel(manifest, loaded, calibration, np.array(calibration.scores), self._engine.memory_of(head))
+    def _bytes_besides(self, replaced: ResidentModel | None) -> int:
+        """Return the memory of all versions that anybody has, without one."""
+        with self._lock:
+            self._in_memory = [one for one in self._in_memory if one() is not None]
+            return sum(
+                model.size_bytes for one in self._in_memory if (model := one()) is not None and model is not replaced
+            )
 
     def _size(self) -> int:
         return sum(model.size_bytes for model in self._models.values())
@@ -209,9 +256,9 @@ class ModelStore:
         """Read the current versions, and swap in those of loaded categories. A failure is logged once per version.
 
         Raises:
-            RegistryError: The registry cannot be read.
+            StorageUnavailableError: The registry cannot be read, or has no current version.
         """
-        self._known = self._registry.currents()
+        self._known = read_currents(self._registry)
         with self._lock:
             stale = [
                 category
@@ -219,17 +266,52 @@ class ModelStore:
                 if self._known.get(category, model.manifest.version) != model.manifest.version
             ]
         for category in stale:
-            with contextlib.suppress(RegistryError):  # `load` has logged it
+            with contextlib.suppress(RegistryError, ModelUnavailableError):  # `load` has logged the first
                 self.load(category)
 
-    def _refuse_other_backbone(self, manifest: ModelManifest) -> None:
-        ours, theirs = self._engine.spec, manifest.backbone
-        if ours.identity != theirs.identity:
-            raise RegistryError(
-                f"{manifest.model} was trained on {theirs.summary}; this detector runs {ours.summary}. "
-                "A service runs one backbone: promote a version with that one, serve the category from another "
-                "registry, or, if all categories have moved to the new backbone, restart the service"
-            )
+
+def load_version(
+    registry: Registry,
+    engine: Engine,
+    category: str,
+    version: str,
+    make_room: Callable[[int], None] = lambda _bytes: None,
+) -> ResidentModel:
+    """Load a version and warm it up.
+
+    Args:
+        registry: The registry that has it.
+        engine: The engine that is to run it.
+        category: Its category.
+        version: Its name.
+        make_room: Is given its memory in bytes before that is used.
+
+    Raises:
+        RegistryError: The version cannot be used.
+        StorageUnavailableError: The registry cannot be read.
+    """
+    manifest = registry.manifest(category, version)
+    _refuse_other_backbone(engine, manifest)
+    calibration = manifest.calibration_in(arithmetic_of(engine, manifest))
+    weights = registry.read_file(manifest, WEIGHTS_FILE)
+    try:
+        head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
+        size = engine.memory_of(head)
+        make_room(size)
+        loaded = engine.load(head, manifest, partial(registry.read_file, manifest))
+    except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # the manifest does not match the weights
+        raise RegistryError(f"{manifest.model} cannot be loaded: {error}; train it again") from error
+    return ResidentModel(manifest, loaded, calibration, np.array(calibration.scores), size)
+
+
+def _refuse_other_backbone(engine: Engine, manifest: ModelManifest) -> None:
+    ours, theirs = engine.spec, manifest.backbone
+    if ours.identity != theirs.identity:
+        raise RegistryError(
+            f"{manifest.model} was trained on {theirs.summary}; this detector runs {ours.summary}. "
+            "A service runs one backbone: promote a version with that one, serve the category from another "
+            "registry, or, if all categories have moved to the new backbone, restart the service"
+        )
 
 
 def _log_fields(model: ResidentModel) -> dict[str, str]:

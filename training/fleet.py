@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from flawstream.registry.registry import Registry
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from schemas.errors import ConfigError, FlawstreamError, RegistryError, one_line
+from schemas.errors import ConfigError, FlawstreamError, RegistryError, StorageUnavailableError, one_line
 from schemas.manifest import ModelManifest
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
 from training.node_watch import NodeWatch
@@ -276,7 +276,7 @@ class _Fleet:
         while True:
             try:
                 manifest = Registry(job.registry_root).manifest(manifest.category, manifest.version)
-            except RegistryError as error:
+            except (RegistryError, StorageUnavailableError) as error:
                 if time.monotonic() < deadline_s:
                     time.sleep(_POLL_S)
                     continue
@@ -342,7 +342,9 @@ def _arrived(references: Collection[Any]) -> list[Any]:
 def _written_version(job: TrainingJob) -> ModelManifest | None:
     """Find the version that an attempt at a job wrote before it was lost."""
     registry, category = Registry(job.registry_root), job.data.name
-    with contextlib.suppress(RegistryError):  # then it is trained again, and reading that back will fail
+    with contextlib.suppress(
+        RegistryError, StorageUnavailableError
+    ):  # then it is trained again, and reading that back will fail
         for version in reversed(registry.versions(category)):
             manifest = registry.manifest(category, version)
             if manifest.created_at == job.created_at and manifest.training.seed == job.training.seed:

@@ -61,7 +61,7 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
         ConfigError: The category's name is invalid, or the model's scores are not finite.
         WeightsError: The flows do not fit the backbone.
         DatasetError: There are no images, or one cannot be read.
-        RegistryError: The registry cannot be written.
+        StorageUnavailableError: The registry cannot be written.
     """
     started = time.monotonic()
     if not re.fullmatch(CATEGORY_PATTERN, job.category):

@@ -123,7 +123,7 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
     Raises:
         DatasetError: An image or a mask cannot be read, or there are too few images.
         ConfigError: Training diverged, or the disk for temporary files is full.
-        RegistryError: The registry cannot be written.
+        StorageUnavailableError: The registry cannot be written.
     """
     started_s = time.monotonic()
     images, recipe = job.data.train, job.training
@@ -324,7 +324,7 @@ def publish(
         report: Makes a page about it, given its name.
 
     Raises:
-        RegistryError: The registry cannot be written.
+        StorageUnavailableError: The registry cannot be written.
     """
     files = {WEIGHTS_FILE: head.to_bytes(), **evaluated.trial_files, **extra_files}
     registry, created_at = Registry(registry_root), created_at or datetime.now(UTC)

@@ -67,7 +67,7 @@ def find_finished(
         The newest such version of each category and seed.
 
     Raises:
-        RegistryError: The storage is unreachable.
+        StorageUnavailableError: The storage cannot be read.
     """
 
     def find_in(category: CategoryData) -> dict[tuple[str, int], ModelManifest]:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from flawstream.registry.backbones import require_one_backbone
-from flawstream.storage import open_file_system, write_atomically
+from flawstream.storage import open_file_system, storage_errors, write_atomically
 from schemas.errors import RegistryError
 from schemas.manifest import MANIFEST_FORMAT, ModelManifest
 from schemas.messages import CATEGORY_PATTERN
@@ -34,6 +34,7 @@ _MANIFEST = "manifest.json"
 _CURRENT = "current"
 _READS_AT_ONCE = 16
 _NAME = re.compile(CATEGORY_PATTERN)
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def new_version(created_at: datetime, digest: str) -> str:
@@ -68,7 +69,7 @@ class Registry:
         """List the categories that have at least one version, by name.
 
         Raises:
-            RegistryError: The storage is unreachable.
+            StorageUnavailableError: The storage cannot be read.
         """
         return [category for category in self._folders(self._root) if self.versions(category)]
 
@@ -76,7 +77,8 @@ class Registry:
         """List a category's versions by name, which is the oldest first for names of `new_version`.
 
         Raises:
-            RegistryError: The name is not valid, or the storage is unreachable.
+            RegistryError: The name is not valid.
+            StorageUnavailableError: The storage cannot be read.
         """
         folder = self._path(category)
         return [
@@ -91,7 +93,8 @@ class Registry:
         A damaged alias is returned unchanged; `manifest` refuses it.
 
         Raises:
-            RegistryError: The name is not valid, or the storage is unreachable.
+            RegistryError: The name is not valid.
+            StorageUnavailableError: The storage cannot be read.
         """
         return self._aliases([self._check(category)]).get(category)
 
@@ -102,7 +105,7 @@ class Registry:
         unchanged, so that other categories are not affected; `manifest` refuses it.
 
         Raises:
-            RegistryError: The storage is unreachable.
+            StorageUnavailableError: The storage cannot be read.
         """
         return self._aliases(self._folders(self._root))
 
@@ -113,7 +116,7 @@ class Registry:
             The manifests that can be read, by category, and the errors of the others.
 
         Raises:
-            RegistryError: The storage is unreachable.
+            StorageUnavailableError: The storage cannot be read.
         """
 
         def read(alias: tuple[str, str]) -> ModelManifest | RegistryError:
@@ -135,17 +138,15 @@ class Registry:
         Raises:
             RegistryError: The version is missing, damaged, in a newer format than this program reads, or was moved to
                 another name.
+            StorageUnavailableError: The storage cannot be read.
         """
         path = self._path(category, version, _MANIFEST)
-        try:
-            data: bytes = self._fs.cat_file(path)
-        except (FileNotFoundError, NotADirectoryError):
+        data = self._read(path)
+        if data is None:
             versions = ", ".join(self.versions(category)) or "none; train the category first"
             raise RegistryError(
                 f"category {category!r} has no version {version!r} under {self._root}; it has: {versions}"
-            ) from None
-        except OSError as error:
-            raise _unreachable(path, error) from error
+            )
         manifest = _parse(data, path)
         if (manifest.category, manifest.version) != (category, version):
             raise RegistryError(
@@ -163,20 +164,18 @@ class Registry:
 
         Raises:
             RegistryError: The manifest does not list the file, the file is missing, or its digest differs.
+            StorageUnavailableError: The storage cannot be read.
         """
         path = self._path(manifest.category, manifest.version, name)
         if name not in manifest.files:
             raise RegistryError(
                 f"{manifest.model} lists no file {name!r}, only {', '.join(sorted(manifest.files)) or 'none'}"
             )
-        try:
-            data: bytes = self._fs.cat_file(path)
-        except FileNotFoundError:
+        data = self._read(path)
+        if data is None:
             raise RegistryError(
                 f"{path} is missing though the manifest lists it; promote another version, or train again"
-            ) from None
-        except OSError as error:
-            raise _unreachable(path, error) from error
+            )
         digest = hashlib.sha256(data).hexdigest()
         if digest != manifest.files[name]:
             raise RegistryError(
@@ -184,6 +183,16 @@ class Registry:
                 "changed; restore it, promote another version, or train again"
             )
         return data
+
+    def verify(self, manifest: ModelManifest) -> None:
+        """Read all of a version's files and compare their digests.
+
+        Raises:
+            RegistryError: A file is missing or damaged.
+            StorageUnavailableError: The storage cannot be read.
+        """
+        for name in manifest.files:
+            self.read_file(manifest, name)
 
     def write(self, manifest: ModelManifest, files: Mapping[str, bytes]) -> None:
         """Write a new version atomically. It serves only after `promote`.
@@ -197,8 +206,9 @@ class Registry:
             files: Content by name.
 
         Raises:
-            RegistryError: The version exists already, a name is not valid, the digests do not match, the manifest does
-                not survive serialisation, or the storage cannot be written.
+            RegistryError: The version exists already, a name is not valid, the digests do not match, or the manifest
+                does not survive serialisation.
+            StorageUnavailableError: The storage cannot be written.
         """
         folder = self._path(manifest.category, manifest.version)
         if manifest.version == _CURRENT or _MANIFEST in files:
@@ -217,12 +227,9 @@ class Registry:
             raise RegistryError(f"{manifest.model}: the manifest does not survive serialisation")
         if self._exists(f"{folder}/{_MANIFEST}"):
             raise RegistryError(f"{folder} exists already and a version is immutable; write it under a new name")
-        try:
-            for name, data in files.items():
-                self._put(f"{folder}/{name}", data)
-            self._put(f"{folder}/{_MANIFEST}", document)
-        except OSError as error:
-            raise _unreachable(folder, error) from error
+        for name, data in files.items():
+            self._put(f"{folder}/{name}", data)
+        self._put(f"{folder}/{_MANIFEST}", document)
 
     def promote(self, category: str, version: str, *, other_backbone: bool = False) -> None:
         """Make a version current; see `promote_all`."""
@@ -237,18 +244,17 @@ class Registry:
 
         Raises:
             MixedBackbonesError: The backbones differ; nothing was promoted.
-            RegistryError: A version cannot be read (see `manifest`) and nothing was promoted, or the storage cannot be
-                written.
+            RegistryError: A version or one of its files is missing or damaged; nothing was promoted.
+            StorageUnavailableError: The storage cannot be read, and nothing was promoted, or it cannot be written.
         """
         promoted = [self.manifest(category, version) for category, version in versions.items()]
+        with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
+            for _ in threads.map(self.verify, promoted):
+                pass
         if not other_backbone:
             self._require_one_backbone(promoted)
         for category, version in versions.items():
-            path = self._path(category, _CURRENT)
-            try:
-                self._put(path, f"{version}\n".encode())
-            except OSError as error:
-                raise _unreachable(path, error) from error
+            self._put(self._path(category, _CURRENT), f"{version}\n".encode())
 
     def _require_one_backbone(self, promoted: list[ModelManifest]) -> None:
         current, _ = self.current_manifests()  # a damaged version is not served and must not prevent a promotion
@@ -263,43 +269,47 @@ class Registry:
     def _aliases(self, categories: list[str]) -> dict[str, str]:
         paths = [f"{self._root}/{category}/{_CURRENT}" for category in categories]
         aliases: dict[str, str] = {}
-        # cat_ranges, not cat: it reads concurrently and does not expand wildcards in paths.
-        for category, path, data in zip(
-            categories, paths, self._fs.cat_ranges(paths, None, None, on_error="return"), strict=True
-        ):
+        with storage_errors(self._root):
+            # cat_ranges, not cat: it reads concurrently and does not expand wildcards in paths.
+            contents = self._fs.cat_ranges(paths, None, None, on_error="return")
+        for category, path, data in zip(categories, paths, contents, strict=True):
             if isinstance(data, bytes):
                 aliases[category] = data.decode(errors="replace").strip()
-            elif isinstance(data, OSError) and not isinstance(
-                data, FileNotFoundError | NotADirectoryError | IsADirectoryError
-            ):
-                raise _unreachable(path, data) from data
-            elif not isinstance(data, OSError):
-                raise data
+            elif not isinstance(data, _MISSING):
+                with storage_errors(path):
+                    raise data
         return aliases
 
     def _folders(self, path: str) -> list[str]:
         """List the valid names of categories or versions under a path; empty if the path is missing."""
-        try:
-            entries = self._fs.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise _unreachable(path, error) from error
+        with storage_errors(path):
+            try:
+                entries = self._fs.ls(path, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
         # != "file" rather than == "directory": fsspec's type of a link to a folder is "other".
         names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] != "file")
         return sorted(name for name in names if _NAME.fullmatch(name))
 
     def _exists(self, path: str) -> bool:
-        try:
+        with storage_errors(path):
             return bool(self._fs.exists(path))
-        except OSError as error:
-            raise _unreachable(path, error) from error
+
+    def _read(self, path: str) -> bytes | None:
+        """Return a file's content, or None if there is no such file."""
+        with storage_errors(path):
+            try:
+                data: bytes = self._fs.cat_file(path)
+            except _MISSING:
+                return None
+        return data
 
     def _put(self, path: str, data: bytes) -> None:
         """Write one file atomically; the name of an unfinished one has a leading dot, and so is never a valid name."""
-        write_atomically(self._fs, path, data)
-        if isinstance(self._fs, LocalFileSystem):
-            _sync_folders(Path(path).parent, Path(self._root))
+        with storage_errors(path):
+            write_atomically(self._fs, path, data)
+            if isinstance(self._fs, LocalFileSystem):
+                _sync_folders(Path(path).parent, Path(self._root))
 
     def _path(self, *names: str) -> str:
         return "/".join([self._root, *map(self._check, names)])
@@ -349,7 +359,3 @@ def _parse(data: bytes, path: str) -> ModelManifest:
         raise RegistryError(
             f"{path} is damaged ({str(error)[:160]}); restore it, promote another version, or train again"
         ) from None
-
-
-def _unreachable(path: str, error: BaseException) -> RegistryError:
-    return RegistryError(f"the registry's storage failed at {path}: {error}; check registry.root and its permissions")

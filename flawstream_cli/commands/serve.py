@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from flawstream.registry.registry import Registry
 from flawstream_cli.cluster import Cluster, on_cluster
 from flawstream_cli.terminal import (
     ConfigOption,
@@ -53,9 +52,9 @@ def serve(
 ) -> None:
     """Serve the trained categories until Ctrl-C.
 
-    Without --redis, starts an embedded Valkey server, whose data survives a restart. Should it end, it is started
-    again; where that does not help, the service stops with exit code 4. When everything is ready, prints one JSON line
-    with the addresses to standard output.
+    Waits until the registry can be read and has a current version. Without --redis, starts an embedded Valkey server,
+    whose data survives a restart. Should it end, it is started again; where that does not help, the service stops with
+    exit code 4. When everything is ready, prints one JSON line with the addresses to standard output.
 
     Example: `flawstream serve --redis redis://plant:6379/0 --registry s3://plant/models`
     """
@@ -83,7 +82,7 @@ def serve(
             stack.enter_context(server)
             settings = with_redis(settings, server.url)
         if ray_address is None:  # a remote cluster may reach servers and folders that this machine cannot
-            _require_startable(settings)
+            service.require_startable(settings)
         cluster = stack.enter_context(on_cluster(ray_address))
         addresses = stack.enter_context(running(settings, cluster))
         print_message(f"push an image   flawstream push PART.png --category CATEGORY --redis {settings.redis.url}")
@@ -98,23 +97,6 @@ def serve(
 def with_redis(settings: Settings, url: str) -> Settings:
     """Return a copy of the settings with another `redis.url`."""
     return settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": url})})
-
-
-def _require_startable(settings: Settings) -> None:
-    """Check that the service can start on this machine; warn if the registry has no versions yet.
-
-    Raises:
-        ConfigError: A port is taken, or the registry's root is not a folder.
-        StreamUnavailableError: The stream server does not answer.
-        RegistryError: The registry cannot be read.
-    """
-    service.require_startable(settings)
-    root = settings.registry.root
-    if not Registry(root).currents():
-        print_message(
-            f"{root} has no model versions yet: images become dead letters until `flawstream train` has trained some",
-            "yellow",
-        )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flawstream.registry.registry import Registry
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.liveness import Liveness
 from flawstream.telemetry.metrics import Metrics
@@ -25,7 +26,8 @@ from flawstream_cli.terminal import (
 )
 from schemas.errors import StageTimeoutError
 from schemas.settings import Settings
-from serving.detector import DetectorService, make_detector
+from serving.availability import wait_for_versions
+from serving.detector import DetectorService, open_detector
 from workers.consume.sharded import ShardedWorker
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
@@ -49,10 +51,11 @@ def worker(
 ) -> None:
     """Judge images from the stream until Ctrl-C, with the detector in this process, without Ray.
 
-    Prints one JSON line to standard output when ready, and another at the end. On Ctrl-C or SIGTERM, finishes the
-    batches in flight within `worker.drain_s` and releases the rest. After a crash, a worker with the same name
-    continues with the entries that are pending for it. Where decoding or the detector hangs for longer than
-    `worker.stage_timeout_s`, ends with exit code 1, so that its supervisor starts it again.
+    Waits until the registry can be read and has a current version. Prints one JSON line to standard output when ready,
+    and another at the end. On Ctrl-C or SIGTERM, finishes the batches in flight within `worker.drain_s` and releases
+    the rest. After a crash, a worker with the same name continues with the entries that are pending for it. Where
+    decoding or the detector hangs for longer than `worker.stage_timeout_s`, ends with exit code 1, so that its
+    supervisor starts it again.
 
     Example: `flawstream worker --redis redis://plant:6379/0 --registry /models --name line7`
     """
@@ -66,8 +69,10 @@ def worker(
     )
     liveness = Liveness()
     with serve_metrics(settings.metrics, liveness) as (metrics, metrics_url), open_tracer(settings.tracing) as tracer:
+        opened = Registry(settings.registry.root)
         with busy("loading the models"):
-            detector = make_detector(settings.registry.root, settings.model, settings.detector, metrics)
+            wait_for_versions(opened, metrics)
+            detector = open_detector(opened, settings.model, settings.detector, metrics)
         detector_alive = asyncio.run(_work(settings, detector, metrics, metrics_url, tracer, liveness))
     if not detector_alive:
         print_message("the detector has stopped unexpectedly; restart the worker", "red")

@@ -209,8 +209,11 @@ _LOADS = lines(
 _RESIDENT = lines(
     "Categories loaded",
     "none",
-    "Of the detector with the most. If it goes up and down, `detector.max_resident_mb` is too low.",
+    "Of the detector with the most. If it goes up and down, `detector.max_resident_mb` is too low. `registry`: 0 if a "
+    "detector cannot read it.",
     Query(f"max({select(m.RESIDENT_CATEGORIES)})", "categories"),
+    Query(f"min({select(m.REGISTRY_UP)})", "registry"),
+    runbook="FlawstreamRegistryDown",
 )
 _MEMORY = lines(
     "Memory of loaded categories",

@@ -40,7 +40,9 @@ class DetectorSettings(ScaledSection):
         description="How long a batch may take; larger ones are not made. Without it only their size counts.",
     )
     max_resident_mb: int = Field(
-        8192, ge=1, description="Memory for loaded categories, 10^6 bytes; the least recently used goes first."
+        8192,
+        ge=1,
+        description="Memory for loaded categories, in use or not, 10^6 bytes; the least recently used goes first.",
     )
     refresh_s: float = Field(2.0, gt=0, description="Time between two searches for newly promoted versions.")
     timeout_s: float = Field(

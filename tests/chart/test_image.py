@@ -148,7 +148,7 @@ def test_first_result_from_the_small_profile(node: Node, documents: list[Body], 
     assert not trained["failed"]
     assert (claims["models"] / "part" / "current").exists()
     doctor = node.run(only(documents, "Pod/line-flawstream-test"), container="doctor")
-    assert doctor.count("ok ") == 6, doctor
+    assert doctor.count("ok ") == 7, doctor
 
     worker = only(documents, "Deployment/line-flawstream-worker")
     working = node.start(worker, log=claims["models"].parent / "worker.log")

@@ -68,6 +68,7 @@ QUIET = {
     "FlawstreamDrift": "windows have fewer than a hundred images",
     "FlawstreamReplicasRestart": "replicas start once",
     "FlawstreamWorkersRestart": "the worker starts once",
+    "FlawstreamRegistryDown": "the registry is there",
     "FlawstreamBatchesHalved": "there is memory enough",
     "FlawstreamTrainingFails": "training succeeds",
 }

@@ -40,5 +40,6 @@ def _decode(data: bytes, form: PixelForm, limits: LimitSettings) -> DecodedImage
 
 if __name__ == "__main__":
     decode.decode_image = _decode  # type: ignore[attr-defined]
-    worker.make_detector = lambda *_: FakeService()  # type: ignore[assignment, attr-defined]
+    worker.wait_for_versions = lambda *_: None  # type: ignore[attr-defined]
+    worker.open_detector = lambda *_: FakeService()  # type: ignore[assignment, attr-defined]
     main()

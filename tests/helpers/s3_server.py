@@ -9,9 +9,9 @@ from moto.server import ThreadedMotoServer
 
 
 @contextmanager
-def running_s3() -> Iterator[str]:
-    """Have a server up; gives its address."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+def running_s3(port: int = 0) -> Iterator[str]:
+    """Have a server up, with the objects of earlier ones of this process; gives its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     try:

@@ -10,12 +10,14 @@ import pytest
 from helpers.command_line import Ran, Run, make_run
 from helpers.fakes import make_result, png
 from helpers.raw_redis import RawRedis
-from helpers.tiny_models import SPEC, write_version
+from helpers.registries import overwrite
+from helpers.tiny_models import write_version
 
+from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
 from schemas.errors import Reason
 from schemas.messages import DeadLetter, Verdict
-from schemas.settings import RedisSettings
+from schemas.settings import ModelSettings, RedisSettings
 from schemas.wire import dead_letter_fields, result_fields
 
 HOSTILE = "\x1b[2J[red]part[/]\x07\u202e"
@@ -91,22 +93,50 @@ def test_doctor_says_which_server_does_not_answer(run: Run, nobody: str) -> None
     assert "does not answer" in found["streams"]["detail"]
 
 
-def test_doctor_reports_the_served_backbone_and_versions_that_cannot_be_served(run: Run, tmp_path: Path) -> None:
+def test_doctor_loads_what_is_current_and_names_all_that_cannot_be(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAWSTREAM_DETECTOR__ENGINE", "torch")
+
+    def look() -> tuple[int, bool, str]:
+        ran = run("doctor", "--json", "--registry", tmp_path)
+        assert "loading 4 current versions" in ran.err
+        found = json.loads(ran.out)["versions"]
+        return ran.code, found["ok"], found["detail"]
+
+    registry = Registry(str(tmp_path))
+    spec = Backbone(ModelSettings(input_size=64)).spec
+    for category in ("bottle", "cable", "screw", "tile"):
+        write_version(registry, category, spec=spec)
+    assert look() == (0, True, "4 of 4 load")
+    for category in ("cable", "tile"):
+        overwrite(str(tmp_path), f"{category}/v1/flow.safetensors", b"damaged")
+    code, well, detail = look()
+    assert (code, well) == (1, False)
+    assert detail.startswith("2 of 4 cannot be loaded: ")
+    assert all(f"{name}/v1/flow.safetensors has SHA-256" in detail for name in ("cable", "tile"))
+
+
+def test_doctor_reports_the_served_backbone_and_versions_that_cannot_be_served(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAWSTREAM_DETECTOR__ENGINE", "torch")
+
     def look() -> tuple[int, bool, str]:
         ran = run("doctor", "--json", "--registry", tmp_path)
         found = json.loads(ran.out)["registry"]
         return ran.code, found["ok"], found["detail"]
 
     registry = Registry(str(tmp_path))
+    spec = Backbone(ModelSettings(input_size=64)).spec
     for category in ("bottle", "cable"):
-        write_version(registry, category)
-    served = "2 categories: bottle, cable; on tiny at 64 px (resize area) with strides 16, 32 and weights 000000000000"
-    assert look() == (0, True, f"{tmp_path}: {served}")
-    write_version(registry, "tile", spec=SPEC.model_copy(update={"name": "other"}), promote=False)
+        write_version(registry, category, spec=spec)
+    assert look() == (0, True, f"{tmp_path}: 2 categories: bottle, cable; on {spec.summary}")
+    write_version(registry, "tile", spec=spec.model_copy(update={"name": "other"}), promote=False)
     registry.promote("tile", "v1", other_backbone=True)
     code, well, detail = look()
     assert (code, well) == (1, False)
-    assert all(name in detail for name in ("tiny at 64 px", "(bottle, cable)", "other at 64 px", "(tile)"))
+    assert all(name in detail for name in (spec.summary, "(bottle, cable)", "other at 64 px", "(tile)"))
     assert "flawstream models promote" in detail
     (tmp_path / "tile" / "current").unlink()
     (tmp_path / "cable" / "v1" / "manifest.json").write_text("{")

@@ -15,22 +15,11 @@ from fsspec import AbstractFileSystem
 from fsspec.core import split_protocol
 from upath import UPath
 
-from flawstream.storage import url_errors
+from flawstream.storage import S3_OPTIONS, url_errors
 from schemas.errors import DatasetError, FlawstreamError
 
 READS_AT_ONCE = 16
 """Concurrent requests to a store."""
-
-_CONNECT_S, _READ_S = 5, 30
-_S3_OPTIONS = {
-    "config_kwargs": {
-        "connect_timeout": _CONNECT_S,
-        "read_timeout": _READ_S,
-        "retries": {"total_max_attempts": 2},
-        "max_pool_connections": READS_AT_ONCE,
-    }
-}
-"""The defaults take minutes to report that nobody answers."""
 
 
 def is_url(path: object) -> bool:
@@ -53,7 +42,7 @@ def open_path(root: str | Path) -> Path:
     if protocol == "file":
         return Path(bare)
     with url_errors(root, repr(root)):
-        path = UPath(root.rstrip("/"), protocol=protocol, **(_S3_OPTIONS if protocol in {"s3", "s3a"} else {}))
+        path = UPath(root.rstrip("/"), protocol=protocol, **(S3_OPTIONS if protocol in {"s3", "s3a"} else {}))
         path.fs.invalidate_cache()
     return cast("Path", path)
 

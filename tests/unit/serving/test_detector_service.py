@@ -1,6 +1,8 @@
 """The detector as one plain object on a real registry, with an engine that a test can predict."""
 
 import asyncio
+import time
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -22,9 +24,10 @@ from helpers.waiting import Deadline, wait_until_async
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flawstream.imaging.pixels import PixelForm
+from flawstream.engines.protocol import HeadRows, ScoredBatch
+from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.registry.registry import Registry
-from schemas.errors import MixedBackbonesError, Reason, RegistryError, ShapeError
+from schemas.errors import MixedBackbonesError, Reason, RegistryError, ShapeError, StorageUnavailableError
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.detector import DetectorService, make_detector, newest_manifest
@@ -52,10 +55,19 @@ def registry(tmp_path: Path) -> CountingRegistry:
 
 @asynccontextmanager
 async def running(
-    registry: Registry, *, refresh_s: float = NEVER_S, max_resident_mb: int = 100, max_batch_images: int = 32
+    registry: Registry,
+    *,
+    engine: TinyEngine | None = None,
+    model_bytes: int | None = None,
+    refresh_s: float = NEVER_S,
+    max_resident_mb: int = 100,
+    max_batch_images: int = 32,
 ) -> AsyncIterator[DetectorService]:
     chosen = DetectorSettings(refresh_s=refresh_s, max_resident_mb=max_resident_mb, max_batch_images=max_batch_images)
-    service = DetectorService(registry, TinyEngine(), chosen)
+    engine = engine or TinyEngine()
+    if model_bytes is not None:
+        engine.memory_of = lambda head: model_bytes  # type: ignore[method-assign]  # noqa: ARG005 - the protocol's name
+    service = DetectorService(registry, engine, chosen)
     await service.start()
     try:
         yield service
@@ -162,11 +174,11 @@ async def test_unknown_category_does_not_read_the_registry_for_every_image(regis
 async def test_category_trained_later_is_judged_after_the_next_refresh(registry: CountingRegistry) -> None:
     async with running(registry, refresh_s=0.001) as service:
         (outcome,) = await judge(service, [1], ["bottle"])
-        assert isinstance(outcome, Refusal)
-        assert "none yet" in outcome.detail
+        assert isinstance(outcome, Deferral)
+        assert "nothing is trained yet" in outcome.detail
         write_version(registry, "bottle")
         deadline = Deadline("the category is known")
-        while isinstance(outcome, Refusal):
+        while isinstance(outcome, Deferral):
             deadline.check()
             (outcome,) = await judge(service, [1], ["bottle"])
         assert isinstance(outcome, Detection)
@@ -189,13 +201,10 @@ async def test_promoted_version_is_swapped_in_while_images_come(registry: Counti
     assert set(models) == {"bottle@v1", "bottle@v2"}
 
 
-async def test_category_that_was_let_go_is_loaded_again(
-    registry: CountingRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TinyEngine, "memory_of", lambda *_: 1_000_000)  # none has another beside it
+async def test_category_that_was_let_go_is_loaded_again(registry: CountingRegistry) -> None:
     for category in ("bottle", "cable"):
         write_version(registry, category)
-    async with running(registry, max_resident_mb=1) as service:
+    async with running(registry, max_resident_mb=1, model_bytes=1_000_000) as service:  # none has another beside it
         assert service.status()["resident"] == ["bottle@v1"]
         outcomes = await judge(service, [10, 20], ["bottle", "cable"])
         assert [outcome.model for outcome in outcomes if isinstance(outcome, Detection)] == ["bottle@v1", "cable@v1"]
@@ -258,7 +267,7 @@ async def test_registry_that_cannot_be_read_makes_no_category_unknown(
     def currents() -> dict[str, str]:
         nonlocal lookups
         lookups += 1
-        raise RegistryError("the storage fails")
+        raise StorageUnavailableError("the storage fails")
 
     async with running(registry) as service:
         monkeypatch.setattr(registry, "currents", currents)
@@ -278,13 +287,82 @@ async def test_registry_that_fails_leaves_the_loaded_versions_serving(
 
     def currents() -> dict[str, str]:
         loop.call_soon_threadsafe(failed.set)
-        raise RegistryError("the storage fails")
+        raise StorageUnavailableError("the storage fails")
 
     async with running(registry, refresh_s=0.001) as service:
         monkeypatch.setattr(registry, "currents", currents)
         await failed.wait()
         assert (await judge_one(service, 10)).model == "bottle@v1"
         assert service.alive
+
+
+@pytest.mark.parametrize("left", ["an empty folder", "no folder"])
+async def test_loaded_versions_serve_while_the_volume_is_away_and_no_other_image_is_refused(
+    registry: CountingRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture, left: str
+) -> None:
+    volume, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
+    registry = CountingRegistry(str(volume))
+    for category in ("bottle", "cable"):
+        write_version(registry, category)
+    async with running(registry, refresh_s=0.001, max_resident_mb=1, model_bytes=1_000_000) as service:
+        assert service.status()["resident"] == ["bottle@v1"]
+        caplog.clear()
+        volume.rename(elsewhere)
+        if left == "an empty folder":
+            volume.mkdir()
+        await wait_until_async(lambda: bool(caplog.records), "the detector has looked again", every_s=0.001)
+        for _ in range(3):
+            resident, known, new = await judge(service, [10, 20, 30], ["bottle", "cable", "new"])
+            assert isinstance(resident, Detection)
+            assert isinstance(known, Deferral)
+            assert isinstance(new, Deferral)
+        await asyncio.sleep(0.1)  # many looks at the registry
+        assert ["away" in record.getMessage() for record in caplog.records] == [True]
+        if volume.exists():
+            volume.rmdir()
+        elsewhere.rename(volume)
+        deadline = Deadline("the volume is found again")
+        while isinstance(new, Deferral):
+            deadline.check()
+            known, new = await judge(service, [20, 30], ["cable", "new"])
+        assert isinstance(new, Refusal)
+        assert isinstance((await judge(service, [20], ["cable"]))[0], Detection)
+
+
+class Head:
+    """A loaded head, which is in memory for as long as anybody has it."""
+
+
+async def test_no_more_versions_are_in_memory_than_may_be_while_calls_of_many_categories_wait(
+    registry: CountingRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    categories = [f"part-{number:02}" for number in range(24)]
+    for category in categories:
+        write_version(registry, category)
+    engine = TinyEngine()
+    loaded: weakref.WeakSet[Head] = weakref.WeakSet()
+    most = 0
+
+    def load(*_: object) -> Head:
+        nonlocal most
+        head = Head()
+        loaded.add(head)
+        most = max(most, len(loaded))
+        return head
+
+    def detect(images: Pixels, heads: Sequence[HeadRows]) -> ScoredBatch:
+        time.sleep(0.005)  # calls wait in the queue
+        return TinyEngine.detect(engine, images, heads)
+
+    monkeypatch.setattr(engine, "load", load)
+    monkeypatch.setattr(engine, "detect", detect)
+    async with running(registry, engine=engine, max_resident_mb=4, model_bytes=1_000_000) as service:
+        one_each = [judge(service, [10], [category]) for category in categories * 3]
+        all_at_once = judge(service, [20] * len(categories), categories)
+        outcomes = [outcome for part in await asyncio.gather(*one_each, all_at_once) for outcome in part]
+        assert all(isinstance(outcome, Detection) for outcome in outcomes)
+        assert service.status()["resident_mb"] <= 4.0  # type: ignore[operator]  # a number
+    assert most == 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Resident models: loaded, swapped, let go, refused."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from helpers.tiny_models import FLOW, SPEC, TinyEngine, write_version
 import serving.model_store
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import Registry
-from schemas.errors import RegistryError, UnknownCategoryError
+from schemas.errors import ModelUnavailableError, RegistryError, StorageUnavailableError, UnknownCategoryError
 from serving.model_store import ModelStore
 
 MODEL_BYTES = sum(tensor.nbytes for tensor in FastFlowHead(SPEC, FLOW).state_dict().values())
@@ -53,6 +54,7 @@ def test_version_that_is_resident_is_not_prepared_again(bench: Bench) -> None:
 
 
 def test_category_without_a_version_is_unknown(bench: Bench) -> None:
+    write_version(bench.registry, "cable")
     with pytest.raises(UnknownCategoryError, match=r"'bottle' has no current version.*flawstream train"):
         bench.store.load("bottle")
 
@@ -114,6 +116,51 @@ def test_version_calibrated_in_another_arithmetic_is_refused_with_the_way_out(be
     with pytest.raises(RegistryError, match=r"calibrated in float32 .* computes in float16, .*; train it again"):
         bench.store.load("bottle")
     assert bench.store.resident == []
+
+
+def test_category_of_an_empty_folder_is_not_unknown_as_a_missing_mount_looks_like_it(bench: Bench) -> None:
+    with pytest.raises(StorageUnavailableError, match=r"no current version in .* not mounted"):
+        bench.store.load("bottle")
+    with pytest.raises(StorageUnavailableError, match="not mounted"):
+        bench.store.refresh()
+
+
+def test_versions_in_use_count_and_loading_waits_until_they_are_not_used(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, models=2)
+    for category in ("bottle", "cable", "screw"):
+        write_version(bench.registry, category)
+    in_use = [bench.store.load("bottle"), bench.store.load("cable")]
+    in_use[:] = bench.store.get_all(["bottle", "cable"]).values()
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(bench.store.load, "screw")
+        with pytest.raises(TimeoutError):
+            loading.result(timeout=0.2)
+        assert (bench.store.resident, bench.store.resident_bytes) == (["cable@v1"], 2 * MODEL_BYTES)
+        del in_use[0]
+        assert loading.result().manifest.model == "screw@v1"
+    assert bench.store.resident_bytes == 2 * MODEL_BYTES
+
+
+def test_loading_gives_up_where_versions_are_used_for_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.model_store, "_ROOM_S", 0.0)
+    bench = Bench(tmp_path, models=1)
+    for category in ("bottle", "cable"):
+        write_version(bench.registry, category)
+    in_use = bench.store.load("bottle")
+    with pytest.raises(ModelUnavailableError, match=r"raise detector\.max_resident_mb"):
+        bench.store.load("cable")
+    assert in_use.manifest.model == "bottle@v1"
+    del in_use
+    assert bench.store.load("cable").manifest.model == "cable@v1"  # at once, and not after 30 s
+
+
+def test_promoted_version_is_swapped_in_beside_the_one_that_calls_use(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, models=1)
+    write_version(bench.registry, "bottle", "v1")
+    in_use = bench.store.load("bottle")
+    write_version(bench.registry, "bottle", "v2")
+    bench.store.refresh()
+    assert (in_use.manifest.version, bench.serving("bottle")) == ("v1", "v2")
 
 
 def test_roll_back_takes_the_older_version(bench: Bench) -> None:

@@ -1,5 +1,6 @@
 """Promotion: a version serves once it is promoted, and all categories that serve share one backbone."""
 
+import fsspec
 import pytest
 from helpers.registries import FILES, make_manifest, overwrite
 
@@ -24,6 +25,23 @@ def test_version_that_does_not_exist_cannot_be_promoted(registry: Registry) -> N
     with pytest.raises(RegistryError, match=r"no version 'v9'.*it has: v1"):
         registry.promote("bottle", "v9")
     assert registry.current("bottle") is None
+
+
+@pytest.mark.parametrize("damage", [b"WEIGHTS", None])
+def test_version_with_a_damaged_or_missing_file_cannot_be_promoted(
+    registry: Registry, root: str, damage: bytes | None
+) -> None:
+    registry.promote("bottle", "v1")
+    registry.write(make_manifest("can"), FILES)
+    registry.write(make_manifest(version="v2"), FILES)
+    if damage is None:
+        fs, base = fsspec.core.url_to_fs(root)
+        fs.rm_file(f"{base}/bottle/v2/flow.safetensors")
+    else:
+        overwrite(root, "bottle/v2/flow.safetensors", damage)
+    with pytest.raises(RegistryError, match=r"bottle/v2/flow\.safetensors (has SHA-256|is missing)"):
+        registry.promote_all({"can": "v1", "bottle": "v2"})
+    assert registry.currents() == {"bottle": "v1"}
 
 
 OTHER = make_manifest().backbone.model_copy(update={"name": "wide_resnet50_2", "weights_sha256": "9" * 64})

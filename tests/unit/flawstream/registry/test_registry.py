@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from fsspec.registry import known_implementations
 from helpers.registries import FILES, make_manifest, overwrite
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flawstream.registry.registry
 from flawstream.registry.registry import Registry, new_version
-from schemas.errors import ConfigError, RegistryError
+from flawstream.storage import write_atomically
+from schemas.errors import ConfigError, RegistryError, StorageUnavailableError
 from schemas.manifest import MANIFEST_FORMAT
 
 OUTSIDE = ["", ".", "..", "../x", "a/b", "/etc", ".hidden", "a\n", "a\x00", "x" * 129, "ü", "a\\b", "*"]
@@ -78,15 +83,14 @@ def test_what_a_dead_writer_left_is_no_version_and_is_in_nobodys_way(root: str) 
 
 def test_writer_that_dies_before_the_manifest_leaves_no_version(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(root)
-    put = registry._put  # noqa: SLF001 - the disk fills up at this point
 
-    def full(path: str, data: bytes) -> None:
+    def full(fs: Any, path: str, data: bytes) -> None:
         if path.endswith("manifest.json"):
             raise OSError(28, "No space left on device")
-        put(path, data)
+        write_atomically(fs, path, data)
 
-    monkeypatch.setattr(registry, "_put", full)
-    with pytest.raises(RegistryError, match="No space left"):
+    monkeypatch.setattr(flawstream.registry.registry, "write_atomically", full)  # the disk fills up
+    with pytest.raises(StorageUnavailableError, match="No space left"):
         registry.write(make_manifest(), FILES)
     assert registry.versions("bottle") == []
     with pytest.raises(RegistryError, match="no version"):
@@ -231,12 +235,19 @@ def test_unknown_protocol_is_refused() -> None:
         Registry("nosuch://bucket/x")
 
 
-def test_storage_that_refuses_is_a_registry_error(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+@pytest.mark.parametrize(
+    "failure",
+    [PermissionError(13, "Permission denied"), EndpointConnectionError(endpoint_url="http://s3.plant")],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_storage_that_fails_is_a_transient_error(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
 
     for name in ("ls", "cat_file", "exists", "pipe_file"):
-        monkeypatch.setattr(registry._fs, name, refuse, raising=True)  # noqa: SLF001 - a storage that fails
+        monkeypatch.setattr(registry._fs, name, fail, raising=True)  # noqa: SLF001 - a storage that fails
     calls: list[Callable[[], object]] = [
         registry.categories,
         registry.currents,
@@ -246,5 +257,5 @@ def test_storage_that_refuses_is_a_registry_error(registry: Registry, monkeypatc
         lambda: registry.write(make_manifest(version="v2"), FILES),
     ]
     for call in calls:
-        with pytest.raises(RegistryError, match="Permission denied"):
+        with pytest.raises(StorageUnavailableError, match=re.escape(str(failure))):
             call()
