@@ -21,6 +21,7 @@ from flawstream.imaging.maps import Grid, upsample
 from flawstream.registry.registry import Registry
 from flawstream.registry.versions import open_backbone
 from schemas.settings import DetectorSettings, ModelSettings
+from serving.engines import Engines
 from serving.model_store import ModelStore
 
 TOP_FRACTION = 0.03
@@ -44,7 +45,7 @@ def main(text: str) -> None:
     settings = DetectorSettings.model_validate({"engine": job["engine"], "precision": job["precision"]})
     engine = make_engine(settings, lambda: backbone)
     quiet_torch(engine)
-    loaded = ModelStore(registry, engine, _ANY_SIZE).load(job["category"]).loaded
+    loaded = ModelStore(registry, Engines(engine), _ANY_SIZE).load(job["category"]).loaded
     images = np.load(job["images"])
     side = engine.spec.input_size
 

@@ -155,7 +155,7 @@ async def judge(root: str, paths: list[Path]) -> list[tuple[NDArray[np.float16],
     """Have the detector judge files as a worker does; give each one's grids, as they stand in its result."""
     detector = make_detector(root, ModelSettings(), DetectorSettings(precision="f32"))
     await detector.start()
-    form = await detector.pixel_form()
+    (form,) = await detector.pixel_forms([CATEGORY])
     grids = []
     for path in paths:
         pixels = decode_image(path.read_bytes(), form, LimitSettings()).pixels

@@ -135,12 +135,6 @@ class RegistryError(FlawstreamError):
     code = "registry"
 
 
-class MixedBackbonesError(RegistryError):
-    """The current versions of a registry run on several backbones, or would after a promotion."""
-
-    code = "mixed_backbones"
-
-
 class UnknownCategoryError(RegistryError):
     """A category has no current version."""
 

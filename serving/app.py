@@ -26,7 +26,7 @@ from serving.api.security import Tokens, warn_if_open
 from serving.autoscaling import autoscaling_config
 from serving.availability import wait_for_versions
 from serving.deployments import ApiDeployment, DetectorDeployment, StreamWorkerDeployment
-from serving.detector import newest_manifest
+from serving.engines import newest_manifest
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
 from workers.redis.persistence import all_warnings, require_no_eviction
@@ -92,7 +92,7 @@ def require_startable(settings: Settings) -> None:
         ConfigError: The port is taken, the tokens cannot be read, the registry's root is not a folder, or the stream
             server is too old or evicts streams.
         StreamUnavailableError: The stream server does not answer.
-        RegistryError: All current versions are damaged, or they have several backbones.
+        RegistryError: All current versions are damaged.
     """
     _require_free_port(settings.api)
     Tokens(settings.api)

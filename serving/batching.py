@@ -9,11 +9,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -94,11 +95,12 @@ class BatchBound:
 
 
 class DrainBatcher(Generic[Tag, Out]):
-    """Collects images of many calls into batches.
+    """Collects images of many calls into batches, each of one group of tags; the group that waits longest comes first.
 
     Args:
         run: Takes (B, S, S, 3) images and B tags, gives B outputs. Runs in the batcher's threads. Where it
             raises `MemoryError` it is called again with halves.
+        group: Gives the group of a tag: images of different groups are never in one batch.
         concurrent_batches: How many may run at once: so many threads.
         max_batch_images: Largest B.
         max_queue_images: Images waiting past which a call is refused.
@@ -117,6 +119,7 @@ class DrainBatcher(Generic[Tag, Out]):
         self,
         run: Callable[[Pixels, Sequence[Tag]], list[Out]],
         *,
+        group: Callable[[Tag], Hashable] = lambda _tag: None,
         concurrent_batches: int = 1,
         max_batch_images: int,
         max_queue_images: int,
@@ -125,9 +128,12 @@ class DrainBatcher(Generic[Tag, Out]):
     ) -> None:
         self._run = run
         self._metrics = metrics
-        self._bound = BatchBound(max_batch_images, target_batch_s)
+        self._group = group
+        self._bounds: defaultdict[Hashable, BatchBound] = defaultdict(
+            lambda: BatchBound(max_batch_images, target_batch_s)
+        )
         self._max_queue = max_queue_images
-        self._waiting: deque[_Item[Tag, Out]] = deque()
+        self._waiting: defaultdict[Hashable, deque[_Item[Tag, Out]]] = defaultdict(deque)
         self._arrival = asyncio.Event()
         self._concurrent_batches = concurrent_batches
         self._threads = ThreadPoolExecutor(concurrent_batches, thread_name_prefix="detect")
@@ -150,7 +156,7 @@ class DrainBatcher(Generic[Tag, Out]):
         self._stopping = True
         self._arrival.set()
         await asyncio.gather(*self._loops)
-        _fail(self._waiting, DetectorOverloadedError("the detector is stopping; call another replica"))
+        _fail(self._all_waiting(), DetectorOverloadedError("the detector is stopping; call another replica"))
         self._waiting.clear()
         self._threads.shutdown(wait=True)
 
@@ -162,7 +168,7 @@ class DrainBatcher(Generic[Tag, Out]):
     @property
     def queued_images(self) -> int:
         """Return how many images wait."""
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     @property
     def busy_s(self) -> float:
@@ -188,17 +194,19 @@ class DrainBatcher(Generic[Tag, Out]):
         if not self.alive:
             raise DetectorOverloadedError("the detector does not run; call another replica")
         # an empty queue takes any call, so that one larger than the bound is served and not refused for ever
-        if self._waiting and len(self._waiting) + len(images) > self._max_queue:
+        waiting = self.queued_images
+        if waiting and waiting + len(images) > self._max_queue:
             self._metrics.add(m.DETECTOR_REFUSALS)
             raise DetectorOverloadedError(
-                f"{len(self._waiting)} images wait and {self._max_queue} may; come back later, "
+                f"{waiting} images wait and {self._max_queue} may; come back later, "
                 "add replicas or raise detector.max_queue_images"
             )
         call = _Call(images, time.perf_counter())
         loop = asyncio.get_running_loop()
         items: list[_Item[Tag, Out]] = [_Item(call, row, tag, loop.create_future()) for row, tag in enumerate(tags)]
-        self._waiting += items
-        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, len(self._waiting))
+        for item in items:
+            self._waiting[self._group(item.tag)].append(item)
+        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, self.queued_images)
         self._arrival.set()
         try:
             outputs = await asyncio.gather(*(item.output for item in items))
@@ -227,7 +235,7 @@ class DrainBatcher(Generic[Tag, Out]):
                 raise ShapeError(f"{len(batch)} images were judged and {len(outputs)} outputs came back")  # noqa: TRY301 - the callers get it, as any other failure
         except Exception as error:  # noqa: BLE001 - the callers get it, and the loop goes on
             calls = {item.call for item in batch}
-            _fail([*batch, *(item for item in self._waiting if item.call in calls)], error)
+            _fail([*batch, *(item for item in self._all_waiting() if item.call in calls)], error)
             return
         finally:
             self._end()
@@ -255,10 +263,11 @@ class DrainBatcher(Generic[Tag, Out]):
         self._metrics.observe(m.BATCH_IMAGES, images, stage="detect")
         self._metrics.observe(m.STAGE_SECONDS, waited_s, stage="wait")
         self._metrics.observe(m.STAGE_SECONDS, took_s, stage="detect")
-        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, len(self._waiting))
+        self._metrics.set(m.DETECTOR_QUEUE_IMAGES, self.queued_images)
 
     def _run_what_fits(self, images: Pixels, tags: Sequence[Tag]) -> list[Out]:
         """Run a batch, in halves where it does not fit in memory."""
+        bound = self._bounds[self._group(tags[0])]
         began_s = time.perf_counter()
         try:
             outputs = self._run(images, tags)
@@ -271,23 +280,28 @@ class DrainBatcher(Generic[Tag, Out]):
             # halves are tried after this block: the exception keeps the failed run's memory
             self.halvings += 1
             self._metrics.add(m.HALVINGS)
-            self._bound.did_not_fit(len(images))
+            bound.did_not_fit(len(images))
             log.warning("a batch of %d images does not fit in memory (%s): halved", len(images), error)
         else:
-            self._bound.ran(len(images), time.perf_counter() - began_s)
+            bound.ran(len(images), time.perf_counter() - began_s)
             return outputs
         half = len(images) // 2
         return self._run_what_fits(images[:half], tags[:half]) + self._run_what_fits(images[half:], tags[half:])
 
     def _next_batch(self) -> list[_Item[Tag, Out]]:
-        """Take as many images from the front of the queue as a batch may have."""
-        most = self._bound.images
+        """Take as many images from the front of the queue that waits longest as a batch may have."""
         batch: list[_Item[Tag, Out]] = []
-        while self._waiting and len(batch) < most:
-            item = self._waiting.popleft()
-            if not item.output.done():
-                batch.append(item)
+        while not batch and (groups := [group for group, queue in self._waiting.items() if queue]):
+            group = min(groups, key=lambda one: self._waiting[one][0].call.since_s)
+            queue, most = self._waiting[group], self._bounds[group].images
+            while queue and len(batch) < most:
+                item = queue.popleft()
+                if not item.output.done():
+                    batch.append(item)
         return batch
+
+    def _all_waiting(self) -> Iterable[_Item[Tag, Out]]:
+        return chain.from_iterable(self._waiting.values())
 
 
 def _stack(batch: Sequence[_Item[Tag, Out]]) -> Pixels:

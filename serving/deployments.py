@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ from workers.redis.persistence import all_warnings, require_no_eviction
 
 log = logging.getLogger(__name__)
 
+_FORMS_S = 2.0
+"""So long the form of a category's images is remembered: it changes with its backbone."""
 _NO_REPLICA = (BackPressureError, DeploymentUnavailableError, RequestCancelledError, RayActorError, ObjectLostError)
 
 
@@ -59,13 +62,18 @@ class HandleDetector:
     def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
         self._handle = handle
         self._timeout_s = timeout_s
-        self._pixel_form: PixelForm | None = None
+        self._forms: dict[str, PixelForm] = {}
+        self._forms_since_s = -math.inf
 
-    async def pixel_form(self) -> PixelForm:
-        """Return the form that images must have. Cached, since it changes only with a new deployment."""
-        if self._pixel_form is None:
-            self._pixel_form = await self._call("pixel_form")
-        return self._pixel_form
+    async def pixel_forms(self, categories: Sequence[str]) -> list[PixelForm]:
+        """Return the form that images of each category must have; asked for again after `_FORMS_S`."""
+        if time.monotonic() - self._forms_since_s > _FORMS_S:
+            self._forms = {}
+            self._forms_since_s = time.monotonic()
+        forms = self._forms
+        if missing := list({category for category in categories if category not in forms}):
+            forms.update(zip(missing, await self._call("pixel_forms", missing), strict=True))
+        return [forms[category] for category in categories]
 
     async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         """Judge a batch; see `workers.ports.Detector`.
@@ -138,9 +146,9 @@ class DetectorDeployment:
         backlog = Backlog(self._client, all_keys(settings.redis))
         self._load = LoadReports(backlog, lambda: self._service.work)
 
-    async def pixel_form(self) -> PixelForm:
-        """Return the form that images must have."""
-        return await self._service.pixel_form()
+    async def pixel_forms(self, categories: Sequence[str]) -> list[PixelForm]:
+        """Return the form that images of each category must have."""
+        return await self._service.pixel_forms(categories)
 
     async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Judgement]:
         """Judge a batch; see `workers.ports.Detector`."""

@@ -1,4 +1,4 @@
-"""The detector: engine, loaded versions and batching behind the `Detector` protocol. Knows no Ray.
+"""The detector: engines, loaded versions and batching behind the `Detector` protocol. Knows no Ray.
 
 Shape legend: B images, S side of an image in pixels, H W height and width of a scale's grid.
 """
@@ -12,14 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from flawstream.calibration import is_anomalous, p_values
-from flawstream.engines.choose import make_engine, quiet_torch
 from flawstream.engines.protocol import Engine, HeadRows
-from flawstream.fastflow.backbone import Backbone
 from flawstream.imaging.maps import published_grid
 from flawstream.imaging.pixels import PixelForm, Pixels
-from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
-from flawstream.registry.versions import open_backbone
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import (
@@ -31,11 +27,11 @@ from schemas.errors import (
     TransientError,
     UnknownCategoryError,
 )
-from schemas.manifest import ModelManifest
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, ModelSettings
 from serving.availability import LOG_S
 from serving.batching import DrainBatcher
+from serving.engines import Engines, open_engines
 from serving.model_store import ModelStore, ResidentModel
 from workers.ports import Deferral, Detection, Judgement, Refusal
 
@@ -50,20 +46,21 @@ class DetectorService:
 
     Args:
         registry: Registry of the model versions.
-        engine: Engine that runs them.
+        engines: The engine that runs them, or one for each backbone.
         settings: Batching, and the memory for loaded versions.
         metrics: Metrics to update.
     """
 
     def __init__(
-        self, registry: Registry, engine: Engine, settings: DetectorSettings, metrics: Metrics = NO_METRICS
+        self, registry: Registry, engines: Engines | Engine, settings: DetectorSettings, metrics: Metrics = NO_METRICS
     ) -> None:
-        self._engine = engine
+        self._engines = engines if isinstance(engines, Engines) else Engines(engines)
         self._settings = settings
-        self._store = ModelStore(registry, engine, settings.max_resident_mb * 1_000_000, metrics)
+        self._store = ModelStore(registry, self._engines, settings.max_resident_mb * 1_000_000, metrics)
         self._batcher = DrainBatcher(
             self._judge,
-            concurrent_batches=engine.concurrent_batches,
+            group=lambda model: model.engine.spec.identity,
+            concurrent_batches=self._engines.first.concurrent_batches,
             max_batch_images=settings.max_batch_images,
             max_queue_images=settings.max_queue_images,
             target_batch_s=None if settings.target_batch_ms is None else settings.target_batch_ms / 1000,
@@ -78,9 +75,9 @@ class DetectorService:
         self._refresh_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the current versions, warm the engine up, then start the batcher and the search for new versions."""
+        """Load the current versions, warm the engines up, then start the batcher and the search for new versions."""
         await asyncio.to_thread(self._preload)
-        await asyncio.to_thread(self._engine.warm_up)
+        await asyncio.to_thread(self._engines.warm_up)
         self._batcher.start()
         self._refresh_task = asyncio.create_task(self._refresh_for_ever())
 
@@ -98,16 +95,18 @@ class DetectorService:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine is usable, and the batcher and the refresh task run."""
+        """Whether the engines are usable, and the batcher and the refresh task run."""
         refreshes = self._refresh_task is not None and not self._refresh_task.done()
-        return self._engine.usable and self._batcher.alive and refreshes
+        return self._engines.usable and self._batcher.alive and refreshes
 
     def status(self) -> dict[str, object]:
-        """Return engine, loaded versions and counts."""
+        """Return engine, backbones, loaded versions and counts."""
+        first = self._engines.first
         return {
-            "engine": type(self._engine).__name__.removesuffix("Engine").lower(),
-            "backbone": self._engine.spec.name,
-            "input_size": self._engine.spec.input_size,
+            "engine": type(first).__name__.removesuffix("Engine").lower(),
+            "backbone": first.spec.name,
+            "input_size": first.spec.input_size,
+            "other_backbones": [engine.spec.summary for engine in self._engines.opened[1:]],
             "categories": self._store.known,
             "resident": self._store.resident,
             "loads": self._store.loads,
@@ -130,32 +129,29 @@ class DetectorService:
         """Return whether all categories fit into the memory for loaded versions."""
         return self._store.categories_fit
 
-    async def pixel_form(self) -> PixelForm:
-        """Return the form that images must have."""
-        return PixelForm.of(self._engine.spec)
+    async def pixel_forms(self, categories: Sequence[str]) -> list[PixelForm]:
+        """Return the form that images of each category must have: that of its backbone."""
+        return [PixelForm.of(self._store.backbone_of(category)) for category in categories]
 
     async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Judgement]:
         """Judge a batch.
 
         Args:
-            images: (B, S, S, 3), of the form that `pixel_form` returns.
+            images: (B, S, S, 3), of the form that `pixel_forms` returns for each of the categories.
             categories: The B images' categories.
 
         Returns:
             For each image in order: a detection; a refusal if its category is unknown; or a deferral if the category's
-            current version cannot be used.
+            current version cannot be used, or has moved to a backbone with another form since.
 
         Raises:
             DetectorOverloadedError: The queue is full; nothing was judged.
-            ShapeError: The images have another size or dtype.
+            ShapeError: The images have a size or dtype that no backbone takes.
         """
-        form = PixelForm.of(self._engine.spec)
-        shape = (len(categories), *form.shape)
-        if images.shape != shape or images.dtype != form.dtype:
-            raise ShapeError(f"expected {shape} {form.dtype}, got {images.shape} {images.dtype}")
+        self._require_a_form(images, len(categories))
         resident = self._store.get_all(categories)
         tags = [resident[category] for category in categories if category in resident]
-        if len(tags) == len(images):
+        if len(tags) == len(images) and all(_takes(model, images) for model in resident.values()):
             return list(await self._batcher.submit(images, tags))
         rows = [row for row, category in enumerate(categories) if category in resident]
         missing: dict[str, list[int]] = {}
@@ -174,10 +170,24 @@ class DetectorService:
             judgements |= part
         return [judgements[row] for row in range(len(images))]
 
+    def _require_a_form(self, images: Pixels, count: int) -> None:
+        """Refuse images of a shape that no version takes."""
+        forms = self._store.forms
+        if not any(images.shape == (count, *form.shape) and images.dtype == form.dtype for form in forms):
+            shapes = " or ".join(f"{(count, *form.shape)} {form.dtype}" for form in forms)
+            raise ShapeError(f"expected {shapes}, got {images.shape} {images.dtype}")
+
     async def _judge_rows(
         self, images: Pixels, rows: Sequence[int], tags: Sequence[ResidentModel]
     ) -> dict[int, Judgement]:
-        return dict(zip(rows, await self._batcher.submit(images[rows], tags), strict=True))
+        judgements: dict[int, Judgement] = {
+            row: _defer(model.manifest.category, "it has moved to a backbone that takes images of another form")
+            for row, model in zip(rows, tags, strict=True)
+            if not _takes(model, images)
+        }
+        fitting = [(row, model) for row, model in zip(rows, tags, strict=True) if row not in judgements]
+        rows, tags = [row for row, _ in fitting], [model for _, model in fitting]
+        return judgements | dict(zip(rows, await self._batcher.submit(images[rows], tags), strict=True))
 
     async def _load_and_judge(self, images: Pixels, rows: Sequence[int], category: str) -> dict[int, Judgement]:
         """Judge the rows of a category that is not loaded: apart from the others, which need not wait for it."""
@@ -187,7 +197,7 @@ class DetectorService:
         return await self._judge_rows(images, rows, [model] * len(rows))
 
     def _judge(self, images: Pixels, models: Sequence[ResidentModel]) -> list[Detection]:
-        """Judge one batch; called in a thread of the batcher."""
+        """Judge one batch of versions on one backbone; called in a thread of the batcher."""
         rows_of: dict[ResidentModel, list[int]] = {}
         for row, model in enumerate(models):
             rows_of.setdefault(model, []).append(row)
@@ -195,7 +205,7 @@ class DetectorService:
             HeadRows(model.loaded, np.array(rows, np.int64), model.calibration.top_fraction)
             for model, rows in rows_of.items()
         ]
-        scored = self._engine.detect(images, heads)
+        scored = models[0].engine.detect(images, heads)
         halves = [published_grid(grid) for grid in scored.grids]
         detections: list[Detection | None] = [None] * len(images)
         for model, rows in rows_of.items():
@@ -301,6 +311,12 @@ class DetectorService:
                 self._store.load(category)
 
 
+def _takes(model: ResidentModel, images: Pixels) -> bool:
+    """Return whether images have the form of a version's backbone."""
+    form = PixelForm.of(model.engine.spec)
+    return images.shape[1:] == form.shape and images.dtype == form.dtype
+
+
 def _refuse(category: str, known: dict[str, str]) -> Refusal:
     listed = ", ".join(sorted(known)[:10])
     return Refusal(
@@ -317,7 +333,7 @@ def _defer(category: str, error: object) -> Deferral:
 def make_detector(
     registry_root: str, model: ModelSettings, settings: DetectorSettings, metrics: Metrics = NO_METRICS
 ) -> DetectorService:
-    """Build a detector with the backbone and input size of the current versions in the registry.
+    """Build a detector for the current versions in the registry, with an engine for each of their backbones.
 
     Args:
         registry_root: A folder or an fsspec URL.
@@ -328,7 +344,7 @@ def make_detector(
     Raises:
         ConfigError: The engine is not installed, or the backbone does not exist.
         WeightsError: The backbone's weights cannot be loaded.
-        RegistryError: All current versions are damaged, or they have several backbones.
+        RegistryError: All current versions are damaged.
         TransientError: The registry cannot be read, or the engine is on another machine and does not answer.
     """
     return open_detector(Registry(registry_root), model, settings, metrics)
@@ -351,37 +367,4 @@ def open_detector(
         metrics: Metrics to update.
         threads: CPU threads of ncnn and OpenVINO; 0: all.
     """
-    engine = open_engine(registry, model, settings, threads)
-    return DetectorService(registry, engine, settings, metrics)
-
-
-def open_engine(registry: Registry, model: ModelSettings, settings: DetectorSettings, threads: int = 0) -> Engine:
-    """Create the engine for the current versions of a registry; see `open_detector`."""
-    newest = newest_manifest(registry)
-
-    def backbone() -> Backbone:
-        return Backbone(model) if newest is None else open_backbone(registry, newest, model)
-
-    engine = make_engine(settings, backbone, threads)
-    quiet_torch(engine)
-    return engine
-
-
-def newest_manifest(registry: Registry) -> ModelManifest | None:
-    """Return the newest current version, or None if there are no versions. Damaged versions are ignored.
-
-    Raises:
-        MixedBackbonesError: The current versions have several backbones.
-        RegistryError: All current versions are damaged.
-        StorageUnavailableError: The registry cannot be read.
-    """
-    manifests, damaged = registry.current_manifests()
-    if damaged and not manifests:
-        raise damaged[0]
-    require_one_backbone(
-        {manifest.category: manifest.backbone for manifest in manifests},
-        f"the current versions in {registry.root} have several backbones",
-        "promote versions with the same backbone (`flawstream models promote --other-backbone`), train the categories "
-        "that have none, or delete a category's file `current` and serve it from another registry",
-    )
-    return max(manifests, key=lambda manifest: manifest.created_at, default=None)
+    return DetectorService(registry, open_engines(registry, model, settings, threads), settings, metrics)

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from flawstream.engines.protocol import Engine, Loaded, arithmetic_of
 from flawstream.fastflow.head import FastFlowHead
+from flawstream.imaging.pixels import PixelForm
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import ModelUnavailableError, RegistryError, UnknownCategoryError
-from schemas.manifest import Calibration, ModelManifest
+from schemas.manifest import BackboneSpec, Calibration, ModelManifest
 from serving.availability import read_currents
+from serving.engines import Engines
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class ResidentModel:
 
     Attributes:
         manifest: Manifest of the version.
+        engine: The engine of its backbone.
         loaded: Its head, loaded by the engine.
         calibration: Its calibration for the engine's arithmetic.
         calibration_scores: (n,) float64, ascending; the scores of that calibration.
@@ -52,6 +55,7 @@ class ResidentModel:
     """
 
     manifest: ModelManifest
+    engine: Engine
     loaded: Loaded
     calibration: Calibration
     calibration_scores: NDArray[np.float64]
@@ -70,7 +74,7 @@ class ModelStore:
 
     Args:
         registry: Registry of the versions.
-        engine: Engine that runs them; a version with another backbone is refused.
+        engines: Engines that run them.
         max_resident_bytes: The memory limit, for versions in use too. Exceptions: a version that is larger is loaded
             alone, and one that is swapped in may be beside the one it replaces.
         metrics: Metrics to update.
@@ -80,15 +84,17 @@ class ModelStore:
     """
 
     def __init__(
-        self, registry: Registry, engine: Engine, max_resident_bytes: int, metrics: Metrics = NO_METRICS
+        self, registry: Registry, engines: Engines, max_resident_bytes: int, metrics: Metrics = NO_METRICS
     ) -> None:
         self._registry = registry
-        self._engine = engine
+        self._engines = engines
         self._max_resident_bytes = max_resident_bytes
         self._models: OrderedDict[str, ResidentModel] = OrderedDict()
         self._in_memory: list[weakref.ref[ResidentModel]] = []
         self._lock = Lock()
         self._known: dict[str, str] = {}
+        self._backbones: dict[str, tuple[str, BackboneSpec | None]] = {}
+        self._forms: frozenset[PixelForm] = frozenset()
         self._failures: dict[str, _Failure] = {}
         self._metrics = metrics
         self.loads = 0
@@ -139,6 +145,22 @@ class ModelStore:
                 self._models.move_to_end(category)
             return models
 
+    def backbone_of(self, category: str) -> BackboneSpec:
+        """Return the backbone that judges a category: of its loaded version, else of its current one.
+
+        That of an unknown category, or a damaged version, is the first engine's.
+        """
+        model = self._models.get(category)
+        if model is not None:
+            return model.engine.spec
+        _, backbone = self._backbones.get(category, ("", None))
+        return backbone or self._engines.first.spec
+
+    @property
+    def forms(self) -> frozenset[PixelForm]:
+        """The forms of images that a current version takes, or any engine that is open."""
+        return self._forms.union(PixelForm.of(engine.spec) for engine in self._engines.opened)
+
     def load(self, category: str) -> ResidentModel:
         """Load a category's current version and warm it up; then swap it in.
 
@@ -168,8 +190,9 @@ class ModelStore:
             return present
         try:
             model = load_version(
-                self._registry, self._engine, category, version, partial(self._make_room, replaced=present)
+                self._registry, self._engines, category, version, partial(self._make_room, replaced=present)
             )
+            self._engines.warm_up_later_ones()
         except RegistryError as error:
             if recent is None or recent.version != version:
                 log.exception(
@@ -259,6 +282,7 @@ class ModelStore:
             StorageUnavailableError: The registry cannot be read, or has no current version.
         """
         self._known = read_currents(self._registry)
+        self._read_backbones()
         with self._lock:
             stale = [
                 category
@@ -269,10 +293,24 @@ class ModelStore:
             with contextlib.suppress(RegistryError, ModelUnavailableError):  # `load` has logged the first
                 self.load(category)
 
+    def _read_backbones(self) -> None:
+        """Read the manifests of versions that became current since the last time."""
+        before = self._backbones
+        changed = {name: version for name, version in self._known.items() if before.get(name, ("",))[0] != version}
+        if not changed and before.keys() == self._known.keys():
+            return
+        manifests, _ = self._registry.manifests(changed)
+        read = {manifest.category: manifest.backbone for manifest in manifests}
+        self._backbones = {
+            name: (version, read.get(name)) if name in changed else before[name]
+            for name, version in self._known.items()
+        }
+        self._forms = frozenset(PixelForm.of(one) for _, one in self._backbones.values() if one is not None)
+
 
 def load_version(
     registry: Registry,
-    engine: Engine,
+    engines: Engines,
     category: str,
     version: str,
     make_room: Callable[[int], None] = lambda _bytes: None,
@@ -281,7 +319,7 @@ def load_version(
 
     Args:
         registry: The registry that has it.
-        engine: The engine that is to run it.
+        engines: The engines; that of its backbone runs it.
         category: Its category.
         version: Its name.
         make_room: Is given its memory in bytes before that is used.
@@ -291,7 +329,7 @@ def load_version(
         StorageUnavailableError: The registry cannot be read.
     """
     manifest = registry.manifest(category, version)
-    _refuse_other_backbone(engine, manifest)
+    engine = engines.engine_of(manifest)
     calibration = manifest.calibration_in(arithmetic_of(engine, manifest))
     weights = registry.read_file(manifest, WEIGHTS_FILE)
     try:
@@ -301,17 +339,7 @@ def load_version(
         loaded = engine.load(head, manifest, partial(registry.read_file, manifest))
     except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:  # the manifest does not match the weights
         raise RegistryError(f"{manifest.model} cannot be loaded: {error}; train it again") from error
-    return ResidentModel(manifest, loaded, calibration, np.array(calibration.scores), size)
-
-
-def _refuse_other_backbone(engine: Engine, manifest: ModelManifest) -> None:
-    ours, theirs = engine.spec, manifest.backbone
-    if ours.identity != theirs.identity:
-        raise RegistryError(
-            f"{manifest.model} was trained on {theirs.summary}; this detector runs {ours.summary}. "
-            "A service runs one backbone: promote a version with that one, serve the category from another "
-            "registry, or, if all categories have moved to the new backbone, restart the service"
-        )
+    return ResidentModel(manifest, engine, loaded, calibration, np.array(calibration.scores), size)
 
 
 def _log_fields(model: ResidentModel) -> dict[str, str]:

@@ -84,15 +84,15 @@ class Completion:
 class Detector(Protocol):
     """Judges decoded images of any mix of categories."""
 
-    async def pixel_form(self) -> PixelForm:
-        """Return the form that images must have."""
+    async def pixel_forms(self, categories: Sequence[str]) -> Sequence[PixelForm]:
+        """Return the form that images of each category must have; for unknown categories any."""
         ...
 
     async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         """Judge a batch.
 
         Args:
-            images: (B, S, S, 3), of the form that `pixel_form()` returns.
+            images: (B, S, S, 3), of the form that `pixel_forms()` returned for each of the categories.
             categories: B names.
 
         Returns:

@@ -20,7 +20,6 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from flawstream.registry.backbones import require_one_backbone
 from flawstream.storage import open_file_system, storage_errors, write_atomically
 from schemas.errors import RegistryError
 from schemas.manifest import MANIFEST_FORMAT, ModelManifest
@@ -110,7 +109,14 @@ class Registry:
         return self._aliases(self._folders(self._root))
 
     def current_manifests(self) -> tuple[list[ModelManifest], list[RegistryError]]:
-        """Read the manifest of every category's current version.
+        """Read the manifest of every category's current version; see `manifests`."""
+        return self.manifests(self.currents())
+
+    def manifests(self, versions: Mapping[str, str]) -> tuple[list[ModelManifest], list[RegistryError]]:
+        """Read the manifests of versions, concurrently.
+
+        Args:
+            versions: By category.
 
         Returns:
             The manifests that can be read, by category, and the errors of the others.
@@ -126,7 +132,7 @@ class Registry:
                 return error
 
         with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
-            results = list(threads.map(read, sorted(self.currents().items())))
+            results = list(threads.map(read, sorted(versions.items())))
         return (
             [result for result in results if isinstance(result, ModelManifest)],
             [result for result in results if isinstance(result, RegistryError)],
@@ -231,19 +237,17 @@ class Registry:
             self._put(f"{folder}/{name}", data)
         self._put(f"{folder}/{_MANIFEST}", document)
 
-    def promote(self, category: str, version: str, *, other_backbone: bool = False) -> None:
+    def promote(self, category: str, version: str) -> None:
         """Make a version current; see `promote_all`."""
-        self.promote_all({category: version}, other_backbone=other_backbone)
+        self.promote_all({category: version})
 
-    def promote_all(self, versions: Mapping[str, str], *, other_backbone: bool = False) -> None:
+    def promote_all(self, versions: Mapping[str, str]) -> None:
         """Make versions current, each atomically, after checking all of them.
 
         Args:
             versions: By category.
-            other_backbone: Allow another backbone than that of other categories' current versions.
 
         Raises:
-            MixedBackbonesError: The backbones differ; nothing was promoted.
             RegistryError: A version or one of its files is missing or damaged; nothing was promoted.
             StorageUnavailableError: The storage cannot be read, and nothing was promoted, or it cannot be written.
         """
@@ -251,20 +255,8 @@ class Registry:
         with ThreadPoolExecutor(_READS_AT_ONCE) as threads:
             for _ in threads.map(self.verify, promoted):
                 pass
-        if not other_backbone:
-            self._require_one_backbone(promoted)
         for category, version in versions.items():
             self._put(self._path(category, _CURRENT), f"{version}\n".encode())
-
-    def _require_one_backbone(self, promoted: list[ModelManifest]) -> None:
-        current, _ = self.current_manifests()  # a damaged version is not served and must not prevent a promotion
-        require_one_backbone(
-            {manifest.category: manifest.backbone for manifest in [*current, *promoted]},
-            f"the promotion is refused, as the current versions in {self._root} would run on several backbones",
-            "train the category on the backbone of the others, or use a separate registry and service for it; to "
-            "move all categories to another backbone, train them in one run, or promote each with --other-backbone and "
-            "then restart the service",
-        )
 
     def _aliases(self, categories: list[str]) -> dict[str, str]:
         paths = [f"{self._root}/{category}/{_CURRENT}" for category in categories]

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -32,7 +33,7 @@ from flawstream_cli.terminal import (
 from schemas.errors import FlawstreamError, RegistryError
 from schemas.keys import all_keys
 from schemas.settings import ENV_PREFIX, Settings
-from serving.detector import newest_manifest, open_engine
+from serving.engines import open_engines
 from serving.model_store import load_version
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
@@ -132,14 +133,15 @@ def _backbone(settings: Settings) -> str:
 
 def _registry(settings: Settings) -> str:
     registry = Registry(settings.registry.root)
-    newest = newest_manifest(registry)
-    if newest is None:
-        return f"{settings.registry.root} has no current versions yet; train some with `flawstream train`"
     manifests, damaged = registry.current_manifests()
     if damaged:
         raise damaged[0]
+    if not manifests:
+        return f"{settings.registry.root} has no current versions yet; train some with `flawstream train`"
     categories = ", ".join(manifest.category for manifest in manifests[:8])
-    return f"{settings.registry.root}: {len(manifests)} categories: {categories}; on {newest.backbone.summary}"
+    backbones = Counter(manifest.backbone.summary for manifest in manifests).most_common()
+    on = backbones[0][0] if len(backbones) == 1 else ", ".join(f"{summary} ({count})" for summary, count in backbones)
+    return f"{settings.registry.root}: {len(manifests)} categories: {categories}; on {on}"
 
 
 def _versions(settings: Settings) -> str:
@@ -152,13 +154,13 @@ def _versions(settings: Settings) -> str:
     loaded = 0
     began_s = time.monotonic()
     with busy(f"loading {len(currents)} current versions") as show:
-        engine = open_engine(registry, settings.model, settings.detector)
+        engines = open_engines(registry, settings.model, settings.detector)
         for number, (category, name) in enumerate(currents, 1):
             if time.monotonic() - began_s > _LOAD_S:
                 break
             show(f"loading {category}, {number} of {len(currents)}")
             try:
-                load_version(registry, engine, category, name)
+                load_version(registry, engines, category, name)
                 loaded += 1
             except RegistryError as error:
                 failures.append(str(error))

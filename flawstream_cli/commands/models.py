@@ -148,21 +148,15 @@ def _current(registry: Registry, category: str, root: str) -> str:
 def promote(
     category: Annotated[str, typer.Argument(help="The category.")],
     version: Annotated[str, typer.Argument(help="The version to serve; to roll back, an older one.")],
-    other_backbone: Annotated[
-        bool, typer.Option("--other-backbone", help="Allow another backbone than that of the other categories.")
-    ] = False,
     registry: RegistryOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Make a version current. A running service loads it within seconds.
-
-    A service runs one backbone, so a version with another backbone than the other categories' current versions is
-    refused. Use `--other-backbone` to move all categories, one after the other, and then restart the service.
+    """Make a version current. A running service loads it within seconds, and opens its backbone if that is another.
 
     Example: `flawstream models promote bottle 20261123-134500-1a2b3c4d`
     """
     settings = read_settings(config, registry={"root": registry})
-    Registry(settings.registry.root).promote(category, version, other_backbone=other_backbone)
+    Registry(settings.registry.root).promote(category, version)
     print_message(f"{category}@{version} is current")
 
 

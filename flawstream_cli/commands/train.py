@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from flawstream.fastflow.backbone import Backbone
-from flawstream.registry.backbones import require_one_backbone
 from flawstream.registry.registry import Registry
 from flawstream_cli.cluster import Cluster, on_cluster
 from flawstream_cli.data_sets import CategoryOption, LayoutOption, RootArgument, exclude_faulty
@@ -122,9 +121,9 @@ def train(
 
     Needs normal images only. A share of them is held out, and sets the threshold for the false-alarm rate. If there is
     a test folder, the metrics of `flawstream evaluate` are reported. A category whose data has an error
-    (`flawstream datasets check`) is skipped. A backbone other than that of the current versions of other categories is
-    refused, except with --no-promote. What an earlier run has trained on the same data by the same recipe is skipped. A
-    version with a lower AUROC or more false alarms than the current one is not promoted, except with --force.
+    (`flawstream datasets check`) is skipped. What an earlier run has trained on the same data by the same recipe is
+    skipped. A version with a lower AUROC or more false alarms than the current one is not promoted, except with
+    --force.
 
     Example: `flawstream train data/mvtec -c bottle -c cable --epochs 20`
 
@@ -163,9 +162,6 @@ def train(
         finished = {} if again else _find_finished(data, settings, seeds, backbone_spec)
         unfinished = [one for one in data if any((one.name, seed) not in finished for seed in _seeds(settings, seeds))]
         sound, faulty = exclude_faulty(unfinished, settings, decode=check, strict=strict)
-        if promote:
-            kept = (one for one in data if one not in unfinished)
-            _refuse_other_backbone([*sound, *kept], settings.registry.root, backbone_spec)
         with contextlib.ExitStack() as stack:
             watch = _unwatched
             if sound:
@@ -242,27 +238,6 @@ def train_all(
     for model, warning in shortage_warnings(manifests).items():
         print_message(f"warning: {model}: {warning}", "yellow")
     return sorted(manifests, key=lambda m: (m.category, m.training.seed)), failures
-
-
-def _refuse_other_backbone(data: list[CategoryData], root: str, backbone_spec: Callable[[], BackboneSpec]) -> None:
-    """Refuse, before training, a backbone whose versions could not be promoted.
-
-    Raises:
-        MixedBackbonesError: Categories outside this run have current versions on another backbone.
-        RegistryError: The registry cannot be read.
-        ConfigError: The backbone does not exist.
-        WeightsError: The backbone's weights cannot be loaded.
-    """
-    trained = [category.name for category in data]
-    manifests, _ = Registry(root).current_manifests()
-    others = {manifest.category: manifest.backbone for manifest in manifests if manifest.category not in trained}
-    if others:
-        require_one_backbone(
-            others | dict.fromkeys(trained, backbone_spec()),
-            f"training is refused, because the current versions in {root} would have several backbones",
-            "train on the backbone of the other categories, train all categories in one run, use another registry "
-            "(--registry), or train with --no-promote",
-        )
 
 
 def _seeds(settings: Settings, count: int) -> range:

@@ -175,7 +175,7 @@ def _add_detect(v1: APIRouter, detector: Detector, bodies: Bodies, limits: Limit
         received_s = time.perf_counter()
         async with bodies.read(request) as data:
             message = ImageMessage(id=id or uuid.uuid4().hex, category=category, image=data)
-            form = await detector.pixel_form()
+            (form,) = await detector.pixel_forms([category])
             decode_start_s = time.perf_counter()
             image = await run_in_threadpool(decode_image, data, form, limits)
         detect_start_s = time.perf_counter()

@@ -132,9 +132,10 @@ class Scorer:
 
     async def _raise_cause(self, entry: Entry) -> None:
         """Raise why an entry was released: its model cannot be used, or the detector does not answer."""
-        form = await self._detector.pixel_form()
+        category = entry.fields[b"category"].decode()
+        (form,) = await self._detector.pixel_forms([category])
         image = np.zeros((1, *form.shape), form.dtype)
-        (judgement,) = await self._detector.detect(image, [entry.fields[b"category"].decode()])
+        (judgement,) = await self._detector.detect(image, [category])
         if isinstance(judgement, Deferral):
             raise ModelUnavailableError(judgement.detail)
         raise TransientError(

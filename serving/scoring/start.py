@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from flawstream.registry.registry import Registry
 from schemas.errors import ConfigError, UnknownCategoryError
-from serving.detector import newest_manifest
+from serving.engines import newest_manifest
 from serving.scoring.listing import Source, list_images
 from serving.scoring.output import Output, Run, RunParameters
 from serving.scoring.scorer import PinnedRegistry

@@ -41,7 +41,7 @@ class World(Protocol):
 
 async def judge(detector: Detector, levels: Sequence[int], categories: Sequence[str] = ()) -> list[Judgement]:
     """Have images of one grey level each judged."""
-    form = await detector.pixel_form()
+    (form,) = await detector.pixel_forms([KNOWN])
     images = np.stack([np.full(form.shape, level, form.dtype) for level in levels])
     return list(await detector.detect(images, categories or [KNOWN] * len(levels)))
 
@@ -58,7 +58,12 @@ class DetectorContract:
     """The law."""
 
     async def test_the_form_of_pixels_stays_the_same(self, world: World) -> None:
-        assert await world.detector.pixel_form() == await world.detector.pixel_form()
+        forms = await world.detector.pixel_forms([KNOWN, KNOWN])
+        assert list(forms) == [forms[0]] * 2
+        assert list(await world.detector.pixel_forms([KNOWN])) == [forms[0]]
+
+    async def test_an_unknown_category_has_a_form_too(self, world: World) -> None:
+        assert len(await world.detector.pixel_forms([UNKNOWN, KNOWN])) == 2
 
     async def test_there_is_an_outcome_for_each_image_in_order(self, world: World) -> None:
         outcomes = await judge(world.detector, [BRIGHT, DARK, DARK, BRIGHT])
@@ -102,7 +107,7 @@ class DetectorContract:
             assert_alike(outcomes[0], expected)
 
     async def test_images_are_left_as_they_came(self, world: World) -> None:
-        form = await world.detector.pixel_form()
+        (form,) = await world.detector.pixel_forms([KNOWN])
         images = np.full((2, *form.shape), DARK, form.dtype)
         await world.detector.detect(images, [KNOWN] * 2)
         assert (images == DARK).all()

@@ -234,8 +234,8 @@ class FakeDetector:
         self.gate.set()
         self._size_px = size_px
 
-    async def pixel_form(self) -> PixelForm:
-        return PixelForm(self._size_px)
+    async def pixel_forms(self, categories: Sequence[str]) -> list[PixelForm]:
+        return [PixelForm(self._size_px)] * len(categories)
 
     async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         assert images.dtype == np.uint8

@@ -25,7 +25,7 @@ async def main(engine, root, images, room):
     settings = DetectorSettings(engine=engine, max_batch_images=images)
     detector = make_detector(root, Settings().model, settings)
     await detector.start()
-    side = (await detector.pixel_form()).side_px
+    side = (await detector.pixel_forms(["bottle"]))[0].side_px
     pixels = np.random.default_rng(0).integers(0, 256, (images, side, side, 3), np.uint8)
     alone = [await detector.detect(pixels[row : row + 1], ["bottle"]) for row in (0, images - 1)]
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -154,7 +154,7 @@ async def test_server_that_is_away_says_nothing_of_a_reference() -> None:
             Entry(entry_id(2), {b"category": b"a", b"image": IMAGE}),
         ]
         with pytest.raises(StreamUnavailableError):
-            await decoder.decode(entries, PixelForm(8))
+            await decoder.decode(entries, [PixelForm(8)] * len(entries))
         decoder.close()
         await client.aclose()
 
@@ -335,7 +335,7 @@ async def test_images_by_reference_and_by_bytes_are_decoded_together_each_for_it
     ]
     entries.append(Entry(entry_id(9), {b"category": b"a", b"image": png(70)}))
     decoder = Decoder(2, LIMITS, SystemClock(), fetchers("key:frames:", camera.url("/images/")))
-    opened = await decoder.decode(entries, PixelForm(8))
+    opened = await decoder.decode(entries, [PixelForm(8)] * len(entries))
     decoder.close()
     assert [one.image.pixels[0, 0, 0] if isinstance(one, DecodedEntry) else one and one.reason for one in opened] == [
         50,
@@ -352,7 +352,7 @@ async def test_images_by_reference_and_by_bytes_are_decoded_together_each_for_it
 async def test_without_a_fetcher_every_reference_is_forbidden() -> None:
     decoder = Decoder(1, LIMITS, SystemClock())
     (outcome,) = await decoder.decode(
-        [Entry(entry_id(1), {b"category": b"a", b"image_ref": b"key:frames:1"})], PixelForm(8)
+        [Entry(entry_id(1), {b"category": b"a", b"image_ref": b"key:frames:1"})], [PixelForm(8)]
     )
     decoder.close()
     assert isinstance(outcome, MessageError)

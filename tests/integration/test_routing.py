@@ -77,7 +77,7 @@ async def loads_of_batches(handle: DeploymentHandle) -> int:
 async def test_replica_loads_the_versions_of_its_own_categories_only(
     handle: DeploymentHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await HandleDetector(handle, 60.0).pixel_form()
+    await HandleDetector(handle, 60.0).pixel_forms(["bottle"])
     name = handle.deployment_name
     await wait_until_async(
         lambda: len(placement_of(name).replicas) == 2 and not placement_of(name).categories_fit,

@@ -34,6 +34,7 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
 from schemas.manifest import FlowSpec
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
+from serving.engines import Engines
 from serving.model_store import ModelStore
 from training.datasets.samples import CategoryData
 from training.pipeline import TrainingJob, run_job
@@ -82,8 +83,8 @@ def serve(engine_name: str, count: int) -> Iterator[None]:
         for name in names:
             write_version(registry, name, "v2", spec=spec, flow=flow)
             write_version(registry, name, "v1", spec=spec, flow=flow)
-        store = ModelStore(registry, engine, max_resident_bytes=0)
-        store = ModelStore(registry, engine, RESIDENT * store.load(names[0]).size_bytes)
+        store = ModelStore(registry, Engines(engine), max_resident_bytes=0)
+        store = ModelStore(registry, Engines(engine), RESIDENT * store.load(names[0]).size_bytes)
         done = 0
         while done < count:
             name = names[done % CATEGORIES]

@@ -382,14 +382,14 @@ class _Ports:
             raise RuntimeError("WRONGTYPE Operation against a key holding the wrong kind of value")
         return await self._on_server(lambda: self._sink.publish(completions))
 
-    async def pixel_form(self) -> PixelForm:
-        return await self._on_detector(self._form)
+    async def pixel_forms(self, categories: Sequence[str]) -> Sequence[PixelForm]:
+        return await self._on_detector(lambda: self._forms(len(categories)))
 
     async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         return await self._on_detector(lambda: self._judge(images, categories))
 
-    async def _form(self) -> PixelForm:
-        return PixelForm(8)
+    async def _forms(self, count: int) -> list[PixelForm]:
+        return [PixelForm(8)] * count
 
     async def _judge(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
         await self._take(_DETECT_S)

@@ -76,12 +76,14 @@ class Decoder:
         """Return the threads, for other work on pixels."""
         return self._pool
 
-    async def decode(self, entries: Sequence[Entry], form: PixelForm) -> list[DecodedEntry | MessageError | None]:
+    async def decode(
+        self, entries: Sequence[Entry], forms: Sequence[PixelForm]
+    ) -> list[DecodedEntry | MessageError | None]:
         """Decode a batch.
 
         Args:
             entries: As they were delivered.
-            form: The form of the pixels to return.
+            forms: For each entry, the form of the pixels to return.
 
         Returns:
             For each entry its image, why it can never be decoded, or None after a bug of ours, which is logged.
@@ -96,7 +98,7 @@ class Decoder:
                 self._fetch_and_decode(entry, form, seen_at)
                 if entry.fields.get(b"image_ref")
                 else loop.run_in_executor(self._pool, self._decode_one, entry, form, seen_at)
-                for entry in entries
+                for entry, form in zip(entries, forms, strict=True)
             ),
             return_exceptions=True,  # so that none is still running when the first fails
         )

@@ -4,6 +4,7 @@ Where an image fails alone, a plain grey one is judged in its place. If that suc
 delivery counts. Else it is not: the category is deferred, or, where no image of any category succeeds, the batch waits.
 """
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -116,8 +117,18 @@ class Judging:
         return None
 
     async def _judge_batch(self, decoded: Sequence[DecodedEntry]) -> Sequence[Judgement]:
-        images = np.stack([one.image.pixels for one in decoded])
-        judgements = await self._call(images, [one.message.category for one in decoded])
+        """Have a batch judged: in one call, or in one for each form of pixels."""
+        forms: dict[tuple[object, ...], list[DecodedEntry]] = {}
+        for one in decoded:
+            forms.setdefault((one.image.pixels.shape, one.image.pixels.dtype), []).append(one)
+        calls = [self._call(_stack(alike), [one.message.category for one in alike]) for alike in forms.values()]
+        answers = await asyncio.gather(*calls, return_exceptions=True)  # none is running when another has failed
+        by_id: dict[str, Judgement] = {}
+        for alike, answer in zip(forms.values(), answers, strict=True):
+            if isinstance(answer, BaseException):
+                raise answer
+            by_id.update(zip((one.entry.entry_id for one in alike), answer, strict=True))
+        judgements = [by_id[one.entry.entry_id] for one in decoded]
         if any(isinstance(judgement, Detection) for judgement in judgements):
             self._judged += 1
         return judgements
@@ -136,3 +147,7 @@ class Judging:
         elif not isinstance(error, MessageError | RegistryError):
             names = ", ".join(entry.entry_id for entry in entries)
             self._retry.log_failure(f"detecting {names}", error, entries)
+
+
+def _stack(decoded: Sequence[DecodedEntry]) -> Pixels:
+    return np.stack([one.image.pixels for one in decoded])

@@ -192,10 +192,11 @@ class Pipeline:
             EverythingFailsError: Not even a plain image can be decoded.
             StageTimeoutError: Decoding hangs.
         """
-        form = await self._retry.call(self._detector.pixel_form, self._deadline_s)
+        categories = [entry.fields.get(b"category", b"").decode(errors="replace") for entry in entries]
+        forms = await self._retry.call(partial(self._detector.pixel_forms, categories), self._deadline_s)
         with batch.stage("decode"):
-            attempts = await self._retry.call(partial(self._decode_in_time, entries, form))
-            if all(attempt is None for attempt in attempts) and not await self._decoder.works(form):
+            attempts = await self._retry.call(partial(self._decode_in_time, entries, forms))
+            if all(attempt is None for attempt in attempts) and not await self._decoder.works(forms[0]):
                 raise self._everything_fails("no image can be decoded")
         decoded: list[DecodedEntry] = []
         for entry, attempt in zip(entries, attempts, strict=True):
@@ -208,10 +209,10 @@ class Pipeline:
         return decoded
 
     async def _decode_in_time(
-        self, entries: Sequence[Entry], form: PixelForm
+        self, entries: Sequence[Entry], forms: Sequence[PixelForm]
     ) -> list[DecodedEntry | MessageError | None]:
         async with stage_limit(self._settings.stage_timeout_s):
-            return await self._decoder.decode(entries, form)
+            return await self._decoder.decode(entries, forms)
 
     def _everything_fails(self, detail: str) -> EverythingFailsError:
         self._tally.everything_fails(True)  # noqa: FBT003 - a gauge's two values

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import typer
 from helpers.command_line import Ran, Run, make_run
-from helpers.fakes import png
 from helpers.tiny_models import SPEC, write_version
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -21,7 +19,6 @@ from rich.console import Console
 from flawstream.registry.registry import Registry
 from flawstream_cli import terminal
 from flawstream_cli.main import COMMANDS, load_command
-from schemas.errors import ConfigError
 
 
 @pytest.fixture
@@ -210,44 +207,10 @@ def test_models_promote_refuses_what_is_not_there(run: Run, registry: Registry, 
     assert registry.current("bottle") == "v2"
 
 
-def test_models_promote_refuses_another_backbone_unless_asked_for(run: Run, registry: Registry, tmp_path: Path) -> None:
+def test_models_promote_takes_another_backbone(run: Run, registry: Registry, tmp_path: Path) -> None:
     write_version(registry, "tile", spec=SPEC.model_copy(update={"name": "other"}), promote=False)
-    command = ("models", "promote", "tile", "v1", "--registry", tmp_path / "models")
-    ran = run(*command)
-    assert (ran.code, ran.out) == (3, "")
-    assert "error (mixed_backbones): the promotion is refused" in ran.err
-    assert "(bottle)" in ran.err
-    assert registry.currents() == {"bottle": "v2"}
-    assert run(*command, "--other-backbone").code == 0
+    assert run("models", "promote", "tile", "v1", "--registry", tmp_path / "models").code == 0
     assert registry.currents() == {"bottle": "v2", "tile": "v1"}
-
-
-@pytest.mark.usefixtures("registry")
-def test_train_refuses_before_training_what_could_not_be_promoted(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(12):
-        (tmp_path / "data/cable/train/good").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"data/cable/train/good/{number}.png").write_bytes(png(number))
-    started: list[str] = []
-
-    def start(*_: object, **__: object) -> None:
-        started.append("Ray")
-        raise ConfigError("no Ray in this test")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's cluster may be there
-    monkeypatch.setattr(ray, "init", start)
-    command = ("train", tmp_path / "data", "--registry", tmp_path / "models", "--input-size", 64)
-    ran = run(*command)
-    assert (ran.code, started) == (3, [])
-    assert "error (mixed_backbones): training is refused" in ran.err
-    assert "tiny at 64 px (resize area) with strides 16, 32 and weights 000000000000 (bottle)" in ran.err
-    assert "tf_efficientnet_lite0 at 64 px" in ran.err
-    run(*command, "--no-promote")
-    assert started == ["Ray"]
-    (tmp_path / "models/bottle/current").unlink()
-    run(*command)
-    assert started == ["Ray", "Ray"]
 
 
 def test_evaluate_names_all_categories_without_a_version(run: Run, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from helpers.tiny_models import TinyEngine, write_version
 from flawstream.registry.registry import Registry
 from flawstream_cli.commands import score as command
 from schemas.settings import Settings
-from serving import detector
+from serving import engines
 from serving.scoring import job, scorer
 from serving.scoring.listing import ListedImage
 from serving.scoring.output import Output
@@ -66,7 +66,7 @@ def scoring(monkeypatch: pytest.MonkeyPatch) -> InThisProcess:
     stand_in = InThisProcess()
     monkeypatch.setattr(job, "score_parts", stand_in)
     monkeypatch.setattr(command, "on_cluster", contextlib.nullcontext)
-    monkeypatch.setattr(detector, "make_engine", lambda *_: TinyEngine())
+    monkeypatch.setattr(engines, "make_engine", lambda *_: TinyEngine())
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal"))
     return stand_in

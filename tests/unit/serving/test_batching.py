@@ -112,6 +112,22 @@ async def test_what_arrives_while_a_batch_runs_becomes_one_batch() -> None:
     assert (batcher.batches, batcher.images) == (2, 4)
 
 
+async def test_groups_are_never_in_one_batch_and_the_one_that_waits_longest_comes_first() -> None:
+    run = Run()
+    run.gate.clear()
+    odd_even = DrainBatcher(run, group=lambda tag: int(tag[4:]) % 2, max_batch_images=4, max_queue_images=100)
+    odd_even.start()
+    first = await submitted(odd_even, 8)
+    await run.begun()
+    others = [await submitted(odd_even, *numbers) for numbers in ((1, 2, 3), (4, 5), (7, 9, 11))]
+    assert odd_even.queued_images == 8
+    run.gate.set()
+    answers = await asyncio.gather(first, *others)
+    await odd_even.stop()
+    assert answers == [expected(8), expected(1, 2, 3), expected(4, 5), expected(7, 9, 11)]
+    assert run.batches == [[8], [1, 3, 7, 9], [2, 4, 5], [11]]
+
+
 @given(
     calls=st.lists(st.lists(st.integers(0, 255), max_size=9), max_size=12),
     max_batch_images=st.integers(1, 6),

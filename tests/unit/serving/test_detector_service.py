@@ -27,10 +27,12 @@ from hypothesis import strategies as st
 from flawstream.engines.protocol import HeadRows, ScoredBatch
 from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.registry.registry import Registry
-from schemas.errors import MixedBackbonesError, Reason, RegistryError, ShapeError, StorageUnavailableError
+from schemas.errors import ConfigError, Reason, RegistryError, ShapeError, StorageUnavailableError
+from schemas.manifest import ModelManifest
 from schemas.messages import Verdict
-from schemas.settings import DetectorSettings, ModelSettings
-from serving.detector import DetectorService, make_detector, newest_manifest
+from schemas.settings import DetectorSettings
+from serving.detector import DetectorService
+from serving.engines import Engines, newest_manifest
 from workers.ports import Deferral, Detection, Judgement, Refusal
 
 pytestmark = pytest.mark.anyio
@@ -57,7 +59,7 @@ def registry(tmp_path: Path) -> CountingRegistry:
 async def running(
     registry: Registry,
     *,
-    engine: TinyEngine | None = None,
+    engine: TinyEngine | Engines | None = None,
     model_bytes: int | None = None,
     refresh_s: float = NEVER_S,
     max_resident_mb: int = 100,
@@ -65,7 +67,7 @@ async def running(
 ) -> AsyncIterator[DetectorService]:
     chosen = DetectorSettings(refresh_s=refresh_s, max_resident_mb=max_resident_mb, max_batch_images=max_batch_images)
     engine = engine or TinyEngine()
-    if model_bytes is not None:
+    if model_bytes is not None and isinstance(engine, TinyEngine):
         engine.memory_of = lambda head: model_bytes  # type: ignore[method-assign]  # noqa: ARG005 - the protocol's name
     service = DetectorService(registry, engine, chosen)
     await service.start()
@@ -89,7 +91,7 @@ async def test_image_is_judged_by_its_category_s_current_version(registry: Count
     write_version(registry, "bottle")
     async with running(registry) as service:
         outcome = await judge_one(service, 50)
-        assert await service.pixel_form() == PixelForm(SPEC.input_size)
+        assert await service.pixel_forms(["bottle"]) == [PixelForm(SPEC.input_size)]
         alive = [service.alive]
     alive.append(service.alive)
     assert alive == [True, False]
@@ -228,17 +230,68 @@ async def test_damaged_version_is_deferred_and_other_categories_are_judged(regis
 OTHER = SPEC.model_copy(update={"name": "other"})
 
 
-async def test_version_on_another_backbone_is_deferred_until_one_on_this_is_promoted(
-    registry: CountingRegistry,
-) -> None:
+LARGE = SPEC.model_copy(update={"name": "large", "input_size": 96})
+
+
+def two_backbones(opened: list[str]) -> Engines:
+    """Give engines of which the second knows two networks, and notes what is opened."""
+
+    def open_other(manifest: ModelManifest) -> TinyEngine:
+        if manifest.backbone.name == "missing":
+            raise ConfigError("timm has no network 'missing'")
+        opened.append(manifest.backbone.name)
+        return TinyEngine(manifest.backbone, factor=2.0)
+
+    return Engines(TinyEngine(), open_other)
+
+
+async def test_versions_on_several_backbones_are_judged_side_by_side(registry: CountingRegistry) -> None:
+    for category, spec in {"bottle": SPEC, "cable": OTHER, "tile": LARGE}.items():
+        write_version(registry, category, spec=spec)
+    opened: list[str] = []
+    async with running(registry, engine=two_backbones(opened)) as service:
+        assert opened == ["other", "large"]
+        assert await service.pixel_forms(["tile", "bottle", "cable"]) == [PixelForm(96), PixelForm(64), PixelForm(64)]
+        judged = await judge(service, [10, 20, 30, 40], ["bottle", "cable", "cable", "bottle"])
+        assert [round(one.score, 6) for one in judged if isinstance(one, Detection)] == [0.1, 0.4, 0.6, 0.4]
+        (tile,) = await service.detect(image(30, 96)[np.newaxis], ["tile"])
+        assert isinstance(tile, Detection)
+        assert [grid.shape for grid in tile.grids] == [(6, 6), (3, 3)]
+        assert service.status()["batches"] == 3  # of the two in one call, one for each backbone
+        assert service.status()["other_backbones"] == [OTHER.summary, LARGE.summary]
+
+
+async def test_category_moves_to_another_backbone_while_it_is_served(registry: CountingRegistry) -> None:
     write_version(registry, "bottle")
     write_version(registry, "cable")
-    async with running(registry, refresh_s=0.001) as service:
-        for category in ("cable", "tile"):
-            write_version(registry, category, "v2", spec=OTHER, promote=False)
-            registry.promote(category, "v2", other_backbone=True)
+    opened: list[str] = []
+    async with running(registry, engine=two_backbones(opened), refresh_s=0.001) as service:
+        write_version(registry, "cable", "v2", spec=LARGE)
         await wait_until_async(
-            lambda: "tile" in service.status()["categories"],  # type: ignore[operator]  # a dictionary
+            lambda: "cable@v2" in service.status()["resident"],  # type: ignore[operator]  # a list
+            "the version on another backbone is loaded",
+            every_s=0.001,
+        )
+        bottle, late = await judge(service, [10, 20], ["bottle", "cable"])  # decoded before that
+        assert isinstance(bottle, Detection)
+        assert isinstance(late, Deferral)
+        assert "has moved to a backbone that takes images of another form" in late.detail
+        assert await service.pixel_forms(["cable"]) == [PixelForm(96)]
+        (cable,) = await service.detect(image(20, 96)[np.newaxis], ["cable"])
+        assert isinstance(cable, Detection)
+        assert cable.model == "cable@v2"
+    assert opened == ["large"]
+
+
+async def test_version_whose_backbone_cannot_be_opened_is_deferred_alone(registry: CountingRegistry) -> None:
+    missing = SPEC.model_copy(update={"name": "missing"})
+    for category in ("bottle", "cable"):
+        write_version(registry, category)
+    write_version(registry, "tile", spec=missing)
+    async with running(registry, engine=two_backbones([]), refresh_s=0.001) as service:
+        write_version(registry, "cable", "v2", spec=missing)
+        await wait_until_async(
+            lambda: service.status()["categories"] == {"bottle": "v1", "cable": "v2", "tile": "v1"},
             "the detector has looked for versions again",
             every_s=0.001,
         )
@@ -247,9 +300,9 @@ async def test_version_on_another_backbone_is_deferred_until_one_on_this_is_prom
         assert isinstance(cable, Detection)
         assert cable.model == "cable@v1"  # it was loaded, and goes on
         assert isinstance(tile, Deferral)
-        assert "tile@v2 was trained on other at 64 px" in tile.detail
-        write_version(registry, "tile", "v3", promote=False)
-        registry.promote("tile", "v3", other_backbone=True)
+        assert "tile@v1 runs on missing at 64 px" in tile.detail
+        assert "timm has no network 'missing'" in tile.detail
+        write_version(registry, "tile", "v3")
         deadline = Deadline("version 3 of the tile")
         while isinstance(tile, Deferral):
             deadline.check()
@@ -391,24 +444,6 @@ def test_newest_current_version_names_the_backbone(registry: CountingRegistry) -
     newest = newest_manifest(registry)
     assert newest is not None
     assert newest.category == "cable"
-
-
-def test_detector_does_not_start_on_a_registry_of_several_backbones(registry: CountingRegistry) -> None:
-    write_version(registry, "bottle")
-    write_version(registry, "cable")
-    write_version(registry, "tile", spec=OTHER, promote=False)
-    registry.promote("tile", "v1", other_backbone=True)
-    with pytest.raises(MixedBackbonesError) as caught:
-        make_detector(registry.root, ModelSettings(), DetectorSettings())
-    message = str(caught.value)
-    assert "tiny at 64 px (resize area) with strides 16, 32 and weights 000000000000 (bottle, cable)" in message
-    assert "; other at 64 px" in message
-    assert "(tile)" in message
-    assert "flawstream models promote" in message
-    write_version(registry, "tile", "v2")
-    newest = newest_manifest(registry)
-    assert newest is not None
-    assert newest.backbone == SPEC
 
 
 def test_damaged_manifest_stops_no_other_category(registry: CountingRegistry, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.anyio
 NEVER_S = 3600.0
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 FORM = PixelForm(256, "antialias")
+OTHER = PixelForm(64)
 
 
 class Response:
@@ -71,18 +72,23 @@ class Method:
         return self._handle.responses[-1]
 
 
-async def test_pixel_form_is_asked_once() -> None:
-    handle = Handle(FORM)
+async def test_form_of_a_category_is_asked_for_once_and_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle([FORM], [OTHER], [OTHER])
     detector = HandleDetector(handle, NEVER_S)
-    assert [await detector.pixel_form() for _ in range(3)] == [FORM, FORM, FORM]
-    assert handle.calls == ["pixel_form"]
+    for _ in range(3):
+        assert await detector.pixel_forms(["bottle", "bottle"]) == [FORM, FORM]
+    assert await detector.pixel_forms(["cable", "bottle"]) == [OTHER, FORM]
+    assert handle.calls == ["pixel_forms", "pixel_forms"]
+    assert handle.arguments == [(["bottle"],), (["cable"],)]
+    monkeypatch.setattr("serving.deployments._FORMS_S", 0.0)
+    assert await detector.pixel_forms(["bottle"]) == [OTHER]
 
 
-async def test_pixel_form_is_asked_again_after_a_failure() -> None:
-    detector = HandleDetector(Handle(ActorDiedError(), FORM), NEVER_S)
+async def test_form_is_asked_for_again_after_a_failure() -> None:
+    detector = HandleDetector(Handle(ActorDiedError(), [FORM]), NEVER_S)
     with pytest.raises(DetectorOverloadedError):
-        await detector.pixel_form()
-    assert await detector.pixel_form() == FORM
+        await detector.pixel_forms(["bottle"])
+    assert await detector.pixel_forms(["bottle"]) == [FORM]
 
 
 async def test_replica_that_hangs_is_given_up_and_its_call_is_cancelled() -> None:

@@ -12,6 +12,7 @@ import serving.model_store
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import Registry
 from schemas.errors import ModelUnavailableError, RegistryError, StorageUnavailableError, UnknownCategoryError
+from serving.engines import Engines
 from serving.model_store import ModelStore
 
 MODEL_BYTES = sum(tensor.nbytes for tensor in FastFlowHead(SPEC, FLOW).state_dict().values())
@@ -24,7 +25,7 @@ class Bench:
         self.registry = Registry(str(folder))
         self.folder = folder
         self.engine = TinyEngine()
-        self.store = ModelStore(self.registry, self.engine, models * MODEL_BYTES)
+        self.store = ModelStore(self.registry, Engines(self.engine), models * MODEL_BYTES)
 
     def serving(self, category: str) -> str:
         """Tell which version would judge an image now."""
@@ -247,7 +248,7 @@ def test_version_that_replaces_a_damaged_one_is_taken_at_once(bench: Bench) -> N
 )
 def test_version_of_another_backbone_is_refused(bench: Bench, difference: dict[str, object]) -> None:
     write_version(bench.registry, "bottle", spec=SPEC.model_copy(update=difference))
-    with pytest.raises(RegistryError, match="A service runs one backbone"):
+    with pytest.raises(RegistryError, match="and this detector runs one backbone"):
         bench.store.load("bottle")
     assert bench.engine.loads == 0
 

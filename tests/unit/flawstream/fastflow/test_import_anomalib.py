@@ -39,6 +39,7 @@ from schemas.messages import ImageMessage
 from schemas.settings import DetectorSettings, ModelSettings, Settings
 from schemas.wire import result_fields
 from serving.detector import make_detector
+from serving.engines import Engines
 from serving.model_store import ModelStore
 from workers.consume.result_builder import Times, build_result
 from workers.ports import Detection
@@ -163,7 +164,7 @@ def test_imported_version_is_served_and_gives_anomalib_s_maps(
     path.unlink()
     for make in (TorchEngine, OpenvinoEngine, cuda_program):
         engine = make(open_backbone(registry, manifest, ModelSettings()))
-        loaded = ModelStore(registry, engine, 1).load("bottle").loaded
+        loaded = ModelStore(registry, Engines(engine), 1).load("bottle").loaded
         for count in (1, 3):  # the graphs are of any batch size
             many = images.numpy().repeat(count, axis=0).astype(np.float32)
             ours = likelihood_map(
@@ -190,7 +191,7 @@ def judge(root: Path, files: Sequence[bytes]) -> list[dict[bytes, bytes]]:
     detector = make_detector(str(root), settings.model, DetectorSettings(engine="torch", precision="f32"))
 
     async def detect(data: bytes) -> dict[bytes, bytes]:
-        image = decode_image(data, await detector.pixel_form(), settings.limits)
+        image = decode_image(data, (await detector.pixel_forms(["bottle"]))[0], settings.limits)
         (outcome,) = await detector.detect(image.pixels[np.newaxis], ["bottle"])
         assert isinstance(outcome, Detection)
         message = ImageMessage(id="1", category="bottle", image=data)
@@ -268,7 +269,7 @@ def test_import_promotes_nothing_and_prints_the_command_that_does(
     assert registry.currents() == {"bottle": version}
 
 
-def test_import_into_a_registry_of_another_backbone_is_written_and_not_promoted(
+def test_import_into_a_registry_of_another_backbone_is_promoted_beside_it(
     tmp_path: Path, normal_images: Path, run: Run
 ) -> None:
     root = tmp_path / "models"
@@ -277,15 +278,9 @@ def test_import_into_a_registry_of_another_backbone_is_written_and_not_promoted(
     path = write(tmp_path / "a.pt", read_fixture("resnet18")[0])
     arguments = ("-c", "bottle", "--data", normal_images, "--registry", root, "--promote", "--json")
     ran = run("models", "import-anomalib", path, *arguments)
-    assert ran.code == 3
+    assert ran.code == 0
     version = json.loads(ran.out)["version"]
     assert registry.versions("bottle") == [version]
-    assert registry.currents() == {"cable": "v1"}
-    assert f"bottle@{version} is written" in ran.err
-    assert "error (mixed_backbones): the promotion is refused" in ran.err
-    assert "resnet18" in ran.err.splitlines()[-1]
-    assert run("models", "promote", "bottle", version, "--registry", root).code == 3
-    assert run("models", "promote", "bottle", version, "--registry", root, "--other-backbone").code == 0
     assert registry.currents() == {"bottle": version, "cable": "v1"}
 
 
