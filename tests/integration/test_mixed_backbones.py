@@ -1,4 +1,4 @@
-"""Categories on several backbones behind one worker, on a real Valkey: each image is judged as by a service of its own."""
+"""Categories on several backbones behind one worker, on a real Valkey: each image as by a service of its own."""
 
 from pathlib import Path
 
