@@ -16,7 +16,7 @@ _PROMOTE_S = 5.0
 
 
 class Promotions:
-    """Promotes versions while a run goes on; in a run that changes the backbone, all together after the last one.
+    """Promotes versions while a run goes on.
 
     A version that is worse than the current one is not promoted, unless forced: see `why_worse`.
 

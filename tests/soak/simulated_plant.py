@@ -118,7 +118,8 @@ class Plan:
     """What happens in an episode, all of it from one seed.
 
     Attributes:
-        images: How many arrive, one after the other.
+        images: How many arrive.
+        together: So many at once, as from as many cameras.
         pause_s: Between two, on average.
         workers: Their number.
         outages: For each fault of a while: when it begins, s.
@@ -126,6 +127,7 @@ class Plan:
     """
 
     images: int
+    together: int
     pause_s: float
     workers: int
     outages: list[tuple[float, Fault]] = field(default_factory=list)
@@ -134,7 +136,7 @@ class Plan:
 
 def make_plan(dice: random.Random, images: int) -> Plan:
     """Throw the dice for an episode."""
-    plan = Plan(images, dice.choice((0.002, 0.005, 0.03)), dice.randint(1, 4))
+    plan = Plan(images, dice.choice((1, 8, 40)), dice.choice((0.002, 0.005, 0.03)), dice.randint(1, 4))
     arrival_s = plan.images * plan.pause_s
     plan.outages = sorted((dice.uniform(0, arrival_s + 5), dice.choice(FOR_A_WHILE)) for _ in range(dice.randint(1, 6)))
     plan.calls = {dice.randrange(10, 40 + images): dice.choice(AT_A_CALL) for _ in range(dice.randint(2, 14))}
@@ -220,8 +222,9 @@ class Plant:
         return self._plan.calls.pop(self._calls, None)
 
     async def _arrive(self) -> None:
-        for _ in range(self._plan.images):
-            await asyncio.sleep(self.dice.expovariate(1 / self._plan.pause_s))
+        for number in range(self._plan.images):
+            if number % self._plan.together == 0:
+                await asyncio.sleep(self._plan.together * self.dice.expovariate(1 / self._plan.pause_s))
             thrown = self.dice.random()
             kind = Kind.GOOD
             for other, share in SHARES.items():
