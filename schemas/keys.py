@@ -53,6 +53,10 @@ class StreamKeys(BaseModel):
         """Return the name of the hash of the workers' heartbeats; that of shard 0 is used."""
         return f"{self._base}:workers"
 
+    def lease(self, consumer: str) -> str:
+        """Return the name of the key by which one live worker has a consumer name; that of shard 0 is used."""
+        return f"{self._base}:lease:{consumer}"
+
     @property
     def group(self) -> str:
         """Return the name of the workers' consumer group on the images stream."""

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -21,6 +22,7 @@ from flawstream.registry.registry import Registry
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.logs import set_up_logging
 from schemas.errors import (
+    ConfigError,
     DetectorDiedError,
     DetectorOverloadedError,
     FlawstreamError,
@@ -189,16 +191,24 @@ class StreamWorkerDeployment:
         self._client = make_client(settings.redis)
         await require_server(self._client)
         await require_no_eviction(self._client)
-        # A replica that replaces a dead one gets its rank, and so continues at once with what was pending for it.
-        consumer = f"{socket.gethostname()}-{serve.get_replica_context().rank.rank}"
-        self._worker = ShardedWorker(
+        make_worker = partial(
+            ShardedWorker,
             self._client,
-            consumer,
-            HandleDetector(detector, settings.detector.timeout_s),
-            settings,
-            RayMetrics(settings.metrics.max_categories),
+            detector=HandleDetector(detector, settings.detector.timeout_s),
+            settings=settings,
+            metrics=RayMetrics(settings.metrics.max_categories),
             tracer=self._exit.enter_context(open_tracer(settings.tracing)),
         )
+        # A replica that replaces a dead one gets its rank, and so continues at once with what was pending for it.
+        replica = serve.get_replica_context()
+        consumer = f"{socket.gethostname()}-{replica.rank.rank}"
+        self._worker = make_worker(consumer)
+        try:
+            await self._worker.take_name()
+        except ConfigError:  # of a live one that Serve has given another rank since, or of another service
+            await self._worker.close()
+            self._worker = make_worker(f"{consumer}-{replica.replica_id.unique_id}")
+            await self._worker.take_name()
         backlog = Backlog(self._client, all_keys(settings.redis))
         # one that has images waiting for it always works: it reads as long as it has a free slot
         self._load = LoadReports(backlog, lambda: (self._worker.stats.completed, time.monotonic()))

@@ -51,7 +51,7 @@ _PRODUCER = (
 )
 _WORKER = (
     _Grant("time"),
-    _Grant(_SCRIPTS, "images results dead counters workers"),
+    _Grant(_SCRIPTS, "images results dead counters workers lease"),
     _Grant(
         "xreadgroup xack xdel xlen xrange xpending xclaim xautoclaim "
         "xgroup|create xgroup|delconsumer xinfo|groups xinfo|consumers",
@@ -61,6 +61,7 @@ _WORKER = (
     _Grant("xtrim xpending xinfo|groups", "results"),
     _Grant("hincrby hgetall", "counters"),
     _Grant("hincrby hget hgetall hdel", "workers"),
+    _Grant("get pttl set", "lease"),
     _Grant("get append", "seen"),
     _Grant("set", "outcomes_since"),
 )
@@ -130,9 +131,8 @@ def _allow(commands: str) -> str:
 
 
 def _suffixes(names: str) -> list[str]:
-    keys = StreamKeys(prefix="")
-    every_id = "*"
-    return [keys.seen(every_id) if name == "seen" else getattr(keys, name) for name in names.split()]
+    keys = (getattr(StreamKeys(prefix=""), name) for name in names.split())
+    return [key("*") if callable(key) else key for key in keys]  # of every id, or of every consumer
 
 
 def _bases(prefix: str, shards: int) -> list[str]:

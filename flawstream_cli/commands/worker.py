@@ -54,8 +54,8 @@ def worker(
     Waits until the registry can be read and has a current version. Prints one JSON line to standard output when ready,
     and another at the end. On Ctrl-C or SIGTERM, finishes the batches in flight within `worker.drain_s` and releases
     the rest. After a crash, a worker with the same name continues with the entries that are pending for it. Where
-    decoding or the detector hangs for longer than `worker.stage_timeout_s`, ends with exit code 1, so that its
-    supervisor starts it again.
+    another live worker has the name, ends with exit code 3 and reads nothing. Where decoding or the detector hangs for
+    longer than `worker.stage_timeout_s`, ends with exit code 1, so that its supervisor starts it again.
 
     Example: `flawstream worker --redis redis://plant:6379/0 --registry /models --name line7`
     """
@@ -100,6 +100,7 @@ async def _work(
         beating = asyncio.create_task(liveness.beat_for_ever())
         name = settings.worker.name or socket.gethostname()
         stream_worker = ShardedWorker(client, name, detector, settings, metrics, tracer=tracer)
+        await stream_worker.take_name()
         working = asyncio.create_task(stream_worker.run(stop))
         print_json(
             {
@@ -127,8 +128,9 @@ async def _work(
             print_json(stream_worker.stats.as_dict())
             print_message(str(error), "red")
             os._exit(ExitCode.FAILED)  # an end in order would wait for the thread that hangs
-        beating.cancel()
-        await stream_worker.close()
-        await detector.stop()
-        print_json(stream_worker.stats.as_dict())
+        finally:
+            beating.cancel()
+            await stream_worker.close()
+            await detector.stop()
+            print_json(stream_worker.stats.as_dict())
     return alive

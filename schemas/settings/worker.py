@@ -13,7 +13,7 @@ class WorkerSettings(ScaledSection):
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
         description="Consumer name of `flawstream worker`; absent: the host's. A worker that restarts under its name "
-        "resumes its pending entries at once.",
+        "resumes its pending entries at once; one whose name another live worker has does not start.",
     )
     batch_size: int = Field(16, ge=1, le=1024, description="Most entries read, decoded and detected together.")
     batch_bytes: int = Field(

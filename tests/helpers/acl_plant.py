@@ -53,6 +53,7 @@ class Plant:
             stop = asyncio.Event()
             running = asyncio.create_task(worker.run(stop))
             yield worker
+            assert await self.admin.exists(all_keys(self.base)[0].lease("w"))
             stop.set()
             await running
             await worker.close()

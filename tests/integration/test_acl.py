@@ -35,6 +35,7 @@ WHO_RUNS = {
     "replay_dead_letter.lua": (Role.OPERATOR,),
     "trim.lua": (Role.WORKER, Role.SERVICE),
     "_capacity.lua": (Role.PRODUCER, Role.SERVICE, Role.OPERATOR),
+    "hold_lease.lua": (Role.WORKER, Role.SERVICE),
     "heartbeat.lua": (Role.WORKER, Role.SERVICE),
     "shard_heartbeat.lua": (Role.WORKER, Role.SERVICE),
 }

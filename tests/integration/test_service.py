@@ -1,6 +1,7 @@
 """The whole service on a real Ray Serve and a real Valkey, with producers and consumers that use none of our code."""
 
 import json
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.registry.registry import Registry
 from flawstream_cli.cluster import Cluster
 from schemas.errors import ConfigError
+from schemas.keys import StreamKeys
 from schemas.settings import Settings
 from serving import app as service
 from workers.redis.embedded import EmbeddedServer, free_port
@@ -272,6 +274,16 @@ def test_service_on_a_serve_that_already_listens_tells_where(line: Line) -> None
     address = service.run(line.settings.model_copy(update={"api": elsewhere}))
     assert address == f"http://127.0.0.1:{line.settings.api.port}"
     assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
+
+
+def test_replica_whose_name_is_in_use_takes_another(line: Line) -> None:
+    name = f"{socket.gethostname()}-0"
+    service.stop()
+    line.redis("SET", StreamKeys().lease(name), "host plant-3, pid 7, 0123abcd")
+    service.run(line.settings)
+    line.await_ends([line.push()])
+    consumers: Any = line.redis("XINFO", "CONSUMERS", IMAGES, "workers")
+    assert any(consumer[1].decode().startswith(f"{name}-") for consumer in consumers)
 
 
 def test_service_that_cannot_start_says_why_in_one_line(line: Line) -> None:

@@ -6,9 +6,11 @@ from copy import deepcopy
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from flawstream.telemetry.traces import NO_TRACER, Tracer
+from schemas.errors import ConfigError
 from schemas.keys import all_keys
 from schemas.settings import Settings
 from workers.consume.clock import SystemClock
+from workers.consume.consumer_lease import ConsumerLease
 from workers.consume.decode import Decoder
 from workers.consume.reader import RedisStreamReader
 from workers.consume.shard_leases import ShardLeases
@@ -36,7 +38,7 @@ class ShardedWorker:
     Args:
         client: A client of the stream server or cluster.
         consumer: The worker's name in each group. A worker that restarts under its name resumes its pending entries.
-            Where two workers have the same name, work is done twice, but each image still completes once.
+            One live worker at a time has it: see `workers.consume.consumer_lease`.
         detector: Judges images.
         settings: The service's.
         metrics: Receives counts and times.
@@ -63,6 +65,7 @@ class ShardedWorker:
         self._metrics = metrics
         self._clock = SystemClock()
         self._shards = all_keys(settings.redis)
+        self._lease = ConsumerLease(client, self._shards[0], consumer)
         self._references = ReferenceFetcher(settings.references, settings.limits, client, self._clock)
         self._decoder = Decoder(settings.worker.decode_threads, settings.limits, self._clock, self._references)
         self._drift = DriftMonitor(metrics, settings.metrics.window_images, settings.metrics.max_categories)
@@ -78,19 +81,37 @@ class ShardedWorker:
         """Return what all loops together have done since the start; it does not change any more."""
         return deepcopy(self._tally.stats)
 
+    async def take_name(self) -> None:
+        """Take the consumer name, as `run` does before it reads. Call `run` at once: the name is renewed there.
+
+        Raises:
+            ConfigError: Another live worker has it.
+            StreamUnavailableError: The server does not answer.
+        """
+        await self._lease.take()
+
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then finish the batches in flight; what takes too long is released.
 
         Raises:
+            ConfigError: Another live worker has the consumer name. Nothing was read or, where the name was lost while
+                this one worked, `stop` was set.
             StageTimeoutError: Decoding or the detector hangs: the process has to end. `stop` was set.
+            StreamUnavailableError: The server does not answer at the start.
         """
+        await self.take_name()
+        holding = asyncio.create_task(self._lease.hold(stop))
         reports = [self._gauges.report, self._report_drift]
         reporting = asyncio.create_task(report_for_ever(self._settings.metrics.report_s, reports))
         try:
             await self._work(stop)
         finally:
+            holding.cancel()
             reporting.cancel()
-            await asyncio.gather(reporting, return_exceptions=True)
+            lost, _ = await asyncio.gather(holding, reporting, return_exceptions=True)
+            await self._lease.release()
+        if isinstance(lost, ConfigError):
+            raise lost
 
     async def _work(self, stop: asyncio.Event) -> None:
         in_flight = self._settings.worker.in_flight
