@@ -111,7 +111,7 @@ ON_REDIS := tests/contracts $(addprefix tests/integration/test_,$(addsuffix .py,
   closed_connections dead_letter_box durable_push mixed_backbones no_repeats persistence producer redis_cluster reference_fetching results \
   retention sentinel shard_leases stream_runtime tls))
 test-redis: setup $(REDIS_STAMP)
-	@FLAWSTREAM_TEST_SERVER=$(CURDIR)/$(REDIS)/redis-server $(BIN) -m pytest $(ON_REDIS) $(ARGS)
+	@TEST_STREAM_SERVER=$(CURDIR)/$(REDIS)/redis-server $(BIN) -m pytest $(ON_REDIS) $(ARGS)
 
 boards: setup
 	@$(BIN) -m k8s.boards

