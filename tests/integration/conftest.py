@@ -5,12 +5,12 @@ from hashlib import sha256
 
 import pytest
 from helpers.acl_plant import PASSWORD, Plant, run_command
+from helpers.redis_servers import Server, running
 from helpers.streams import single_client
 
 from flawstream_cli import cluster as ray_cluster
 from schemas.settings import RedisSettings
 from workers.acl import Role, access_rules, user_line
-from workers.redis.embedded import EmbeddedServer
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +21,15 @@ def cluster() -> Iterator[ray_cluster.Cluster]:
 
 
 @pytest.fixture(scope="session")
-def acl_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+def acl_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server of its own: it keeps users, and an AOF to wait for."""
-    with EmbeddedServer(tmp_path_factory.mktemp("valkey")) as server:
+    server = Server(tmp_path_factory.mktemp("valkey-acl"), 'save ""', "appendonly yes", "appendfsync always")
+    with running(server):
         yield server
 
 
 @pytest.fixture(params=[0, 12], ids=["one set of streams", "shards"])
-async def plant(acl_server: EmbeddedServer, request: pytest.FixtureRequest) -> AsyncIterator[Plant]:
+async def plant(acl_server: Server, request: pytest.FixtureRequest) -> AsyncIterator[Plant]:
     """Give an empty server with its users and one set of streams, or several."""
     base = RedisSettings(url=acl_server.url, prefix="plant[7]", shards=request.param, block_ms=20)
     async with single_client(base) as admin:

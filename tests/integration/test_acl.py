@@ -16,7 +16,6 @@ from flawstream_cli.terminal import ExitCode
 from schemas.errors import ConfigError
 from workers.acl import HASH_PLACEHOLDER, Role, access_rules, user_line
 from workers.redis import scripts as scripts_module
-from workers.redis.embedded import EmbeddedServer
 
 SCRIPTS = Path(scripts_module.__file__).parent / "lua"
 WHO_RUNS = {
@@ -71,7 +70,7 @@ def test_script_calls_nothing_that_its_callers_may_not(script: str) -> None:
 
 
 def test_command_prints_users_who_can_push_and_look_at_dead_letters(
-    acl_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    acl_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = make_run(monkeypatch, capsys)
     (tmp_path / "password").write_text(f"{PASSWORD}\n", encoding="utf-8")

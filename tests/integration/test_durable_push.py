@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.fakes import png
-from helpers.redis_servers import Server, cluster
+from helpers.redis_servers import Server, cluster, running
 from helpers.streams import add, rows, single_client
 from redis.asyncio import Redis, RedisCluster
 
@@ -15,7 +15,6 @@ from schemas.settings import BacklogSettings, RedisSettings
 from workers.outcomes.dead_letters import DeadLetterBox
 from workers.produce.producer import Producer
 from workers.redis.connection import make_client
-from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
 
@@ -25,10 +24,11 @@ PATIENT_S = 60.0
 
 
 @pytest.fixture
-async def replica(redis_settings: RedisSettings) -> AsyncIterator[Redis]:
+async def replica(redis_settings: RedisSettings, tmp_path: Path) -> AsyncIterator[Redis]:
     """Give a second server, which copies nobody yet."""
     del redis_settings  # an empty first server
-    with EmbeddedServer() as server:
+    server = Server(tmp_path, 'save ""')
+    with running(server):
         async with single_client(RedisSettings(url=server.url)) as client:
             yield client
 
@@ -38,7 +38,7 @@ def waiting(settings: RedisSettings, timeout_s: float) -> RedisSettings:
 
 
 async def test_a_push_that_waits_is_done_when_a_replica_has_the_image(
-    redis_settings: RedisSettings, valkey_server: EmbeddedServer, replica: Redis
+    redis_settings: RedisSettings, valkey_server: Server, replica: Redis
 ) -> None:
     await replica.replicaof("127.0.0.1", valkey_server.port)
     async with Producer(waiting(redis_settings, PATIENT_S)) as producer:
@@ -54,7 +54,7 @@ async def test_an_image_that_no_replica_has_is_written_and_said_to_be_unsafe(red
 
 
 async def test_a_push_made_again_waits_for_the_image_of_the_first(
-    redis_settings: RedisSettings, valkey_server: EmbeddedServer, replica: Redis
+    redis_settings: RedisSettings, valkey_server: Server, replica: Redis
 ) -> None:
     async with Producer(waiting(redis_settings, SOON_S)) as hasty:
         with pytest.raises(StreamUnavailableError):
@@ -77,7 +77,8 @@ async def test_a_refused_push_waits_for_nobody(redis_settings: RedisSettings) ->
 
 
 async def test_a_push_that_waits_for_the_disk_is_done_on_a_server_that_keeps_an_aof(tmp_path: Path) -> None:
-    with EmbeddedServer(tmp_path) as server:
+    server = Server(tmp_path, "appendonly yes", "appendfsync always")
+    with running(server):
         settings = RedisSettings(url=server.url, wait_local_fsync=True, timeout_s=PATIENT_S)
         async with Producer(settings) as producer, make_client(settings) as client:
             entry_id = await producer.push(png(), "bottle", id="cam1-1")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from helpers.fakes import png
 from helpers.raw_redis import RawRedis
+from helpers.redis_servers import Server
 from helpers.stream_work import working
 from helpers.tiny_models import write_version
 from helpers.waiting import wait_until_async
@@ -16,7 +17,6 @@ from schemas.settings import RedisSettings, Settings
 from serving.detector import make_detector
 from workers.consume.sharded import ShardedWorker
 from workers.redis.connection import make_client
-from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
 
@@ -94,7 +94,7 @@ async def test_images_of_several_backbones_in_one_batch_have_the_scores_of_servi
 
 
 async def test_images_of_a_version_that_cannot_be_served_wait_and_become_results_after_the_cure(
-    tmp_path: Path, valkey_server: EmbeddedServer, redis_settings: RedisSettings
+    tmp_path: Path, valkey_server: Server, redis_settings: RedisSettings
 ) -> None:
     registry = Registry(str(tmp_path))
     settings = settings_of(tmp_path, redis_settings)

@@ -20,7 +20,6 @@ from workers.outcomes.results import DeadLetterReader, ResultReader
 from workers.produce.producer import Producer
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
-from workers.redis.embedded import EmbeddedServer
 from workers.redis.errors import stream_errors
 from workers.redis.groups import create_group, read_group
 
@@ -155,7 +154,7 @@ async def test_a_cluster_that_is_gone_is_an_unavailable_server(
             await require_server(another)
 
 
-async def test_a_server_that_is_none_of_a_cluster_is_a_matter_of_configuration(valkey_server: EmbeddedServer) -> None:
+async def test_a_server_that_is_none_of_a_cluster_is_a_matter_of_configuration(valkey_server: Server) -> None:
     async with make_client(RedisSettings(url=valkey_server.url, cluster=True, shards=2)) as client:
         with pytest.raises(ConfigError, match=r"not part of a cluster; leave redis\.cluster out"):
             await require_server(client)

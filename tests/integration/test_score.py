@@ -27,12 +27,12 @@ from serving.scoring.stored_images import read_image
 from workers.redis.embedded import EmbeddedServer
 
 
-@pytest.mark.usefixtures("redis_settings")
-def test_rows_are_what_a_worker_with_a_real_engine_publishes(tmp_path: Path, valkey_server: EmbeddedServer) -> None:
+def test_rows_are_what_a_worker_with_a_real_engine_publishes(tmp_path: Path) -> None:
     images = soak.write_images(tmp_path / "images", 72)
     Path(images[5].path).write_bytes(b"no image")
     soak.write_versions(tmp_path / "models", images)
-    streamed = asyncio.run(soak.judge_by_worker(tmp_path / "models", valkey_server, images))
+    with EmbeddedServer() as server:
+        streamed = asyncio.run(soak.judge_by_worker(tmp_path / "models", server, images))
 
     async def score() -> list[dict[str, object]]:
         detector = soak.open_detector(tmp_path / "models")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.fakes import FakeDetector, png
+from helpers.redis_servers import Server
 from helpers.stream_work import working
 from helpers.streams import add, rows, single_client
 from redis.asyncio import Redis
@@ -76,7 +77,7 @@ def raw_xadd(port: int, key: str, *values: bytes) -> bytes:
 
 
 async def test_an_image_from_a_plain_socket_comes_back_on_the_results_stream(
-    client: Redis, redis_settings: RedisSettings, valkey_server: EmbeddedServer
+    client: Redis, redis_settings: RedisSettings, valkey_server: Server
 ) -> None:
     async with ResultReader(redis_settings) as results, working(make_worker(client, redis_settings, "a")):
         fields = (b"category", b"bottle", b"id", b"cam1-42", b"image", png(200), b"shift", b"\x00\xff")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import trustme
+from helpers.redis_servers import Server
 
 from schemas.errors import ConfigError, StreamUnavailableError
 from schemas.settings import RedisSettings
 from workers.redis.client import require_server
 from workers.redis.connection import make_client
-from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
 
@@ -25,7 +25,7 @@ def authority() -> trustme.CA:
 
 
 @asynccontextmanager
-async def tls_before(server: EmbeddedServer, context: ssl.SSLContext) -> AsyncIterator[int]:
+async def tls_before(server: Server, context: ssl.SSLContext) -> AsyncIterator[int]:
     """Take TLS connections and hand on what they carry; gives the port."""
 
     async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -87,7 +87,7 @@ async def greet(settings: RedisSettings) -> None:
 
 
 async def test_a_server_of_our_authority_is_trusted(
-    valkey_server: EmbeddedServer, authority: trustme.CA, tmp_path: Path
+    valkey_server: Server, authority: trustme.CA, tmp_path: Path
 ) -> None:
     async with tls_before(valkey_server, server_side(authority)) as port:
         await greet(settings_for(port, tls_ca_file=pem(tmp_path, authority)))
@@ -95,7 +95,7 @@ async def test_a_server_of_our_authority_is_trusted(
 
 @pytest.mark.parametrize("ours", [False, True], ids=["the system's", "another"])
 async def test_a_server_of_another_authority_is_refused(
-    valkey_server: EmbeddedServer, authority: trustme.CA, tmp_path: Path, *, ours: bool
+    valkey_server: Server, authority: trustme.CA, tmp_path: Path, *, ours: bool
 ) -> None:
     files = {"tls_ca_file": pem(tmp_path, trustme.CA())} if ours else {}
     async with tls_before(valkey_server, server_side(authority)) as port:
@@ -104,7 +104,7 @@ async def test_a_server_of_another_authority_is_refused(
 
 
 async def test_a_server_of_another_name_is_refused(
-    valkey_server: EmbeddedServer, authority: trustme.CA, tmp_path: Path
+    valkey_server: Server, authority: trustme.CA, tmp_path: Path
 ) -> None:
     async with tls_before(valkey_server, server_side(authority, "elsewhere.example")) as port:
         with pytest.raises(ConfigError, match="not valid for 'localhost'"):
@@ -112,7 +112,7 @@ async def test_a_server_of_another_name_is_refused(
 
 
 async def test_a_client_with_a_certificate_is_let_in(
-    valkey_server: EmbeddedServer, authority: trustme.CA, tmp_path: Path
+    valkey_server: Server, authority: trustme.CA, tmp_path: Path
 ) -> None:
     files = client_files(tmp_path, authority)
     async with tls_before(valkey_server, demanding(authority)) as port:
@@ -154,7 +154,7 @@ def refuse(listener: socket.socket, context: ssl.SSLContext) -> str:
 
 
 async def test_plain_text_to_a_server_that_wants_tls_is_no_connection(
-    valkey_server: EmbeddedServer, authority: trustme.CA
+    valkey_server: Server, authority: trustme.CA
 ) -> None:
     async with tls_before(valkey_server, server_side(authority)) as port:
         with pytest.raises(StreamUnavailableError, match=f"localhost:{port}"):
