@@ -68,7 +68,7 @@ async def judge_all(settings: Settings, raw: RawRedis, categories: list[str]) ->
 
 
 async def test_images_of_several_backbones_in_one_batch_have_the_scores_of_services_of_their_own(
-    tmp_path: Path, valkey_server: EmbeddedServer, redis_settings: RedisSettings
+    tmp_path: Path, valkey_server: Server, redis_settings: RedisSettings
 ) -> None:
     plant = settings_of(tmp_path / "plant", redis_settings)
     own = {
