@@ -163,7 +163,7 @@ def test_evaluate_agrees_with_training_and_writes_a_report(user: User, trained: 
 def test_doctor_finds_the_running_service_s_streams(user: User) -> None:
     (found,) = user.json("doctor", "--redis", user.redis, "--json")
     assert {name: check["ok"] for name, check in found.items()} == dict.fromkeys(
-        ("packages", "hardware", "engine", "backbone", "registry", "streams"), True
+        ("packages", "hardware", "engine", "backbone", "registry", "versions", "streams"), True
     )
 
 
