@@ -50,10 +50,16 @@ def build(settings: Settings) -> serve.Application:
         settings: All settings; in a Serve configuration the `args` of the application.
 
     Raises:
-        ConfigError: The bounds of autoscaling contradict each other.
+        ConfigError: The bounds of autoscaling contradict each other, or a slow detector would count as one that hangs.
     """
     warn_if_open(settings.api)
     detector, worker = settings.detector, settings.worker
+    if worker.replicas and worker.stage_timeout_s <= detector.timeout_s:
+        raise ConfigError(
+            f"worker.stage_timeout_s={worker.stage_timeout_s:g} is not more than detector.timeout_s="
+            f"{detector.timeout_s:g}: a detector that takes so long would count as hanging, and end its worker; raise "
+            "the first or lower the second"
+        )
     detectors = _deployment(
         DetectorDeployment,
         name=_DETECTOR,
