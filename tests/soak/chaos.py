@@ -1,22 +1,23 @@
-"""Chaos: a whole service under load while its parts are killed, cut off and paused at random.
+"""Chaos: a whole service under load while its parts are killed, cut off, paused and deprived at random.
 
     PYTHONPATH=tests python -m soak.chaos --minutes 20
 
-Valkey with an append-only file, behind a proxy that cuts replies; Ray Serve with two stream workers and two detectors;
-a `flawstream worker` beside them, started again whenever it ends. Producers push through the proxy, again and again
-until told that an image is there, some images twice on purpose, some that are no images. At the end every id is counted
-on the server: it must have ended exactly once, good images as results, others as dead letters.
+Valkey with an append-only file on a disk of its own, behind a proxy that cuts replies; Ray Serve with two stream
+workers and two detectors; a `flawstream worker` beside them, started again whenever it ends. Producers push through the
+proxy, again and again until the push of an image is confirmed, some images twice on purpose, some that are no images.
+`soak.chaos_faults` has the faults. At the end every id is counted on the server: it must have one outcome, good images
+a result, others a dead letter, and after the last fault in time: within twice `worker.claim_idle_ms` and ten seconds.
 
-The last line is JSON; the exit code is 1 where an image was lost, ended twice, or ended as the wrong thing.
+The last line is JSON; the exit code is 1 where an image was lost, had two outcomes or the wrong one, or none in time.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -25,15 +26,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
+from unittest.mock import patch
 
 import cv2
 import numpy as np
 from helpers.raw_redis import RawRedis
 from helpers.redis_servers import Server
 from helpers.tiny_models import write_version
-from helpers.waiting import Deadline
-from ray.util.state import list_actors
-from rich.console import Console
 from rich.table import Table
 
 from flawstream.fastflow.backbone import Backbone
@@ -42,8 +41,11 @@ from flawstream_cli import cluster
 from schemas.errors import TransientError
 from schemas.settings import RedisSettings, Settings
 from serving import app as service
-from soak.endings import read_endings
+from soak.breakable_engine import SWITCH, BreakableDetectorDeployment
+from soak.chaos_faults import IMAGES, KINDS, Chaos, Fault, Plant, Station, err, print_backlog
+from soak.endings import Endings, read_endings
 from soak.proxy import CuttingProxy
+from soak.small_disk import SmallDisk
 from workers.outcomes.results import ResultReader
 from workers.produce.producer import Producer
 from workers.redis.embedded import free_port
@@ -54,29 +56,11 @@ _SHARE_OF_BAD = 0.01
 _SHARE_PUSHED_TWICE = 0.02
 _PRODUCERS = 4
 _PATIENCE_S = 300.0
-_TELL_S = 10.0
-_AT_WORK = 100
-"""So many results after a fault, the service is at work again."""
-_LONGEST_PAUSE_S = 60
-_MAX_DELIVERIES = 100
-"""A good image that meets the faults often is no poison; what is, another test tells."""
-
+_REPORT_S = 10.0
+_CLAIM_IDLE_MS = 5000
+_IN_TIME_MS = 2 * _CLAIM_IDLE_MS + 10_000
+"""After the last fault every image has its outcome within this time."""
 _T = TypeVar("_T")
-
-err = Console(stderr=True)
-
-
-@dataclass
-class Fault:
-    """Something that was done to the service.
-
-    Attributes:
-        kind: Which.
-        over_ms: When it was over, by the machine's clock: a kill at once, a pause when it ended.
-    """
-
-    kind: str
-    over_ms: float
 
 
 @dataclass
@@ -92,110 +76,6 @@ class Account:
     pushed_ms: dict[str, int] = field(default_factory=dict)
     bad: set[str] = field(default_factory=set)
     refused: int = 0
-
-
-class Station:
-    """A `flawstream worker` process that is started again whenever it ends, as systemd would."""
-
-    def __init__(self, settings_file: Path, log: Path) -> None:
-        self.starts = 0
-        program = [sys.executable, "-m", "flawstream_cli", "worker"]
-        self._command = [*program, "--name", "station", "--config", str(settings_file)]
-        self._log = log
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def keep_up(self) -> None:
-        """Run it for ever."""
-        with self._log.open("ab") as log:
-            try:
-                while True:
-                    self._process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log)
-                    self.starts += 1
-                    await self._process.wait()
-            finally:
-                self.signal(signal.SIGKILL)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, if it is there."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
-
-
-class Chaos:
-    """The faults, by kind. Each method ends when its fault is over."""
-
-    def __init__(self, server: Server, proxy: CuttingProxy, station: Station, dice: random.Random) -> None:
-        self.faults: list[Fault] = []
-        self._server = server
-        self._proxy = proxy
-        self._station = station
-        self._dice = dice
-        self.kinds: dict[str, Callable[[], Awaitable[None]]] = {
-            "worker_killed": lambda: self._kill_actor("ServeReplica:flawstream:StreamWorker"),
-            "detector_killed": lambda: self._kill_actor("ServeReplica:flawstream:Detector"),
-            "controller_killed": lambda: self._kill_actor("ServeController"),
-            "station_killed": lambda: self._signal_station(signal.SIGKILL),
-            "station_stopped": lambda: self._signal_station(signal.SIGTERM),
-            "redis_killed": self._kill_redis,
-            "redis_paused": self._pause_redis,
-            "replies_cut": self._cut_replies,
-        }
-
-    async def strike(self, pause_s: float, until_s: float) -> None:
-        """Do one thing after the other, in an order by chance, until the time is over and each kind had its turn."""
-        kinds: list[str] = []
-        deadline = Deadline(lambda: f"a round of faults, without {kinds}", until_s - time.monotonic() + _PATIENCE_S)
-        await asyncio.sleep(pause_s)
-        while kinds or time.monotonic() < until_s:
-            deadline.check()
-            if not kinds:
-                kinds = self._dice.sample(sorted(self.kinds), len(self.kinds))
-            kind = kinds.pop()
-            try:
-                await self.kinds[kind]()
-            except LookupError as error:  # still away from the last time: its turn comes again
-                err.print(f"{kind}: {error}")
-                kinds.insert(0, kind)
-            else:
-                self.faults.append(Fault(kind, time.time() * 1000))
-                await self._until_at_work(kind)
-            await asyncio.sleep(self._dice.uniform(0.2, 1.8) * pause_s)
-
-    async def _until_at_work(self, kind: str) -> None:
-        """Wait until images end again: on a busy machine the next fault would else meet a service still starting."""
-        with RawRedis(self._server.port) as redis:
-            _tell(f"{kind}, {redis.count('XLEN', 'flawstream:images')} left", redis)
-            ended = redis.count("XLEN", "flawstream:results")
-            for _ in range(_LONGEST_PAUSE_S):
-                if redis.count("XLEN", "flawstream:results") > ended + _AT_WORK:
-                    return
-                await asyncio.sleep(1.0)
-
-    async def _kill_actor(self, name: str) -> None:
-        actors = await asyncio.to_thread(list_actors, filters=[("state", "=", "ALIVE")], limit=1000)
-        pids = [actor.pid for actor in actors if actor.class_name.startswith(name)]
-        if not pids:
-            raise LookupError(f"no {name} is alive")
-        os.kill(self._dice.choice(pids), signal.SIGKILL)
-
-    async def _signal_station(self, number: signal.Signals) -> None:
-        self._station.signal(number)
-
-    async def _kill_redis(self) -> None:
-        self._server.kill()
-        await asyncio.sleep(self._dice.uniform(0.0, 3.0))
-        await asyncio.to_thread(self._server.start)
-
-    async def _pause_redis(self) -> None:
-        self._server.pause()
-        await asyncio.sleep(self._dice.uniform(0.5, 5.0))
-        self._server.resume()
-
-    async def _cut_replies(self) -> None:
-        for _ in range(5):
-            self._proxy.cut()
-            await asyncio.sleep(self._dice.uniform(0.05, 0.3))
 
 
 async def produce(
@@ -242,17 +122,24 @@ async def read_results(redis: RedisSettings, seen: set[str]) -> None:
             await asyncio.sleep(0.1)
 
 
-async def run(minutes: float, images_per_s: float, pause_s: float, seed: int, folder: Path) -> dict[str, object]:
-    """Run the service, the producers and the faults; gives what is printed."""
+async def run(
+    kinds: list[str], folder: Path, *, minutes: float, images_per_s: float, pause_s: float, seed: int
+) -> dict[str, object]:
+    """Run the service, the producers and the faults; return the figures of the last line."""
     dice = random.Random(seed)  # noqa: S311 - chance, no secret
+    models = folder / "models"
     spec = Backbone(Settings().model.model_copy(update={"input_size": _INPUT_PX})).spec
-    registry = Registry(str(folder / "models"))
     for category in _CATEGORIES:
-        write_version(registry, category, spec=spec)
-    server = Server(folder / "valkey", "appendonly yes", "appendfsync always", 'save ""')
+        write_version(Registry(str(models)), category, spec=spec)
+    os.environ[SWITCH] = str(folder / "engine-fails")
     account = Account()
     seen: set[str] = set()
     async with contextlib.AsyncExitStack() as stack:
+        disk = SmallDisk(folder / "valkey")
+        disk.mount()
+        stack.callback(disk.unmount)
+        skipped = {"disk_full": disk.refused} if disk.refused and "disk_full" in kinds else {}
+        server = Server(disk.folder, "appendonly yes", "appendfsync always", 'save ""')
         stack.callback(server.kill)
         server.start()
         proxy = await stack.enter_async_context(CuttingProxy(server.port))
@@ -260,14 +147,16 @@ async def run(minutes: float, images_per_s: float, pause_s: float, seed: int, fo
         station = Station(folder / "settings.yaml", folder / "station.log")
         await asyncio.to_thread(cluster.connect)
         stack.callback(cluster.disconnect)
-        await asyncio.to_thread(service.run, settings)
+        with patch.object(service, "DetectorDeployment", BreakableDetectorDeployment):
+            await asyncio.to_thread(service.run, settings)
         stack.callback(service.stop)
         chores = [asyncio.create_task(station.keep_up()), asyncio.create_task(read_results(settings.redis, seen))]
-        chaos = Chaos(server, proxy, station, dice)
+        plant = Plant(server, proxy, station, disk, models, Path(os.environ[SWITCH]), _CLAIM_IDLE_MS / 1000)
+        chaos = Chaos(plant, dice)
         over = asyncio.Event()
         pace = images_per_s / _PRODUCERS
         producers = [asyncio.create_task(produce(k, settings.redis, over, pace, account)) for k in range(_PRODUCERS)]
-        await chaos.strike(pause_s, time.monotonic() + minutes * 60)
+        await chaos.strike([kind for kind in kinds if kind not in skipped], pause_s, time.monotonic() + minutes * 60)
         over.set()
         await asyncio.gather(*producers)
         await _until_all_ended(server, account, seen)
@@ -276,30 +165,41 @@ async def run(minutes: float, images_per_s: float, pause_s: float, seed: int, fo
         await asyncio.gather(*chores, return_exceptions=True)
         with RawRedis(server.port) as redis:
             found = read_endings(redis)
-            left = redis.count("XLEN", "flawstream:images")
+            left = redis.count("XLEN", IMAGES)
             counters = redis("HGETALL", "flawstream:counters")
-    recoveries = _recoveries(chaos.faults, account.pushed_ms, found.ended_ms)
-    err.print(_table(recoveries))
+    err.print(_table(chaos.faults, account, found))
     err.print(
         f"{account.refused} pushes tried again, {proxy.cut_replies} replies cut, "
         f"{station.starts} starts of the station, at the server {counters!r}"
     )
+    figures = _figures(chaos.faults, account, found, left=left, seen=seen)
+    return {"bench": "chaos", "seed": seed} | figures | {"skipped": skipped}
+
+
+def _figures(faults: list[Fault], account: Account, found: Endings, *, left: int, seen: set[str]) -> dict[str, object]:
+    dead = found.reasons
+    good = set(account.pushed_ms) - account.bad
     wrong = [
         key
         for key in account.pushed_ms
-        if key in found.count and (key in account.bad) != (found.reasons.get(key) == "undecodable")
-    ] + [key for key, reason in found.reasons.items() if reason != "undecodable"]
-    good = set(account.pushed_ms) - account.bad
+        if key in found.count and (key in account.bad) != (dead.get(key) == "undecodable")
+    ] + [key for key, reason in dead.items() if reason != "undecodable"]
+    falsely_dead = [key for key in dead if key not in account.bad]
+    for key in falsely_dead[:5]:
+        err.print(f"[red]falsely dead: {key}: {dead[key]}")
+    waits_ms = _waits_ms(faults[-1], account, found)
     return {
-        "bench": "chaos",
         "images": len(account.pushed_ms),
         "lost": sum(key not in found.count for key in account.pushed_ms) + left,
         "duplicates": sum(count - 1 for count in found.count.values()),
-        "faults": {kind: len(times) for kind, times in recoveries.items()},
-        "longest_recovery_s": round(max((max(times) for times in recoveries.values() if times), default=0.0), 1),
+        "falsely_dead": len(falsely_dead),
+        "stuck": sum(wait_ms > _IN_TIME_MS for wait_ms in waits_ms),
+        "faults": {kind: sum(fault.kind == kind for fault in faults) for kind in sorted({f.kind for f in faults})},
+        "longest_recovery_s": max(_recovery_s(fault, account, found) for fault in faults if fault.alone),
+        "recovery_after_last_fault_s": _recovery_s(faults[-1], account, found),
         "wrong_ending": len(set(wrong)),
-        "results": sum(key not in found.reasons for key in found.count),
-        "dead": len(found.reasons),
+        "results": sum(key not in dead for key in found.count),
+        "dead": len(dead),
         "unread_by_group": len(good - seen),
     }
 
@@ -308,46 +208,39 @@ async def _until_all_ended(server: Server, account: Account, seen: set[str]) -> 
     """Wait until nothing is left and the group has read it all, or long enough."""
     deadline_s = time.monotonic() + _PATIENCE_S
     good = len(account.pushed_ms) - len(account.bad)
-    tell_s = 0.0
+    report_s = 0.0
     while time.monotonic() < deadline_s:
         with RawRedis(server.port) as redis:
-            left = redis.count("XLEN", "flawstream:images")
-            if time.monotonic() > tell_s:
-                tell_s = time.monotonic() + _TELL_S
-                _tell(f"{left} left", redis)
+            left = redis.count("XLEN", IMAGES)
+            if time.monotonic() > report_s:
+                report_s = time.monotonic() + _REPORT_S
+                print_backlog("pushing has ended", redis)
         if not left and len(seen) >= good:
             return
         await asyncio.sleep(0.5)
     err.print(f"[red]{left} images are left and {good - len(seen)} results unread after {_PATIENCE_S:g} s")
 
 
-def _tell(what: str, redis: RawRedis) -> None:
-    """Print a line with the time, and who has how much in hand."""
-    try:
-        consumers = redis("XINFO", "CONSUMERS", "flawstream:images", "workers")
-    except RuntimeError:  # no group yet
-        consumers = []
-    assert isinstance(consumers, list)
-    about = [dict(zip(flat[::2], flat[1::2], strict=True)) for flat in consumers if isinstance(flat, list)]
-    in_hand = ", ".join(f"{one[b'name']!r} {one[b'pending']!r}" for one in about)
-    err.print(f"{time.strftime('%H:%M:%S')}  {what:<20} in hand: {in_hand}", highlight=False)
+def _waits_ms(fault: Fault, account: Account, found: Endings) -> list[float]:
+    """How long after a fault the images that had arrived before its end got their outcomes; inf without one."""
+    ends_ms = (found.ended_ms.get(key, math.inf) for key, at_ms in account.pushed_ms.items() if at_ms <= fault.over_ms)
+    return [end_ms - fault.over_ms for end_ms in ends_ms if end_ms >= fault.over_ms]
 
 
-def _recoveries(faults: list[Fault], pushed_ms: dict[str, int], ended_ms: dict[str, int]) -> dict[str, list[float]]:
-    """For each fault, by kind: seconds from its end until all images that were on their way then had ended."""
-    found: dict[str, list[float]] = {}
-    for fault in faults:
-        ends = [ended_ms[key] for key, pushed in pushed_ms.items() if pushed <= fault.over_ms <= ended_ms.get(key, 0)]
-        found.setdefault(fault.kind, []).append((max(ends, default=fault.over_ms) - fault.over_ms) / 1000)
-    return found
+def _recovery_s(fault: Fault, account: Account, found: Endings) -> float:
+    """Seconds from a fault's end until the images that had arrived had outcomes; those that never had are left out."""
+    return round(max((ms for ms in _waits_ms(fault, account, found) if ms < math.inf), default=0.0) / 1000, 1)
 
 
-def _table(recoveries: dict[str, list[float]]) -> Table:
-    table = Table(title="Time until all that was on its way had ended, s", title_justify="left")
-    for column in ("fault", "times", "median", "longest"):
+def _table(faults: list[Fault], account: Account, found: Endings) -> Table:
+    table = Table(title="Time until every image that had arrived had an outcome, s", title_justify="left")
+    for column in ("fault", "times", "alone", "median", "longest"):
         table.add_column(column, justify="left" if column == "fault" else "right")
-    for kind, times in sorted(recoveries.items()):
-        table.add_row(kind, str(len(times)), f"{statistics.median(times):.1f}", f"{max(times):.1f}")
+    for kind in sorted({fault.kind for fault in faults}):
+        mine = [fault for fault in faults if fault.kind == kind]
+        times = [_recovery_s(fault, account, found) for fault in mine if fault.alone]
+        figures = (f"{statistics.median(times):.1f}", f"{max(times):.1f}") if times else ("", "")
+        table.add_row(kind, str(len(mine)), str(len(times)), *figures)
     return table
 
 
@@ -359,10 +252,9 @@ def _settings(port: int, folder: Path) -> Settings:
         "api": {"port": free_port()},
         "worker": {
             "replicas": 2,
-            "claim_idle_ms": 5000,
+            "claim_idle_ms": _CLAIM_IDLE_MS,
             "sweep_s": 1.0,
             "drain_s": 3.0,
-            "max_deliveries": _MAX_DELIVERIES,
         },
         "detector": {"replicas": 2, "timeout_s": 10.0},
     }
@@ -385,12 +277,22 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=40.0, help="images pushed per second (default 40)")
     parser.add_argument("--pause", type=float, default=8.0, help="seconds between two faults, on average (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and images (default 0)")
-    arguments = parser.parse_args()
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of faults (default: all)")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="flawstream-chaos-") as folder:
-        told = asyncio.run(run(arguments.minutes, arguments.rate, arguments.pause, arguments.seed, Path(folder)))
-    sys.stdout.write(json.dumps(told) + "\n")
-    if told["lost"] or told["duplicates"] or told["wrong_ending"] or told["unread_by_group"]:
-        sys.exit(1)
+        figures = asyncio.run(
+            run(
+                options.kinds,
+                Path(folder),
+                minutes=options.minutes,
+                images_per_s=options.rate,
+                pause_s=options.pause,
+                seed=options.seed,
+            )
+        )
+    sys.stdout.write(json.dumps(figures) + "\n")
+    faults = ("lost", "duplicates", "falsely_dead", "stuck", "wrong_ending", "unread_by_group")
+    sys.exit(any(figures[name] for name in faults))
 
 
 if __name__ == "__main__":
