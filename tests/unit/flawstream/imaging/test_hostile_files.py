@@ -148,6 +148,14 @@ def test_strips_that_overlap_are_refused() -> None:
     assert "strips overlap" in str(error)
 
 
+@pytest.mark.usefixtures("nothing_is_decoded")
+def test_fax_page_is_refused() -> None:
+    """Each of its thin stripes is a code of one bit: 8 MB of them took 3 s."""
+    error = refusal(encode(Image.new("1", (64, 64)), "TIFF", compression="group4"))
+    assert error.reason is Reason.UNDECODABLE
+    assert "CCITT group 4" in str(error)
+
+
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg", "tiff_adobe_deflate"])
 def test_tiff_as_programs_write_it_is_taken(compression: str) -> None:
     data = encode(Image.effect_noise((200, 300), 50), "TIFF", compression=compression)
