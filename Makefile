@@ -73,8 +73,8 @@ check: setup
 
 # What computes and starts little runs on all cores at once, one thread each; Ray and the servers have them to themselves.
 # Integration comes last: its Ray cluster stays up to the end, and the chaos test of e2e must find its own alone.
-AT_ONCE := unit contracts monitoring
-IN_TURN := chart e2e integration
+AT_ONCE := unit contracts monitoring chart
+IN_TURN := e2e integration
 PYTEST_AT_ONCE := OMP_NUM_THREADS=1 $(BIN) -m pytest -n auto --dist worksteal
 
 test: setup prometheus
