@@ -1,4 +1,4 @@
-"""A thousand hot swaps while images are judged: none fails, and none is judged by parts of two versions."""
+"""Hundreds of hot swaps while images are judged: none fails, and none is judged by parts of two versions."""
 
 import asyncio
 from collections import Counter
@@ -20,9 +20,9 @@ from schemas.settings import DetectorSettings, ModelSettings
 from serving.detector import DetectorService
 from workers.ports import Detection
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]  # a thousand swaps: minutes on a busy machine
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]  # hundreds of swaps: minutes on a busy machine
 
-SWAPS = 1000
+SWAPS = 300
 VERSIONS = ("v0", "v1", "v2", "v3")
 SIDE = 32
 CALLERS = 3
@@ -52,7 +52,7 @@ def publish(registry: Registry, backbone: Backbone, version: str, number: int) -
     return float(image_scores(grids, 0.0)[0]), manifest.calibration.threshold
 
 
-async def test_a_thousand_swaps_under_load_fail_no_image_and_mix_no_versions(
+async def test_hundreds_of_swaps_under_load_fail_no_image_and_mix_no_versions(
     tmp_path: Path, backbone: Backbone
 ) -> None:
     registry = Registry(str(tmp_path / "models"))
