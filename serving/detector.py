@@ -173,7 +173,7 @@ class DetectorService:
     def _require_a_form(self, images: Pixels, count: int) -> None:
         """Refuse images of a shape that no version takes."""
         forms = self._store.forms
-        if not any(images.shape == (count, *form.shape) and images.dtype == form.dtype for form in forms):
+        if images.shape[:1] != (count,) or not any(_have_form(images, form) for form in forms):
             shapes = " or ".join(f"{(count, *form.shape)} {form.dtype}" for form in forms)
             raise ShapeError(f"expected {shapes}, got {images.shape} {images.dtype}")
 
@@ -313,7 +313,10 @@ class DetectorService:
 
 def _takes(model: ResidentModel, images: Pixels) -> bool:
     """Return whether images have the form of a version's backbone."""
-    form = PixelForm.of(model.engine.spec)
+    return _have_form(images, PixelForm.of(model.engine.spec))
+
+
+def _have_form(images: Pixels, form: PixelForm) -> bool:
     return images.shape[1:] == form.shape and images.dtype == form.dtype
 
 

@@ -342,9 +342,8 @@ def _arrived(references: Collection[Any]) -> list[Any]:
 def _written_version(job: TrainingJob) -> ModelManifest | None:
     """Find the version that an attempt at a job wrote before it was lost."""
     registry, category = Registry(job.registry_root), job.data.name
-    with contextlib.suppress(
-        RegistryError, StorageUnavailableError
-    ):  # then it is trained again, and reading that back will fail
+    # where this fails, it is trained again, and reading that back will fail
+    with contextlib.suppress(RegistryError, StorageUnavailableError):
         for version in reversed(registry.versions(category)):
             manifest = registry.manifest(category, version)
             if manifest.created_at == job.created_at and manifest.training.seed == job.training.seed:

@@ -14,6 +14,7 @@ import pytest
 from helpers.fakes import FakeDetector, png
 from helpers.places import ROOT, TESTS
 from helpers.raw_redis import RawRedis
+from helpers.redis_servers import Server
 from helpers.stream_work import working
 from helpers.streams import add, single_client
 from helpers.waiting import PATIENCE_S, wait_until, wait_until_async
@@ -25,7 +26,6 @@ from schemas.keys import all_keys
 from schemas.settings import RedisSettings, Settings
 from workers.consume.consumer_lease import LEASE_S
 from workers.consume.sharded import ShardedWorker
-from workers.redis.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
 
@@ -57,14 +57,22 @@ def start(redis_settings: RedisSettings) -> Iterator[Start]:
         yield begin
 
 
-def is_ready(worker: subprocess.Popen[str]) -> bool:
-    """Wait for a worker's first line."""
+def start_ready(start: Start) -> subprocess.Popen[str]:
+    """Start a worker and wait for its ready line."""
+    worker = start()
     assert worker.stdout is not None
-    return "line7" in worker.stdout.readline()
+    assert "line7" in worker.stdout.readline()
+    return worker
+
+
+def stop_in_order(worker: subprocess.Popen[str]) -> None:
+    """Stop a worker as its supervisor does."""
+    worker.terminate()
+    assert worker.wait() == ExitCode.OK
 
 
 @contextmanager
-def images_arrive(server: EmbeddedServer) -> Iterator[None]:
+def images_arrive(server: Server) -> Iterator[None]:
     """Push images from a thread; at the end each must have ended once, none of them as a dead letter."""
     names: list[str] = []
     stop = threading.Event()
@@ -89,7 +97,7 @@ def images_arrive(server: EmbeddedServer) -> Iterator[None]:
     assert not endings.reasons
 
 
-def await_results(server: EmbeddedServer, more: int) -> None:
+def await_results(server: Server, more: int) -> None:
     """Wait for so many results from now on."""
     with RawRedis(server.port) as redis:
         before = redis.count("XLEN", f"{PREFIX}:results")
@@ -97,10 +105,9 @@ def await_results(server: EmbeddedServer, more: int) -> None:
 
 
 def test_second_worker_of_a_name_ends_with_who_has_it_and_the_first_works_on(
-    valkey_server: EmbeddedServer, start: Start
+    valkey_server: Server, start: Start
 ) -> None:
-    first = start()
-    assert is_ready(first)
+    first = start_ready(start)
     with images_arrive(valkey_server):
         second = start()
         out, err = second.communicate(timeout=PATIENCE_S)
@@ -110,42 +117,35 @@ def test_second_worker_of_a_name_ends_with_who_has_it_and_the_first_works_on(
     assert f"'line7' is in use by another live worker (host {socket.gethostname()}, pid {first.pid})" in err
     assert "--name" in err
     assert "Traceback" not in err
-    first.terminate()
-    assert first.wait() == ExitCode.OK
+    stop_in_order(first)
 
 
 def test_successor_of_a_killed_worker_starts_under_its_name_and_continues_with_its_images(
-    valkey_server: EmbeddedServer, start: Start
+    valkey_server: Server, start: Start
 ) -> None:
-    first = start()
-    assert is_ready(first)
+    first = start_ready(start)
     with images_arrive(valkey_server):
         await_results(valkey_server, 10)
         first.kill()
-        second = start()
-        assert is_ready(second)
+        second = start_ready(start)
         await_results(valkey_server, 10)
-    second.terminate()
-    assert second.wait() == ExitCode.OK
+    stop_in_order(second)
 
 
 def test_worker_that_lost_its_name_while_it_was_paused_ends_and_every_image_has_one_result(
-    valkey_server: EmbeddedServer, start: Start
+    valkey_server: Server, start: Start
 ) -> None:
-    first = start()
-    assert is_ready(first)
+    first = start_ready(start)
     with images_arrive(valkey_server):
         await_results(valkey_server, 10)
         first.send_signal(signal.SIGSTOP)
-        second = start()
-        assert is_ready(second)
+        second = start_ready(start)
         first.send_signal(signal.SIGCONT)
         _, err = first.communicate(timeout=PATIENCE_S)
         await_results(valkey_server, 10)
     assert first.returncode == ExitCode.CANNOT_START
     assert f"pid {second.pid})" in err
-    second.terminate()
-    assert second.wait() == ExitCode.OK
+    stop_in_order(second)
 
 
 @pytest.mark.parametrize("shards", [0, 4])

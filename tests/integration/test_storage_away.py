@@ -16,6 +16,7 @@ from helpers.command_line import Run, make_run
 from helpers.fakes import png
 from helpers.image_files import write_images
 from helpers.raw_redis import RawRedis
+from helpers.redis_servers import Server
 from helpers.s3_server import point_to, running_s3
 from helpers.stream_work import working
 from helpers.tiny_models import TinyEngine, write_version
@@ -27,7 +28,6 @@ from schemas.settings import DetectorSettings, RedisSettings, Settings
 from serving.detector import DetectorService
 from workers.consume.sharded import ShardedWorker
 from workers.redis.connection import make_client
-from workers.redis.embedded import EmbeddedServer
 
 
 class S3:
@@ -63,7 +63,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 @pytest.mark.anyio
 async def test_plant_whose_s3_goes_away_serves_what_is_loaded_and_holds_back_the_rest(
-    s3: S3, valkey_server: EmbeddedServer, redis_settings: RedisSettings
+    s3: S3, valkey_server: Server, redis_settings: RedisSettings
 ) -> None:
     registry = Registry(s3.root)
     for category in ("bottle", "cable"):
@@ -127,7 +127,7 @@ def test_command_whose_s3_does_not_answer_ends_with_one_clear_line(
 
 
 def test_worker_that_starts_before_its_volume_is_mounted_waits_for_it(
-    tmp_path: Path, valkey_server: EmbeddedServer, redis_settings: RedisSettings
+    tmp_path: Path, valkey_server: Server, redis_settings: RedisSettings
 ) -> None:
     volume = tmp_path / "models"
     spec = Backbone(Settings().model.model_copy(update={"input_size": 64})).spec

@@ -121,7 +121,10 @@ class Judging:
         forms: dict[tuple[object, ...], list[DecodedEntry]] = {}
         for one in decoded:
             forms.setdefault((one.image.pixels.shape, one.image.pixels.dtype), []).append(one)
-        calls = [self._call(_stack(alike), [one.message.category for one in alike]) for alike in forms.values()]
+        calls = [
+            self._call(np.stack([one.image.pixels for one in alike]), [one.message.category for one in alike])
+            for alike in forms.values()
+        ]
         answers = await asyncio.gather(*calls, return_exceptions=True)  # none is running when another has failed
         by_id: dict[str, Judgement] = {}
         for alike, answer in zip(forms.values(), answers, strict=True):
@@ -147,7 +150,3 @@ class Judging:
         elif not isinstance(error, MessageError | RegistryError):
             names = ", ".join(entry.entry_id for entry in entries)
             self._retry.log_failure(f"detecting {names}", error, entries)
-
-
-def _stack(decoded: Sequence[DecodedEntry]) -> Pixels:
-    return np.stack([one.image.pixels for one in decoded])
