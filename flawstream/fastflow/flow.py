@@ -9,6 +9,7 @@ matrix there. Knows no backbone and no loss.
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,20 @@ _DAMPING = 0.1
 """Subnet outputs start small, so that a new step is close to the identity."""
 _SOFTPLUS_BETA = 0.5
 _SCALE_FACTOR = 0.1
+
+
+class _Reorder(torch.autograd.Function):
+    """`x[:, order]` of a permutation, whose gradient is another index; torch's own adds into a scattered tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return x[:, order]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradients[0][:, torch.argsort(order)], None
 
 
 class FlowStep(nn.Module):
@@ -61,6 +76,20 @@ class FlowStep(nn.Module):
         log_scale, shift = torch.split(_DAMPING * self.subnet(passive), self.active, dim=1)
         return self.clamp * torch.tanh(log_scale), shift
 
+    def folded_layer(self) -> tuple[Tensor, Tensor]:
+        """Compute weight and bias of the subnet's last layer, with damping and the active half's affine in them.
+
+        With damping d, global affine (g, o) and the layer's outputs, log scale s and shift t:
+        `(x exp(s) + d t) g + o = x exp(s + log g) + (d g t + o)`, so d and g go into the weights and o into the bias.
+        That spares passes over the features, which are far larger than the weights.
+        """
+        last = self.subnet[-1]
+        assert isinstance(last, nn.Conv2d)  # noqa: S101 - __init__ made it so
+        assert last.bias is not None  # noqa: S101 - the same
+        scale, offset = self.global_scale()[0, self.passive :, 0, 0], self.offset[0, self.passive :, 0, 0]
+        gain = _DAMPING * torch.cat([torch.ones_like(scale), scale])
+        return last.weight * gain[:, None, None, None], last.bias * gain + functional.pad(offset, (self.active, 0))
+
     @torch.no_grad()
     def shrink(self, share: float) -> None:
         """Move the step towards the identity, in place, by multiplying log scales, shifts and the global affine.
@@ -83,12 +112,18 @@ class FlowStep(nn.Module):
         Returns:
             (B, C, H, W) and the (B,) log-determinant of the Jacobian, nats.
         """
-        passive, active = torch.split(x, [self.passive, self.active], dim=1)
-        log_scale, shift = self.coupling(passive)
+        halves = [self.passive, self.active]
+        passive, active = torch.split(x, halves, dim=1)
         scale = self.global_scale()
-        y = torch.cat([passive, active * log_scale.exp() + shift], dim=1) * scale + self.offset
+        passive_scale, active_scale = torch.split(scale, halves, dim=1)
+        first, relu, _ = self.subnet
+        hidden = functional.conv2d(relu(first(passive)), *self.folded_layer(), padding="same")
+        log_scale, shift = torch.split(hidden, self.active, dim=1)
+        log_scale = self.clamp * torch.tanh(log_scale)
+        passive = torch.addcmul(self.offset[:, : self.passive], passive, passive_scale)
+        active = torch.addcmul(shift, active, torch.exp(log_scale + active_scale.log()))
         log_det = log_scale.sum(dim=(1, 2, 3)) + scale.log().sum() * (x.shape[2] * x.shape[3])
-        return y[:, self.permutation], log_det
+        return _Reorder.apply(torch.cat([passive, active], dim=1), self.permutation), log_det
 
     def inverse(self, z: Tensor) -> Tensor:
         """Undo `forward`; (B, C, H, W) to (B, C, H, W)."""
@@ -146,12 +181,10 @@ class Flow(nn.Module):
 class FoldedStep(nn.Module):
     """A step for inference: no log-determinant, and all constants folded into the subnet's last layer.
 
-    With damping d, global affine (g, o) and the subnet's last layer split into log-scale and shift halves:
-    `(x exp(s) + d t) g + o = x exp(s + log g) + (d g t + o)`, so d and g go into the weights and o into the bias.
-    The passive half's affine cannot be folded exactly into a zero-padded 3x3 convolution. It is folded into the
-    permutation, which is two 1x1 convolutions, one for each half of the next step. On a CPU they are faster than an
-    index, which would convert the features to another memory layout. With int8 convolutions that conversion happens
-    anyway: an index is then faster, and exact.
+    The active half's affine is in the subnet's last layer: `FlowStep.folded_layer`. The passive half's cannot be folded
+    exactly into a zero-padded 3x3 convolution. It is folded into the permutation, which is two 1x1 convolutions, one
+    for each half of the next step. On a CPU they are faster than an index, which would convert the features to another
+    memory layout. With int8 convolutions that conversion happens anyway: an index is then faster, and exact.
 
     Args:
         step: The trained step; not changed.
@@ -165,13 +198,10 @@ class FoldedStep(nn.Module):
         assert isinstance(first, nn.Conv2d)  # noqa: S101 - FlowStep made it so
         assert isinstance(last, nn.Conv2d)  # noqa: S101 - the same
         scale, offset = step.global_scale().detach(), step.offset.detach()
-        gain = scale.new_full((2 * step.active,), _DAMPING)
-        gain[step.active :] *= scale[0, step.passive :, 0, 0]
         folded = nn.Conv2d(last.in_channels, last.out_channels, last.kernel_size[0], padding="same")
-        folded.weight = nn.Parameter(last.weight.detach() * gain[:, None, None, None], requires_grad=False)
-        bias = torch.zeros_like(gain) if last.bias is None else last.bias.detach() * gain
-        bias[step.active :] += offset[0, step.passive :, 0, 0]
-        folded.bias = nn.Parameter(bias, requires_grad=False)
+        weight, bias = step.folded_layer()
+        folded.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        folded.bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.subnet = nn.Sequential(copy.deepcopy(first), nn.ReLU(), folded)
         self.passive, self.active, self.clamp = step.passive, step.active, step.clamp
         self.passive_scale = nn.Buffer(scale[:, : step.passive].clone())

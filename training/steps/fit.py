@@ -120,7 +120,6 @@ def _epochs_on_cpu(
 ) -> Iterator[FitProgress]:
     """Read the features of every step from their store; report every step."""
     del device
-    head.to(memory_format=torch.channels_last)
     head.train()
     optimiser = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -130,7 +129,7 @@ def _epochs_on_cpu(
     for epoch, batches in _shuffled(rows, settings):
         total_loss, seen = 0.0, 0
         for batch in batches:
-            scales = [scale.to(memory_format=torch.channels_last) for scale in features.take(batch)]
+            scales = features.take(batch)
             loss = negative_log_likelihood(*(head.transform(scales) if white else head(scales)))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch
@@ -141,7 +140,6 @@ def _epochs_on_cpu(
             seen += len(batch)
             images += len(batch)
             yield FitProgress(images, epoch, total_loss / seen)
-    head.to(memory_format=torch.contiguous_format)
 
 
 def _epochs_on_gpu(
