@@ -5,6 +5,7 @@
 #   make unit | contracts | integration | e2e | ...   one folder of tests (ARGS goes to pytest)
 #   make coverage      which lines unit tests and contracts run (ARGS=tests/integration adds to them)
 #   make test-chaos | test-chaos-training | test-fuzz | test-overload | test-leaks | test-score | test-simulation   the long forms of what `make test` runs for minutes (ARGS=--help)
+#   make fuzz-images   atheris on the decoder, for ten minutes or as long as ARGS say (ARGS=-help=1; Linux on x86_64)
 #   make test-chart    the Helm chart in more than a thousand combinations of its values
 #   make test-image    the image's build scripts in a bare Debian, and the chart's containers in what they made (root, debootstrap)
 #   make prometheus    fetch a Prometheus server for the tests of alerts and boards (`make test` does, where there is apt-get)
@@ -32,11 +33,13 @@ TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.flawstream-set-up
 PROMETHEUS := .prometheus
 PROMETHEUS_STAMP := $(PROMETHEUS)/.flawstream-set-up
+ATHERIS := .atheris
+ATHERIS_STAMP := $(ATHERIS)/.flawstream-set-up
 REDIS := .redis-server
 REDIS_STAMP := $(REDIS)/.flawstream-set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-redis test-chaos test-chaos-training test-fuzz test-overload test-leaks test-score test-simulation demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints audit clean
+.PHONY: help boards prometheus test-chart test-image setup fmt check test unit contracts monitoring chart integration e2e coverage test-redis test-chaos test-chaos-training test-fuzz test-overload test-leaks test-score test-simulation fuzz-images demo peers test-triton bench-accuracy bench-parity bench-engine bench-gpu bench-scale bench-stream bench-training bench-verdicts constraints audit clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -132,6 +135,14 @@ test-chaos test-fuzz test-overload test-leaks test-score test-simulation: setup
 test-chaos-training: setup
 	@PYTHONPATH=tests $(BIN) -m soak.chaos_training $(ARGS)
 
+# Not in $(VENV): it has wheels for one system only, and nothing else wants it
+fuzz-images: setup $(ATHERIS_STAMP)
+	@PYTHONPATH=$(ATHERIS):tests $(BIN) -m soak.fuzz_images_deeply $(ARGS)
+
+$(ATHERIS_STAMP): tests/fuzzing/constraints.txt | $(STAMP)
+	@$(BIN) $(PIP_INSTALL) --target $(ATHERIS) --upgrade --require-hashes --requirement $<
+	@touch $(ATHERIS_STAMP)
+
 test-chart: setup
 	@$(BIN) -m pytest tests/chart -m 'not image' $(ARGS)
 
@@ -189,13 +200,14 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generat
 constraints: | $(UV)
 	@$(COMPILE) --all-extras pyproject.toml --output-file constraints.txt $(ARGS)
 	@$(COMPILE) bench/peers/requirements.in --output-file bench/peers/constraints.txt $(ARGS)
+	@$(COMPILE) tests/fuzzing/requirements.in --output-file tests/fuzzing/constraints.txt $(ARGS)
 	@$(COMPILE) tests/triton/requirements.in --output-file tests/triton/constraints.txt $(ARGS)
 $(UV):
 	@$(MAKE) setup
 
 audit: setup
-	@for pins in constraints.txt bench/peers/constraints.txt tests/triton/constraints.txt; do echo "==> $$pins"; \
+	@for pins in constraints.txt bench/peers/constraints.txt tests/fuzzing/constraints.txt tests/triton/constraints.txt; do echo "==> $$pins"; \
 	  $(BIN) -m pip_audit --require-hashes --disable-pip --strict --requirement $$pins $(ARGS) || exit; done
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(PROMETHEUS) $(REDIS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(PROMETHEUS) $(REDIS) $(ATHERIS) .flawstream build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

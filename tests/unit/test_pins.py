@@ -15,6 +15,7 @@ WANTED = {
         *(each for extra in PROJECT["optional-dependencies"].values() for each in extra),
     ],
     "bench/peers/constraints.txt": (ROOT / "bench/peers/requirements.in").read_text().splitlines(),
+    "tests/fuzzing/constraints.txt": (ROOT / "tests/fuzzing/requirements.in").read_text().splitlines(),
     "tests/triton/constraints.txt": (ROOT / "tests/triton/requirements.in").read_text().splitlines(),
 }
 """What each file pins the whole tree of."""
