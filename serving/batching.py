@@ -138,7 +138,8 @@ class DrainBatcher(Generic[Tag, Out]):
         self._concurrent_batches = concurrent_batches
         self._threads = ThreadPoolExecutor(concurrent_batches, thread_name_prefix="detect")
         self._loops: list[asyncio.Task[None]] = []
-        self._running = 0
+        self._running: list[float] = []
+        """When each batch that runs now began."""
         self._running_since_s = 0.0
         self._stopping = False
         self.batches = 0
@@ -169,6 +170,11 @@ class DrainBatcher(Generic[Tag, Out]):
     def queued_images(self) -> int:
         """Return how many images wait."""
         return sum(map(len, self._waiting.values()))
+
+    @property
+    def longest_run_s(self) -> float:
+        """Return the seconds for which the oldest of the batches that run now has run; 0 if none does."""
+        return time.perf_counter() - min(self._running) if self._running else 0.0
 
     @property
     def busy_s(self) -> float:
@@ -238,7 +244,7 @@ class DrainBatcher(Generic[Tag, Out]):
             _fail([*batch, *(item for item in self._all_waiting() if item.call in calls)], error)
             return
         finally:
-            self._end()
+            self._end(began_s)
         self._count(len(batch), began_s - batch[0].call.since_s, time.perf_counter() - began_s)
         for item, output in zip(batch, outputs, strict=True):
             if not item.output.done():
@@ -248,11 +254,11 @@ class DrainBatcher(Generic[Tag, Out]):
         now_s = time.perf_counter()
         if not self._running:
             self._running_since_s = now_s
-        self._running += 1
+        self._running.append(now_s)
         return now_s
 
-    def _end(self) -> None:
-        self._running -= 1
+    def _end(self, began_s: float) -> None:
+        self._running.remove(began_s)
         if not self._running:
             self.detect_s += time.perf_counter() - self._running_since_s
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 _FORMS_S = 2.0
 """So long the form of a category's images is remembered: it changes with its backbone."""
+_WATCHES = 20
+"""So often within `detector.timeout_s` a replica looks whether it hangs."""
 _NO_REPLICA = (BackPressureError, DeploymentUnavailableError, RequestCancelledError, RayActorError, ObjectLostError)
 
 
@@ -147,6 +150,16 @@ class DetectorDeployment:
         self._client = make_client(settings.redis)  # only used with autoscaling
         backlog = Backlog(self._client, all_keys(settings.redis))
         self._load = LoadReports(backlog, lambda: self._service.work)
+        self._watch = asyncio.create_task(self._end_where_it_hangs(settings.detector.timeout_s / _WATCHES))
+
+    async def _end_where_it_hangs(self, every_s: float) -> None:
+        """End the process once a batch hangs: Serve replaces the replica, and callers look for the image to blame."""
+        while True:
+            await asyncio.sleep(every_s)
+            if self._service.hangs:
+                log.error("a batch takes the engine nearly detector.timeout_s: the replica ends, to be replaced")
+                logging.shutdown()
+                os._exit(1)  # any other end waits for the engine's thread
 
     async def pixel_forms(self, categories: Sequence[str]) -> list[PixelForm]:
         """Return the form that images of each category must have."""
@@ -172,6 +185,7 @@ class DetectorDeployment:
     async def __del__(self) -> None:
         """Stop the loops before the process ends."""
         with contextlib.suppress(AttributeError):  # the constructor failed
+            self._watch.cancel()
             await self._service.stop()
             await self._client.aclose()
 

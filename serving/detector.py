@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 _LOAD_S = 10.0
 """Longest wait of a call for a version that is not loaded; then its images are deferred, and loading goes on."""
 
+_HANGS_SHARE = 0.9
+"""Of `detector.timeout_s`; then a batch hangs. Its caller, who would soon give up, learns that it was lost."""
+
 
 class DetectorService:
     """Judges images of any mix of categories (`workers.ports.Detector`).
@@ -98,6 +101,11 @@ class DetectorService:
         """Whether the engines are usable, and the batcher and the refresh task run."""
         refreshes = self._refresh_task is not None and not self._refresh_task.done()
         return self._engines.usable and self._batcher.alive and refreshes
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a batch has run for so long that the engine hangs: no thread can be ended, but the process can."""
+        return self._batcher.longest_run_s > self._settings.timeout_s * _HANGS_SHARE
 
     def status(self) -> dict[str, object]:
         """Return engine, backbones, loaded versions and counts."""

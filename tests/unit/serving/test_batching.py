@@ -197,11 +197,13 @@ async def test_time_of_batches_that_run_at_once_counts_once() -> None:
         await run.begun()
         await asyncio.sleep(0.05)
         assert batcher.detect_s == 0, "no batch has ended"
+        assert 0.05 <= batcher.longest_run_s <= time.perf_counter() - began_s
         assert 0.05 <= batcher.busy_s <= time.perf_counter() - began_s
         run.gate.set()
         await asyncio.gather(*calls)
     assert 0.05 <= batcher.detect_s <= time.perf_counter() - began_s
     assert batcher.busy_s == batcher.detect_s
+    assert batcher.longest_run_s == 0
 
 
 async def test_call_larger_than_the_queue_is_taken_where_nothing_waits() -> None:
