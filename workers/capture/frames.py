@@ -9,7 +9,7 @@ import cv2
 
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from schemas.errors import BacklogFullError, IdConflictError, MessageError, Reason, StreamUnavailableError, one_line
+from schemas.errors import BacklogFullError, IdConflictError, MessageError, Reason, StreamUnavailableError
 from workers.capture.camera import Camera, Frame, FrameQueue
 from workers.capture.pause import pause
 from workers.produce.producer import Producer
@@ -63,15 +63,13 @@ class Encoding:
         """Compress a frame.
 
         Raises:
-            MessageError: `malformed`: OpenCV cannot, as for a JPEG of more than 65,535 pixels a side.
+            MessageError: `malformed`: it cannot be, as no JPEG has more than 65,500 pixels a side.
         """
         suffix, options = (".png", []) if self.png else (".jpg", [cv2.IMWRITE_JPEG_QUALITY, self.quality])
-        try:
-            return bytes(cv2.imencode(suffix, frame.pixels, options)[1].tobytes())
-        except cv2.error as error:
-            raise MessageError(
-                Reason.MALFORMED, f"a frame of shape {frame.pixels.shape} cannot be encoded: {one_line(error)}"
-            ) from None
+        encoded, data = cv2.imencode(suffix, frame.pixels, options)
+        if not encoded:
+            raise MessageError(Reason.MALFORMED, f"a frame of shape {frame.pixels.shape} cannot be encoded as {suffix}")
+        return bytes(data.tobytes())
 
 
 class FrameCapture:

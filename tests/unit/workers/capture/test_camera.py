@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
+from schemas.errors import MessageError
 from workers.capture import camera
 from workers.capture.camera import Camera, Frame, FrameQueue, Selection
+from workers.capture.frames import Encoding
 
 pytestmark = pytest.mark.anyio
 
@@ -75,3 +77,10 @@ def test_frames_of_a_camera_with_ten_a_second_that_are_kept(selection: Selection
         if reader._is_kept(number / 10):  # noqa: SLF001 - the camera itself cannot be told the time
             found.append(number)
     assert found == kept
+
+
+async def test_a_frame_that_no_jpeg_can_hold_is_an_error_of_the_frame() -> None:
+    long = Frame(np.zeros((70_000, 1, 3), np.uint8), datetime(2026, 1, 1, tzinfo=UTC), 0)
+    with pytest.raises(MessageError, match=r"cannot be encoded as \.jpg"):
+        Encoding().encode(long)
+    assert Encoding(png=True).encode(long).startswith(b"\x89PNG")
