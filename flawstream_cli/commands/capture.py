@@ -151,7 +151,8 @@ def rtsp(
     """
     settings = read_settings(config, redis={"url": redis}, metrics={"port": metrics_port})
     parts = _url_parts(url)
-    camera = Camera(_with_password(parts, password_file), Selection(every, fps, count), print_message)
+    source = url if password_file is None else _with_password(parts, password_file)
+    camera = Camera(source, Selection(every, fps, count), print_message)
     shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()  # a query may hold a password
     _run_camera(settings, camera, shown, name or parts.hostname or "camera", category, Encoding(png, quality), queue)
 
@@ -298,10 +299,8 @@ def _url_parts(url: str) -> SplitResult:
         raise ConfigError(f"the camera's URL cannot be read: {error}") from None
 
 
-def _with_password(parts: SplitResult, password_file: Path | None) -> str:
+def _with_password(parts: SplitResult, password_file: Path) -> str:
     """Return the URL with the password of a file."""
-    if password_file is None:
-        return parts.geturl()
     if not parts.username or parts.password:
         raise ConfigError("--password-file needs a URL with a user and no password: rtsp://viewer@camera7/stream1")
     password = quote(password_file.read_text(encoding="utf-8").strip(), safe="")

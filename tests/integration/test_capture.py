@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -26,7 +27,7 @@ from helpers.waiting import wait_until, wait_until_async
 from redis.asyncio import Redis
 
 from flawstream.telemetry import metrics as m
-from schemas.errors import SourceUnavailableError
+from schemas.errors import SourceUnavailableError, StageTimeoutError
 from schemas.keys import StreamKeys
 from schemas.settings import BacklogSettings, LimitSettings, RedisSettings
 from workers.capture.camera import Camera, Selection
@@ -34,7 +35,7 @@ from workers.capture.categories import Categories
 from workers.capture.disposal import Deletion, Disposal, Move
 from workers.capture.folder import FolderCapture
 from workers.capture.frames import Encoding, FrameCapture
-from workers.capture.hot_folder import HotFolder
+from workers.capture.hot_folder import FoundFile, HotFolder
 from workers.capture.ledger import Ledger
 from workers.produce.producer import Producer
 
@@ -134,7 +135,7 @@ class _Killed(BaseException):
 class _KilledLedger(Ledger):
     """A ledger whose process is killed after files were pushed and before any was recorded."""
 
-    def record(self, outcomes: object) -> None:
+    def record(self, outcomes: Iterable[tuple[FoundFile, str, str]]) -> None:
         del outcomes
         raise _Killed
 
@@ -276,7 +277,9 @@ async def test_names_of_any_bytes_reach_the_stream_once_each(
             await drain(capture_of(root, ledger, producer))
     found = [fields for _, fields in await rows(client, IMAGES)]
     assert sorted(fields[b"file"] for fields in found) == sorted(b"bottle/" + name for name in names)
-    assert len({fields[b"id"].decode() for fields in found}) == len(names)
+    ids = {fields[b"id"].decode() for fields in found}
+    assert len(ids) == len(names)
+    assert all(one.isprintable() for one in ids)
 
 
 @pytest.mark.anyio
@@ -288,6 +291,76 @@ async def test_a_file_written_anew_is_another_image(client: Redis, redis_setting
                 os.utime(root / "bottle/0000.png", (second, second))
                 await drain(capture_of(root, ledger, producer))
     assert await client.xlen(IMAGES) == 2
+
+
+class _FullDisk(Ledger):
+    """A ledger that cannot be written a few times."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self.failures = 2
+
+    def record(self, outcomes: Iterable[tuple[FoundFile, str, str]]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise SourceUnavailableError("database or disk is full")
+        super().record(outcomes)
+
+
+@pytest.mark.anyio
+async def test_while_the_ledger_cannot_be_written_nothing_more_is_pushed(
+    client: Redis, redis_settings: RedisSettings, root: Path
+) -> None:
+    write_files(root, 20)
+    told: list[str] = []
+    async with Producer(redis_settings) as producer:
+        with _FullDisk(root.parent / "ledger.sqlite") as ledger:
+            capture = capture_of(root, ledger, producer, report=told.append)
+            first = asyncio.create_task(drain(capture))
+            await wait_until_async(lambda: told, "the ledger cannot be written")
+            assert await client.xlen(IMAGES) == 16  # a batch
+            await first
+            assert (capture.stats.pushed, len(ledger)) == (20, 20)
+    assert told == ["waiting: database or disk is full"]
+    assert await client.xlen(IMAGES) == 20
+
+
+@pytest.mark.anyio
+async def test_a_pushed_file_that_cannot_be_moved_is_not_pushed_again_and_is_moved_later(
+    client: Redis, redis_settings: RedisSettings, root: Path
+) -> None:
+    write_files(root, 2)
+    done = root.parent / "done"
+    done.write_bytes(b"no folder")
+    told: list[str] = []
+    async with Producer(redis_settings) as producer:
+        with Ledger(root.parent / "ledger.sqlite") as ledger:
+            capture = capture_of(root, ledger, producer, Move(root, done), report=told.append)
+            await drain(capture)
+            await drain(capture)
+            assert (await client.xlen(IMAGES), capture.stats.pushed, len(ledger)) == (2, 2, 2)
+            done.unlink()
+            await drain(capture)
+            assert (await client.xlen(IMAGES), len(ledger)) == (2, 0)
+    assert images(done) == ["0000.png", "0001.png"]
+    assert len(told) == 1
+    assert "pushed, and cannot be removed from the folder: bottle/0000.png" in told[0]
+
+
+@pytest.mark.anyio
+async def test_a_folder_that_hangs_ends_the_capture(
+    redis_settings: RedisSettings, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.capture.folder._ANSWER_S", 0.05)
+    write_files(root, 1)
+    answer = threading.Event()
+    async with Producer(redis_settings) as producer:
+        with Ledger(root.parent / "ledger.sqlite") as ledger:
+            capture = capture_of(root, ledger, producer)
+            monkeypatch.setattr(HotFolder, "scan", lambda *_: answer.wait())
+            with pytest.raises(StageTimeoutError, match="has not answered for"):
+                await drain(capture)
+            answer.set()
 
 
 def unmount(root: Path) -> Path:

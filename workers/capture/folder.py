@@ -302,8 +302,9 @@ def message_id(file: FoundFile, data: bytes) -> str:
 
 
 def shown(path: str) -> str:
-    r"""Write a path as text: bytes that are no UTF-8 as `\xff`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""Write a path as text: bytes that are no UTF-8 as `\xff`, control characters as `\n`."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _changed_at(file: FoundFile) -> datetime | None:

@@ -201,7 +201,7 @@ class HotFolder:
         elif not found.st_size:  # its writer has not begun
             reason = "empty"
         elif category is None:
-            reason = "no category by its path"
+            reason = "no category by its subfolder or a rule"
         else:
             return FoundFile(path, found.st_size, found.st_mtime_ns, category)
         listing.pass_over(path, reason)

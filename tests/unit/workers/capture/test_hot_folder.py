@@ -115,11 +115,11 @@ def test_what_is_no_complete_image_is_counted_by_reason_with_an_example(tmp_path
         "hidden or temporary name": 8,
         "no image by its suffix": 1,
         "empty": 1,
-        "no category by its path": 1,
+        "no category by its subfolder or a rule": 1,
         "no regular file": 1,
         "symbolic link": 2,
     }
-    assert listing.examples["no category by its path"] == "line 7/a.png"
+    assert listing.examples["no category by its subfolder or a rule"] == "line 7/a.png"
 
 
 def test_a_file_replaced_by_a_link_after_the_listing_is_not_read(tmp_path: Path, clock: Clock) -> None:
