@@ -26,6 +26,7 @@ COMMANDS = {
     "worker": "Judge images from the stream in one process, without Ray.",
     "profile": "Measure the time per image of each stage.",
     "push": "Push images to the stream.",
+    "capture": "Push the images of a folder or a camera as they come.",
     "watch": "Print results as they are published.",
     "models": "List, promote, export and import model versions.",
     "dead": "List, replay and purge dead letters: images that could not be judged.",

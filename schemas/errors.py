@@ -75,6 +75,12 @@ class StorageUnavailableError(TransientError):
     code = "storage_unavailable"
 
 
+class SourceUnavailableError(TransientError):
+    """The folder or camera that images are captured from does not answer."""
+
+    code = "source_unavailable"
+
+
 class BacklogFullError(TransientError):
     """The backlog is full: the producer is refused and nothing was written."""
 
@@ -124,7 +130,7 @@ class DetectorDiedError(FlawstreamError):
 
 
 class StageTimeoutError(FlawstreamError):
-    """Decoding, the detector or building results hangs: only the end of the process ends that."""
+    """Decoding, the detector, building results or a folder hangs: only the end of the process ends that."""
 
     code = "stage_timeout"
 

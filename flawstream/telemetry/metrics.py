@@ -253,6 +253,25 @@ PUSH_SECONDS = Histogram(
     "flawstream_push_seconds", "Time of one push, including waiting for capacity.", buckets=_SECONDS
 )
 
+# --- captures from folders and cameras
+CAPTURE_FRAMES = Counter(
+    "flawstream_capture_frames_total", "Frames that the camera delivered, or files of the folder read.", ("category",)
+)
+CAPTURE_PUSHED = Counter("flawstream_capture_pushed_total", "Frames or files pushed.", ("category",))
+CAPTURE_DROPPED = Counter(
+    "flawstream_capture_dropped_total",
+    "Frames dropped because the stream took them too slowly, the oldest first; a file is never dropped.",
+    ("category",),
+)
+CAPTURE_REFUSED = Counter(
+    "flawstream_capture_refused_total",
+    "Frames refused because the backlog was full; frames and files refused as too large or malformed.",
+    ("category",),
+)
+CAPTURE_RECONNECTS = Counter(
+    "flawstream_capture_reconnects_total", "Times that the camera's stream ended and was opened again.", ("category",)
+)
+
 # --- the detector
 DETECTOR_QUEUE_IMAGES = Gauge("flawstream_detector_queue_images", "Images in a detector's queue.")
 DETECTOR_REFUSALS = Counter(

@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from flawstream.imaging.maps import decode_map, encode_jpeg, paint
+from flawstream_cli.overlays import OverlayFolder
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
@@ -19,7 +20,7 @@ from flawstream_cli.terminal import (
     printable,
     read_settings,
 )
-from schemas.errors import MessageError
+from schemas.errors import ConfigError, MessageError
 from schemas.messages import DetectionResult, MapCodec, Verdict
 from schemas.settings import Settings
 from workers.outcomes.results import ResultReader
@@ -35,6 +36,18 @@ def watch(
         ),
     ] = "$",
     maps: Annotated[Path | None, typer.Option(help="Write each anomaly map as a JPEG to this folder.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write each result as a JPEG of the image's size, with heatmap and boxes."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --save: the original images, by the field `file` or the id. Without: the map alone.",
+        ),
+    ] = None,
+    keep: Annotated[int, typer.Option(min=1, help="With --save: the newest so many are kept.")] = 1000,
     redis: RedisOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -44,23 +57,36 @@ def watch(
     Example: `flawstream watch --json --maps heatmaps/ | jq 'select(.verdict == "anomalous")'`
     """
     settings = read_settings(config, redis={"url": redis})
+    if images is not None and save is None:
+        raise typer.BadParameter("--images is for --save DIR")
+    if images is not None and not images.is_dir():
+        raise ConfigError(f"--images {images} is not a folder")
+    overlays = None if save is None else OverlayFolder(save, images, keep, settings.limits, _warn)
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)
     if not as_json:
         print_message(f"waiting for results on {settings.redis.url}; Ctrl-C stops")
-    asyncio.run(_watch(settings, count, "0-0" if since == "0" else since, maps, as_json=as_json))
+    asyncio.run(_watch(settings, count, "0-0" if since == "0" else since, maps, overlays, as_json=as_json))
 
 
-async def _watch(settings: Settings, count: int, since: str, maps: Path | None, *, as_json: bool) -> None:
+async def _watch(
+    settings: Settings, count: int, since: str, maps: Path | None, overlays: OverlayFolder | None, *, as_json: bool
+) -> None:
     printed = 0
     async with ResultReader(settings.redis, after=since) as reader:
         async for name, result in reader:
             if maps is not None:
                 _write_map(maps / f"{name}.jpg", result)
+            if overlays is not None:
+                overlays.write(name, result)
             _show(name, result, as_json=as_json)
             printed += 1
             if printed == count:
                 return
+
+
+def _warn(text: str) -> None:
+    print_message(text, "yellow")
 
 
 def _write_map(file: Path, result: DetectionResult) -> None:

@@ -195,6 +195,20 @@ def test_watch_as_json_prints_a_line_a_result_and_nothing_else(run: Run, raw: Ra
     assert (ran.code, ran.err) == (0, "")
 
 
+def test_watch_saves_a_picture_of_each_result_and_keeps_the_newest(run: Run, raw: RawRedis, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.png").write_bytes(png(200))
+    entries = [write_result(raw, name) for name in ("0.png", "../1.png", "1.png")]
+    saved = tmp_path / "saved"
+    command = ("watch", "--since", "0", "--count", 3, "--save", saved)
+    ran = run(*command, "--images", tmp_path / "in", "--keep", 2)
+    assert ran.code == 0
+    assert "0.png is drawn without its original" in ran.err
+    assert {file.name for file in saved.iterdir()} == {f"_1.png_{entries[1]}.jpg", f"1.png_{entries[2]}.jpg"}
+    assert run(*command, "--images", tmp_path / "none").code == 3
+    assert run("watch", "--images", tmp_path).code == 2
+
+
 def test_watch_since_an_entry_starts_behind_it(run: Run, raw: RawRedis) -> None:
     first, second = write_result(raw, "a"), write_result(raw, "b")
     assert json.loads(run("watch", "-n", 1, "--since", first, "--json").out)["entry_id"] == second

@@ -69,7 +69,15 @@ def test_unknown_command_is_a_usage_error(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["push", "--help"], ["watch", "--help"], ["dead", "list", "--help"], ["profile"]]
+    "arguments",
+    [
+        ["--help"],
+        ["push", "--help"],
+        ["watch", "--help"],
+        ["dead", "list", "--help"],
+        ["profile"],
+        ["capture", "usb", "--help"],
+    ],
 )
 def test_commands_without_a_model_load_neither_torch_nor_ray(arguments: list[str]) -> None:
     program = (
@@ -106,6 +114,11 @@ def test_unknown_settings_section_is_refused_with_a_hint(run: Run, monkeypatch: 
         (("watch", "--redis", "http://plant"), "redis.url has the scheme 'http'"),
         (("serve", "--redis", "redis://plant:6379/0", "--redis-port", "7000"), "leave one of them out"),
         (("push", "{folder}", "-c", "bottle"), "no images in {folder}"),
+        (("capture", "folder", "{folder}/none"), "{folder}/none is not a folder"),
+        (("capture", "folder", "{folder}", "--rule", "("), "is no regular expression"),
+        (("capture", "folder", "{folder}", "--done", "{folder}/.."), "moved files would be pushed again"),
+        (("capture", "usb", "0", "-c", "../x"), "'../x' cannot be a category"),
+        (("capture", "rtsp", "rtsp://camera7/", "-c", "x", "--password-file", "x"), "needs a URL with a user"),
         (("train", "{folder}"), "has no category"),
         (("evaluate", "{folder}/none"), "does not exist"),
         (("models", "list", "--config", "{folder}/none.yaml"), "cannot read the settings file"),
