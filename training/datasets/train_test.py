@@ -6,6 +6,7 @@ The name of the normal folders is an argument. Decodes nothing.
 from collections.abc import Sequence
 from pathlib import Path
 
+from schemas.errors import escaped
 from training.datasets.folders import choose_categories, has_folder, list_folders, list_images, match_masks
 from training.datasets.samples import NORMAL, CategoryData, Sample
 
@@ -49,7 +50,7 @@ def _load_category(name: str, folder: Path, normal: str) -> CategoryData:
             samples += [Sample(path, anomalous=False, defect=NORMAL, mask=None) for path in images]
             continue
         masks = list_images(folder / "ground_truth" / defect) if has_folder(folder, "ground_truth", defect) else ()
-        matched, unmatched = match_masks(images, masks, defect)
+        matched, unmatched = match_masks(images, masks, escaped(defect))
         samples += matched
         orphans += unmatched
     return CategoryData(name, list_images(folder / "train" / normal), tuple(samples), tuple(orphans))

@@ -1,11 +1,13 @@
 """Data set folders: what is found, in which order, and what is refused with which words."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from schemas.errors import DatasetError
+from schemas.manifest import DefectMetrics
 from training.datasets.mvtec import load_mvtec
 from training.datasets.samples import Sample
 
@@ -15,7 +17,7 @@ TRAIN_IMAGES = 10
 def fill(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).write_bytes(name.encode())
+        (folder / name).write_bytes(os.fsencode(name))
 
 
 def make_category(root: Path, name: str = "bottle") -> Path:
@@ -76,6 +78,20 @@ def test_mask_without_an_image_is_kept_apart(tmp_path: Path, mask: str) -> None:
     path = make_category(tmp_path) / "ground_truth" / mask
     fill(path.parent, path.name)
     assert load_mvtec(tmp_path)[0].orphan_masks == (path,)
+
+
+def test_names_of_any_bytes_are_read_and_kinds_of_defect_are_text(tmp_path: Path) -> None:
+    folder = tmp_path / "bottle"
+    fill(folder / "train" / "good", os.fsdecode(b"gut_\xfc.png"))
+    fill(folder / "test" / os.fsdecode(b"gro\xdf"), os.fsdecode(b"\xfc.png"))
+    fill(folder / "ground_truth" / os.fsdecode(b"gro\xdf"), os.fsdecode(b"\xfc_mask.png"))
+    (bottle,) = load_mvtec(tmp_path)
+    (sample,) = bottle.test
+    assert sample.defect == r"gro\udcdf"
+    assert DefectMetrics(defect=sample.defect, images=1).model_dump_json()  # as the manifest is written
+    assert [os.fsencode(path.name) for path in bottle.files()] == [b"gut_\xfc.png", b"\xfc.png", b"\xfc_mask.png"]
+    assert all(path.is_file() for path in bottle.files())
+    assert bottle.sha256()
 
 
 def test_digest_tells_content_and_not_place(tmp_path: Path) -> None:
