@@ -12,6 +12,7 @@ from flawstream_cli.data_sets import (
     CategoryOption,
     LayoutOption,
     RootArgument,
+    check_registry,
     count_severities,
     find_faults,
     show_findings,
@@ -66,7 +67,7 @@ def check(
     """
     settings = read_settings(config)
     data = open_dataset(root, category, layout)
-    findings = find_faults(data, settings)
+    findings = check_registry(settings) + find_faults(data, settings)
     errors, warnings = count_severities(findings)
     if as_json:
         print_json({"errors": errors, "warnings": warnings, "findings": [_as_dict(finding) for finding in findings]})
@@ -144,6 +145,7 @@ def _as_dict(finding: Finding) -> dict[str, object]:
         "problem": finding.problem,
         "path": finding.path,
         "text": finding.text,
+        "count": finding.count,
     }
 
 
@@ -154,7 +156,7 @@ def _counts(data: CategoryData) -> dict[str, object]:
         "train": len(data.train),
         "test_normal": len(data.test) - defective,
         "test_defective": defective,
-        "masks": sum(sample.mask is not None for sample in data.test),
+        "masks": len(data.masks()),
         "defects": _defects(data),
     }
 

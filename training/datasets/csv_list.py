@@ -5,8 +5,9 @@
     bottle,test,good,2026-02/0001.png,
     bottle,test,scratch,2026-02/0002.png,masks/0002.png
 
-Paths are relative to the file. The labels `good`, `normal` and `0` mean normal, others name the defect. `mask` may be
-empty or missing. Names of files may be any bytes. Does not check whether the files exist, and decodes nothing.
+Paths are relative to the file. The labels `good`, `normal`, `ok` (in any case) and `0` mean normal, others name the
+defect. `mask` may be empty or missing. Names of files may be any bytes. Does not check whether the
+files exist, and decodes nothing.
 """
 
 import codecs
@@ -18,11 +19,11 @@ from pathlib import Path
 
 from schemas.errors import DatasetError, escaped
 from training.datasets.folders import choose_categories
-from training.datasets.samples import NORMAL, CategoryData, Sample
+from training.datasets.samples import NORMAL, NORMAL_NAMES, CategoryData, Sample
 from training.datasets.storage import read_file
 
 MARKER = "a file *.csv"
-_NORMAL_LABELS = frozenset({NORMAL, "normal", "0"})
+_NORMAL_LABELS = NORMAL_NAMES | {"0"}
 _MAX_ERRORS = 5
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
