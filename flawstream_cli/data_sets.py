@@ -18,9 +18,10 @@ from schemas.errors import DatasetError
 from schemas.settings import Settings
 from training.datasets.check import DatasetProblem, Finding, Severity, check_content, check_listing, exclusion_reason
 from training.datasets.decoding import count_files, decode_files
+from training.datasets.folders import has_folder, list_folders
 from training.datasets.open import DatasetLayout
 from training.datasets.samples import CategoryData
-from training.datasets.storage import is_url
+from training.datasets.storage import is_url, open_path
 
 RootArgument = Annotated[
     str,
@@ -34,7 +35,6 @@ CategoryOption = Annotated[
     list[str] | None, typer.Option("--category", "-c", help="Only this category; may be repeated.")
 ]
 _STYLES = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
-_ORDER = list(Severity)
 _FINDINGS_PER_KIND = 5
 """Findings of one kind that are printed; the rest are counted."""
 
@@ -67,15 +67,31 @@ def find_faults(data: Sequence[CategoryData], settings: Settings, *, decode: boo
             disable=not err.is_terminal,
         )
         findings += check_content(category, decoded, settings.limits)
+    return in_order(findings)
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """Sort findings: errors first, then by category and kind."""
+    severities = list(Severity)
     return sorted(
-        findings,
-        key=lambda finding: (
-            _ORDER.index(finding.severity),
-            finding.category,
-            finding.problem,
-            str(finding.path or ""),
-        ),
+        findings, key=lambda one: (severities.index(one.severity), one.category, one.problem, str(one.path or ""))
     )
+
+
+def check_folders(root: str, data: Sequence[CategoryData]) -> list[Finding]:
+    """Report folders beside the categories that look like one, and are not read.
+
+    Args:
+        root: The data set.
+        data: All its categories.
+    """
+    names = {category.name for category in data}
+    text = "has train/ without a folder good, normal or ok, so it is no category and is not read; rename what is there"
+    return [
+        Finding("", DatasetProblem.SUBFOLDER, folder, text)
+        for folder in list_folders(open_path(root))
+        if folder.name not in names and has_folder(folder, "train")
+    ]
 
 
 def check_registry(settings: Settings) -> list[Finding]:

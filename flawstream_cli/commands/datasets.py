@@ -12,9 +12,11 @@ from flawstream_cli.data_sets import (
     CategoryOption,
     LayoutOption,
     RootArgument,
+    check_folders,
     check_registry,
     count_severities,
     find_faults,
+    in_order,
     show_findings,
 )
 from flawstream_cli.terminal import (
@@ -67,7 +69,8 @@ def check(
     """
     settings = read_settings(config)
     data = open_dataset(root, category, layout)
-    findings = check_registry(settings) + find_faults(data, settings)
+    beside = check_folders(root, data) if category is None else []
+    findings = in_order(check_registry(settings) + beside + find_faults(data, settings))
     errors, warnings = count_severities(findings)
     if as_json:
         print_json({"errors": errors, "warnings": warnings, "findings": [_as_dict(finding) for finding in findings]})

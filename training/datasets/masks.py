@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _JPEG_NOISE = 0.25
 """The share of the highest value up to which a JPEG's values are noise of its compression around the edges."""
-_COLOURS_AND_ALPHA = 4
+_COLOURS = 3
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -36,14 +36,15 @@ def decode_mask(data: bytes) -> Mask:
         ValueError: The bytes are not an image.
     """
     if is_jpeg(data):
-        values = _decode(data, cv2.IMREAD_GRAYSCALE)
-        return values > _JPEG_NOISE * values.max()
-    values = _decode(data, cv2.IMREAD_UNCHANGED)
-    if values.ndim == 2:  # noqa: PLR2004 - no channels
-        return values != 0
-    if values.shape[2] < _COLOURS_AND_ALPHA:
-        return (values != 0).any(axis=2)
-    coloured, opaque = (values[:, :, :3] != 0).any(axis=2), values[:, :, 3] != 0
+        grey = _decode(data, cv2.IMREAD_GRAYSCALE)
+        return np.asarray(grey > _JPEG_NOISE * grey.max())
+    marked: Mask = _decode(data, cv2.IMREAD_UNCHANGED) != 0
+    if marked.ndim == 2:  # noqa: PLR2004 - no channels
+        return marked
+    coloured = np.asarray(marked[:, :, :_COLOURS].any(axis=2))
+    if marked.shape[2] == _COLOURS:
+        return coloured
+    opaque = marked[:, :, _COLOURS]
     return coloured & opaque if coloured.any() or opaque.all() else opaque
 
 

@@ -68,6 +68,15 @@ def test_check_tells_the_first_of_many_and_json_tells_all(run: Run, tmp_path: Pa
     }
 
 
+def test_check_reports_a_folder_that_is_nearly_a_category(run: Run, tmp_path: Path) -> None:
+    write_category(tmp_path / "bottle")
+    write_images(tmp_path / "lid/train/gut", 1)
+    ran = run("datasets", "check", tmp_path)
+    assert ran.code == 0
+    assert f"warning {tmp_path}/lid: has train/ without a folder good, normal or ok" in ran.out
+    assert f"{tmp_path}/lid" not in run("datasets", "check", tmp_path, "-c", "bottle").out
+
+
 def test_check_finds_a_registry_that_training_could_not_write(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

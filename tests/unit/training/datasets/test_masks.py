@@ -2,12 +2,14 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from schemas.errors import DatasetError
@@ -17,7 +19,7 @@ MARKED = np.zeros((37, 50), np.bool_)
 MARKED[20:30, 11:14] = True
 
 
-def opencv(values: np.ndarray, suffix: str = ".png", *options: int) -> bytes:
+def opencv(values: NDArray[Any], suffix: str = ".png", *options: int) -> bytes:
     return bytes(cv2.imencode(suffix, values, options)[1])
 
 
@@ -34,7 +36,7 @@ def palette() -> Image.Image:
 
 
 def painted(colour: tuple[int, int, int, int], ground: tuple[int, int, int, int]) -> bytes:
-    return opencv(np.where(MARKED[:, :, None], np.uint8(colour), np.uint8(ground)))
+    return opencv(np.where(MARKED[:, :, None], np.array(colour, np.uint8), np.array(ground, np.uint8)))
 
 
 FILES = {
@@ -46,8 +48,8 @@ FILES = {
     "1 bit TIFF": pillow(Image.fromarray(MARKED), "TIFF"),
     "palette": pillow(palette(), "PNG"),
     "palette TIFF": pillow(palette(), "TIFF"),
-    "one dark colour": opencv(MARKED[:, :, None] * np.uint8([0, 0, 1])),
-    "16 bits a colour": opencv(MARKED[:, :, None] * np.uint16([0, 1, 0])),
+    "one dark colour": opencv(MARKED[:, :, None] * np.array([0, 0, 1], np.uint8)),
+    "16 bits a colour": opencv(MARKED[:, :, None] * np.array([0, 1, 0], np.uint16)),
     "opaque colour on opaque black": painted((0, 0, 200, 255), (0, 0, 0, 255)),
     "opaque colour on transparent white": painted((0, 0, 200, 255), (255, 255, 255, 0)),
     "opaque black on transparent black": painted((0, 0, 0, 255), (0, 0, 0, 0)),
