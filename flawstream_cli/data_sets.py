@@ -1,8 +1,10 @@
 """Shared by the commands that read data sets: options, and checking a data set with the findings printed."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,11 +16,12 @@ from flawstream.imaging.pixels import PixelForm
 from flawstream_cli.terminal import err, print_message, printable
 from schemas.errors import DatasetError
 from schemas.settings import Settings
-from training.datasets.check import Finding, Severity, check_content, check_listing, exclusion_reason
+from training.datasets.check import DatasetProblem, Finding, Severity, check_content, check_listing, exclusion_reason
 from training.datasets.decoding import count_files, decode_files
+from training.datasets.folders import has_folder, list_folders
 from training.datasets.open import DatasetLayout
 from training.datasets.samples import CategoryData
-from training.datasets.storage import is_url
+from training.datasets.storage import is_url, open_path
 
 RootArgument = Annotated[
     str,
@@ -31,6 +34,7 @@ LayoutOption = Annotated[DatasetLayout, typer.Option("--layout", help="Layout of
 CategoryOption = Annotated[
     list[str] | None, typer.Option("--category", "-c", help="Only this category; may be repeated.")
 ]
+_STYLES = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 _FINDINGS_PER_KIND = 5
 """Findings of one kind that are printed; the rest are counted."""
 
@@ -62,10 +66,50 @@ def find_faults(data: Sequence[CategoryData], settings: Settings, *, decode: boo
             transient=True,
             disable=not err.is_terminal,
         )
-        findings += check_content(category, decoded)
+        findings += check_content(category, decoded, settings.limits)
+    return in_order(findings)
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """Sort findings: errors first, then by category and kind."""
+    severities = list(Severity)
     return sorted(
-        findings, key=lambda finding: (finding.severity, finding.category, finding.problem, str(finding.path or ""))
+        findings, key=lambda one: (severities.index(one.severity), one.category, one.problem, str(one.path or ""))
     )
+
+
+def check_folders(root: str, data: Sequence[CategoryData]) -> list[Finding]:
+    """Report folders beside the categories that look like one, and are not read.
+
+    Args:
+        root: The data set.
+        data: All its categories.
+    """
+    names = {category.name for category in data}
+    text = "has train/ without a folder good, normal or ok, so it is no category and is not read; rename what is there"
+    return [
+        Finding("", DatasetProblem.SUBFOLDER, folder, text)
+        for folder in list_folders(open_path(root))
+        if folder.name not in names and has_folder(folder, "train")
+    ]
+
+
+def check_registry(settings: Settings) -> list[Finding]:
+    """Check whether training may write the registry, if it is a folder; writes nothing."""
+    root = settings.registry.root
+    if "://" in root or is_writable(Path(root)):
+        return []
+    text = "is the registry and cannot be written here; give this user the rights, or set another registry.root"
+    return [Finding("", DatasetProblem.UNWRITABLE, Path(root), text)]
+
+
+def is_writable(path: Path) -> bool:
+    """Check whether a file or folder can be written, or be created with the folders above it; writes nothing."""
+    path = path.absolute()
+    if path.exists():
+        return os.access(path, os.W_OK)
+    above = next(folder for folder in path.parents if folder.exists())
+    return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
 
 
 def exclude_faulty(
@@ -88,7 +132,7 @@ def exclude_faulty(
     """
     here = decode and (strict or not any(map(is_url, (path for category in data for path in category.files()))))
     findings = find_faults(data, settings, decode=here)
-    show_findings(findings, err)
+    show_findings((finding for finding in findings if finding.severity is not Severity.NOTE), err)
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     errors_of = {name: list(group) for name, group in groupby(errors, lambda error: error.category)}  # sorted above
     sound = [category for category in data if category.name not in errors_of]
@@ -109,8 +153,8 @@ def show_findings(findings: Iterable[Finding], console: Console) -> None:
         for finding in same_kind[:_FINDINGS_PER_KIND]:
             location = f"{finding.path}: " if finding.path is not None else ""
             line = Text.assemble(
-                (severity.value, "red" if severity is Severity.ERROR else "yellow"),
-                printable(f" {category}: {location}{finding.text}"),
+                (severity.value, _STYLES[severity]),
+                printable(f" {f'{category}: ' if category else ''}{location}{finding.text}"),
             )
             console.print(line, highlight=False, soft_wrap=True)
         if hidden := len(same_kind[_FINDINGS_PER_KIND:]):

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flawstream.telemetry import logs
-from schemas.errors import ClusterLostError, ConfigError, FlawstreamError, TransientError
+from schemas.errors import ClusterLostError, ConfigError, FlawstreamError, TransientError, escaped
 from schemas.settings import Settings, load_settings, settings_problems
 
 _log = logging.getLogger(__name__)
@@ -87,9 +87,9 @@ def read_settings(config: Path | None, **sections: Mapping[str, Any]) -> Setting
 
 
 def print_json(value: object, file: IO[str] | None = None) -> None:
-    """Print one line of JSON on standard output, or to a file; NaN and infinity become null."""
+    """Print one line of JSON on standard output, or to a file; NaN and infinity become null, file names are escaped."""
     file = file or out.file
-    file.write(json.dumps(_finite(value), default=str, allow_nan=False) + "\n")
+    file.write(json.dumps(_plain(value), default=escaped, allow_nan=False) + "\n")
     file.flush()
 
 
@@ -139,9 +139,12 @@ def exit_code_of(error: FlawstreamError) -> ExitCode:
 
 
 def printable(text: str, style: str = "") -> Text:
-    """Make untrusted text safe to print: replaces control characters except new lines, ignores rich's markup."""
+    """Make untrusted text safe to print: replaces control characters except new lines, ignores rich's markup.
+
+    Bytes of file names that are not UTF-8 are escaped.
+    """
     shown = "".join(
-        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
+        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in escaped(text)
     )
     return Text(shown, style)
 
@@ -172,13 +175,15 @@ _ENTRY_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
 _DEAD_ID = re.compile(r"(\d{1,4}:)?\d{1,20}-\d{1,20}")
 
 
-def _finite(value: object) -> object:
+def _plain(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return escaped(value)
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {_plain(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_plain(item) for item in value]
     return value
 
 

@@ -24,13 +24,25 @@ def one_line(text: object, most: int = 300) -> str:
     return " ".join(str(text).split())[:most]
 
 
+def escaped(text: object) -> str:
+    r"""Write the bytes of a file name that are not UTF-8 as `\udcfc`, so that every encoder and printer takes the text.
+
+    Args:
+        text: Any text; Python reads such bytes as surrogates (`os.fsdecode`).
+    """
+    return str(text).encode(errors="backslashreplace").decode()
+
+
 class FlawstreamError(Exception):
     """The root of all errors raised on purpose.
 
-    The text says what happened with the value, why, and what to do.
+    The text says what happened with the value, why, and what to do. File names in it are escaped.
     """
 
     code: ClassVar[str] = "error"
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(escaped(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(FlawstreamError):

@@ -45,6 +45,6 @@ def run_on_copy(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -
 
 
 def _check(data: CategoryData, extractor: FeatureExtractor) -> None:
-    findings = check_content(data, decode_files(data, extractor.form, extractor.limits))
+    findings = check_content(data, decode_files(data, extractor.form, extractor.limits), extractor.limits)
     if errors := [finding for finding in findings if finding.severity is Severity.ERROR]:
         raise DatasetError(exclusion_reason(errors))

@@ -10,6 +10,7 @@ from typing import Any
 from pythonjsonlogger.defaults import unknown_default
 from pythonjsonlogger.json import JsonFormatter
 
+from schemas.errors import escaped
 from schemas.settings import LoggingSettings
 
 ROOMS = ("schemas", "flawstream", "workers", "training", "serving", "flawstream_cli")
@@ -31,13 +32,14 @@ class JsonLines(JsonFormatter):
         )
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """Truncate long values."""
+        """Truncate long values, and escape file names."""
         return {
-            name: f"{value[:_MAX_CHARACTERS]} ... ({len(value):,} characters)"
-            if isinstance(value, str) and len(value) > _MAX_CHARACTERS
-            else value
-            for name, value in log_data.items()
+            name: _shortened(escaped(value)) if isinstance(value, str) else value for name, value in log_data.items()
         }
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ... ({len(text):,} characters)"
 
 
 def set_up_logging(settings: LoggingSettings) -> None:

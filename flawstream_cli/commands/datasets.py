@@ -12,8 +12,11 @@ from flawstream_cli.data_sets import (
     CategoryOption,
     LayoutOption,
     RootArgument,
+    check_folders,
+    check_registry,
     count_severities,
     find_faults,
+    in_order,
     show_findings,
 )
 from flawstream_cli.terminal import (
@@ -66,7 +69,8 @@ def check(
     """
     settings = read_settings(config)
     data = open_dataset(root, category, layout)
-    findings = find_faults(data, settings)
+    beside = check_folders(root, data) if category is None else []
+    findings = in_order(check_registry(settings) + beside + find_faults(data, settings))
     errors, warnings = count_severities(findings)
     if as_json:
         print_json({"errors": errors, "warnings": warnings, "findings": [_as_dict(finding) for finding in findings]})
@@ -144,6 +148,7 @@ def _as_dict(finding: Finding) -> dict[str, object]:
         "problem": finding.problem,
         "path": finding.path,
         "text": finding.text,
+        "count": finding.count,
     }
 
 
@@ -154,7 +159,7 @@ def _counts(data: CategoryData) -> dict[str, object]:
         "train": len(data.train),
         "test_normal": len(data.test) - defective,
         "test_defective": defective,
-        "masks": sum(sample.mask is not None for sample in data.test),
+        "masks": len(data.masks()),
         "defects": _defects(data),
     }
 

@@ -16,7 +16,7 @@ from flawstream.engines.protocol import Engine, arithmetic_of
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.registry.versions import open_backbone
-from flawstream_cli.data_sets import CategoryOption, LayoutOption, RootArgument
+from flawstream_cli.data_sets import CategoryOption, LayoutOption, RootArgument, is_writable
 from flawstream_cli.terminal import (
     ConfigOption,
     JsonOption,
@@ -76,6 +76,7 @@ def evaluate(
     if images and not as_json:
         raise typer.BadParameter("--images needs --json")
     settings = read_settings(config, registry={"root": registry})
+    _require_writable(report)
     data = [each for each in open_dataset(root, category, layout) if each.test]
     if not data:
         raise DatasetError(f"no category below {root} has images in test/; evaluation needs labelled test images")
@@ -104,6 +105,11 @@ def evaluate(
     for runs in evaluated.values():
         if warning := shortage_of(runs[0].calibration):
             print_message(f"warning: {runs[0].manifest.model}: {warning}", "yellow")
+
+
+def _require_writable(report: Path | None) -> None:
+    if report is not None and (report.is_dir() or not is_writable(report)):
+        raise ConfigError(f"the report {report} cannot be written here; name a file in a folder that you may write")
 
 
 def _current_manifests(registry: Registry, categories: list[str], root: str) -> dict[str, ModelManifest]:

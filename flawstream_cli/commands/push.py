@@ -23,7 +23,7 @@ from flawstream_cli.terminal import (
     read_settings,
     table,
 )
-from schemas.errors import ConfigError, IdConflictError, MessageError, TransientError
+from schemas.errors import ConfigError, IdConflictError, MessageError, TransientError, escaped
 from schemas.messages import DetectionResult
 from schemas.settings import Settings
 from training.datasets.folders import IMAGE_SUFFIXES, image_files
@@ -83,7 +83,7 @@ async def _push(
             for file in progress.track(files, description="pushing"):
                 # two shards may give the same entry id, so with shards each image gets an id
                 message_id = id_ or (uuid4().hex if settings.redis.shards else None)
-                extra = {"file": file.name.encode()}
+                extra = {"file": escaped(file.name).encode()}
                 try:
                     entry_id = await producer.push(
                         file.read_bytes(), category, id=message_id, extra=extra, wait_s=_WAIT_FOR_CAPACITY_S

@@ -1,10 +1,8 @@
 """The HTTP API."""
 
-from pathlib import Path
-
 from pydantic import Field, SecretStr
 
-from schemas.settings.section import Section
+from schemas.settings.section import FilePath, Section
 
 
 class ApiSettings(Section):
@@ -20,7 +18,7 @@ class ApiSettings(Section):
     tokens: tuple[SecretStr, ...] = Field(
         (), description="Tokens of which a request must carry one, as `Authorization: Bearer`; none: all may ask."
     )
-    tokens_file: Path | None = Field(
+    tokens_file: FilePath | None = Field(
         None, description="File of tokens, one a line, such as a mounted secret; instead of `tokens`."
     )
     replicas: int = Field(1, ge=1, description="Replicas to run, behind one address on every node.")

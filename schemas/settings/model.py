@@ -10,7 +10,7 @@ from pydantic import (
 )
 
 from schemas.presets import PRESETS, PresetName
-from schemas.settings.section import Section
+from schemas.settings.section import PathOrUrl, Section
 
 BackboneArithmetic = Literal["float32", "int8"]
 """In what a backbone computes, in training and serving alike."""
@@ -28,7 +28,7 @@ class ModelSettings(Section):
     backbone: str = Field(
         "tf_efficientnet_lite0", description="Any timm model that yields features by stage or, a transformer, by block."
     )
-    weights: str = Field(
+    weights: PathOrUrl = Field(
         "auto",
         description="`auto`: the installed package for tf_efficientnet_lite0 and tf_efficientnet_lite2, timm's own "
         "loading for all others. `package`, `timm`, or the path of a .safetensors, .pth or .pt state dict.",

@@ -1,6 +1,5 @@
 """Where the streams live, and how to reach them."""
 
-from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -11,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.settings.section import Section
+from schemas.settings.section import FilePath, Section
 
 
 class RedisSettings(Section):
@@ -22,16 +21,16 @@ class RedisSettings(Section):
     )
     username: str | None = Field(None, description="ACL user.")
     password: SecretStr | None = Field(None, description="Password; never printed.")
-    password_file: Path | None = Field(
+    password_file: FilePath | None = Field(
         None, description="File that holds the password, such as a mounted secret; instead of `password`."
     )
-    tls_ca_file: Path | None = Field(
+    tls_ca_file: FilePath | None = Field(
         None, description="PEM file of authorities to trust with `rediss://`, beside the system's."
     )
-    tls_cert_file: Path | None = Field(
+    tls_cert_file: FilePath | None = Field(
         None, description="PEM file of the client's certificate, where one is asked for."
     )
-    tls_key_file: Path | None = Field(None, description="PEM file of the certificate's key.")
+    tls_key_file: FilePath | None = Field(None, description="PEM file of the certificate's key.")
     sentinels: tuple[str, ...] = Field(
         (),
         description="`host:port` of each Sentinel; they name the primary, `url` the scheme and database.",

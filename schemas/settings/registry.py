@@ -2,13 +2,13 @@
 
 from pydantic import Field
 
-from schemas.settings.section import Section
+from schemas.settings.section import PathOrUrl, Section
 
 
 class RegistrySettings(Section):
     """Where model versions are kept."""
 
-    root: str = Field(".flawstream/models", description="A folder, or an fsspec URL such as s3://bucket/models.")
+    root: PathOrUrl = Field(".flawstream/models", description="A folder, or an fsspec URL such as s3://bucket/models.")
     max_auroc_drop: float = Field(
         0.02,
         ge=0,

@@ -1,12 +1,32 @@
 """The base classes of the sections of the settings."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MIB = 1 << 20
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+def _at_home(path: str) -> str:
+    """Expand `~` and `~user`, which a shell does not do in a file of settings or a variable.
+
+    Raises:
+        ValueError: There is no such user, or no home.
+    """
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - a URL must stay as it is
+    if expanded.startswith("~"):
+        raise ValueError("a path starts with ~, and that home is not known here; write the whole path")
+    return expanded
+
+
+FilePath = Annotated[Path, AfterValidator(lambda path: Path(_at_home(str(path))))]
+"""A path of this machine; `~` is the home of the user."""
+PathOrUrl = Annotated[str, AfterValidator(_at_home)]
+"""A path, with `~` as the home of the user, or anything else, which stays as it is."""
 
 
 class Section(BaseModel):

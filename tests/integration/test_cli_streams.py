@@ -1,6 +1,7 @@
 """The commands that talk to a stream server, on a real one and without any."""
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -232,6 +233,17 @@ def test_push_writes_what_it_can_and_names_what_it_cannot(
         "gone.png": "unreadable",
     }
     assert "gone.png: unreadable: No such file" in ran.err
+
+
+def test_push_of_a_name_of_any_bytes_writes_it_escaped(
+    run: Run, raw: RawRedis, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    image = tmp_path_factory.mktemp("images") / os.fsdecode(b"gut_\xfc.png")
+    image.write_bytes(png())
+    ran = run("push", image, "-c", "bottle", "--json")
+    assert (ran.code, json.loads(ran.out)["file"]) == (0, str(image).replace("\udcfc", r"\udcfc"))
+    ((_, fields),) = raw.entries("flawstream:images")
+    assert fields["file"] == rb"gut_\udcfc.png"
 
 
 def test_push_of_another_image_with_the_same_id_is_refused(

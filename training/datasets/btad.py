@@ -20,7 +20,7 @@ _NORMAL = "ok"
 
 def is_btad(root: Path) -> bool:
     """Check whether a folder has this layout."""
-    return is_train_test(root, _NORMAL)
+    return is_train_test(root, is_ok)
 
 
 def load_btad(root: Path, categories: Sequence[str] | None = None) -> list[CategoryData]:
@@ -36,4 +36,9 @@ def load_btad(root: Path, categories: Sequence[str] | None = None) -> list[Categ
     Raises:
         DatasetError: There is no category, one is unknown or has an invalid name, or a folder cannot be read.
     """
-    return load_train_test(root, categories, _NORMAL)
+    return load_train_test(root, categories, is_ok)
+
+
+def is_ok(name: str) -> bool:
+    """Check whether a folder has the name by which this layout is recognised."""
+    return name == _NORMAL

@@ -1,19 +1,22 @@
 """Checks of a data set before training, which report all problems at once.
 
 `check_listing` checks names and counts, which takes no time; `check_content` checks the decoded files. Errors make
-training or its metrics wrong, warnings make them worse. Knows no layout and opens no file.
+training or its metrics wrong, warnings make them worse, notes are to be looked at. Knows no layout and opens no file.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from flawstream.calibration import shortage
-from schemas.settings import TrainingSettings
+from schemas.settings import LimitSettings, TrainingSettings
 from training.datasets.decoding import FileCheck, ImageCheck, MaskCheck, UnreadableFile
-from training.datasets.samples import CategoryData
+from training.datasets.folders import image_files, is_normal
+from training.datasets.samples import CategoryData, Sample, Skip, Skipped
 from training.datasets.storage import missing_files
 
 MIN_TRAIN_IMAGES = 10
@@ -22,13 +25,17 @@ MIN_TRAIN_IMAGES = 10
 _GOOD_COUNT = 200
 _SAME_ASPECT = 1.02
 _MAX_SIZES_LISTED = 3
+_MAX_NAMES_LISTED = 3
+_MOST_MARKED = 0.5
+"""A mask that marks a larger share of its image is suspected to be inverted."""
 
 
 class Severity(StrEnum):
-    """Whether the problem prevents training: errors do, warnings do not."""
+    """Whether the problem prevents training: errors do, warnings and notes do not. The most severe come first."""
 
     ERROR = "error"
     WARNING = "warning"
+    NOTE = "note"
 
 
 class DatasetProblem(StrEnum):
@@ -46,6 +53,18 @@ class DatasetProblem(StrEnum):
     DUPLICATE = "duplicate"
     MIXED_SIZES = "mixed_sizes"
     MIXED_COLOURS = "mixed_colours"
+    ALL_ALIKE = "all_alike"
+    TOO_LONG = "too_long"
+    UNWRITABLE = "unwritable"
+    NORMAL_NAMES = "normal_names"
+    JPEG_MASK = "jpeg_mask"
+    INVERTED_MASK = "inverted_mask"
+    MARKED = "marked"
+    DANGLING_LINK = "dangling_link"
+    SUBFOLDER = "subfolder"
+    MISPLACED_IMAGE = "misplaced_image"
+    OTHER_FILE = "other_file"
+    HIDDEN_FILE = "hidden_file"
 
 
 _WARNINGS = frozenset(
@@ -56,8 +75,33 @@ _WARNINGS = frozenset(
         DatasetProblem.DUPLICATE,
         DatasetProblem.MIXED_SIZES,
         DatasetProblem.MIXED_COLOURS,
+        DatasetProblem.TOO_LONG,
+        DatasetProblem.NORMAL_NAMES,
+        DatasetProblem.JPEG_MASK,
+        DatasetProblem.INVERTED_MASK,
+        DatasetProblem.DANGLING_LINK,
+        DatasetProblem.SUBFOLDER,
+        DatasetProblem.MISPLACED_IMAGE,
+        DatasetProblem.OTHER_FILE,
     }
 )
+_NOTES = frozenset({DatasetProblem.MARKED, DatasetProblem.HIDDEN_FILE})
+_NOT_READ = {
+    Skip.DANGLING_LINK: ("links to files that do not exist", "restore what they point to, or remove them"),
+    Skip.SUBFOLDER: (
+        "images in subfolders",
+        "move them into the folder that they belong to, or the subfolders out of the data set",
+    ),
+    Skip.MISPLACED_IMAGE: (
+        "images beside the folders of normal images and of defects",
+        "move them into the folder that they belong to",
+    ),
+    Skip.OTHER_FILE: (
+        "files whose suffix is not that of an image",
+        "save images as PNG, JPEG, BMP, TIFF or WebP, or remove the files",
+    ),
+    Skip.HIDDEN_FILE: ("hidden files and folders", "nothing has to be done"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +113,20 @@ class Finding:
         problem: The kind of problem.
         path: The file; None if it concerns the whole category.
         text: What is wrong, why it matters, and what to do.
+        count: How many files it concerns.
     """
 
     category: str
     problem: DatasetProblem
     path: Path | None
     text: str
+    count: int = 1
 
     @property
     def severity(self) -> Severity:
         """Whether the problem prevents training."""
+        if self.problem in _NOTES:
+            return Severity.NOTE
         return Severity.WARNING if self.problem in _WARNINGS else Severity.ERROR
 
 
@@ -99,6 +147,8 @@ def check_listing(data: CategoryData, settings: TrainingSettings) -> list[Findin
         for path in missing_files(data.files())
     ]
     findings += _check_counts(data, settings)
+    findings += _check_normal_names(data)
+    findings += _check_skipped(data)
     findings += (
         Finding(
             data.name,
@@ -128,12 +178,13 @@ def calibration_count(train_images: int, fraction: float) -> int:
     return max(1, round(train_images * fraction))
 
 
-def check_content(data: CategoryData, files: Iterable[FileCheck]) -> list[Finding]:
+def check_content(data: CategoryData, files: Iterable[FileCheck], limits: LimitSettings) -> list[Finding]:
     """Check the content of files.
 
     Args:
         data: The category.
         files: Output of `decoding.decode_files`.
+        limits: What the stream refuses.
     """
     findings: list[Finding] = []
     images: dict[Path, ImageCheck] = {}
@@ -147,7 +198,9 @@ def check_content(data: CategoryData, files: Iterable[FileCheck]) -> list[Findin
             case UnreadableFile():
                 findings.append(Finding(data.name, DatasetProblem.DAMAGED, file.path, file.reason))
     findings += _check_masks(data, images, masks)
-    findings += _check_duplicates(data, images)
+    alike = _check_alike(data, images)
+    findings += alike or _check_duplicates(data, images)
+    findings += _check_lengths(data, list(images.values()), limits)
     findings += _check_uniformity(data, list(images.values()))
     return findings
 
@@ -180,28 +233,125 @@ def _check_counts(data: CategoryData, settings: TrainingSettings) -> Iterator[Fi
         yield Finding(data.name, DatasetProblem.FALSE_ALARM_RATE, None, warning)
 
 
-def _check_masks(data: CategoryData, images: dict[Path, ImageCheck], masks: dict[Path, MaskCheck]) -> Iterator[Finding]:
-    for sample in data.test:
-        mask = masks.get(sample.mask) if sample.mask is not None else None
-        image = images.get(sample.path)
-        if mask is None or image is None:
-            continue
-        if mask.shape != image.shape:
+def _check_normal_names(data: CategoryData) -> Iterator[Finding]:
+    """Report folders side by side that both have normal images by their name, such as `good` and `OK`."""
+    normal = [*data.train, *(sample.path for sample in data.test if not sample.anomalous)]
+    folders = sorted({path.parent for path in normal if is_normal(path.parent.name)})
+    for parent, group in groupby(folders, attrgetter("parent")):
+        names = [folder.name for folder in group]
+        if len(names) > 1:
             yield Finding(
                 data.name,
-                DatasetProblem.MASK_SIZE,
-                mask.path,
-                f"has {_size(mask.shape)} pixels, but its image {sample.path.name} has {_size(image.shape)}: it "
-                "belongs to another image or was resized; restore its size",
+                DatasetProblem.NORMAL_NAMES,
+                parent,
+                f"has the folders {', '.join(names)}: all mean normal and are read so; if one means something else, "
+                "rename it",
+                len(names),
             )
-        if mask.empty:
+
+
+def _check_skipped(data: CategoryData) -> Iterator[Finding]:
+    def key(skipped: Skipped) -> tuple[Skip, Path]:
+        return skipped.reason, skipped.path.parent
+
+    for (reason, folder), group in groupby(sorted(data.skipped, key=lambda one: (*key(one), one.path)), key):
+        paths = [one.path for one in group]
+        names = ", ".join(path.name for path in paths[:_MAX_NAMES_LISTED])
+        more = ", ..." if len(paths) > _MAX_NAMES_LISTED else ""
+        count = sum(1 for _ in image_files(paths)) if reason is Skip.SUBFOLDER else len(paths)
+        what, cure = _NOT_READ[reason]
+        yield Finding(
+            data.name, DatasetProblem(reason), folder, f"{what}, not read: {count} ({names}{more}); {cure}", count
+        )
+
+
+def _check_masks(data: CategoryData, images: dict[Path, ImageCheck], masks: dict[Path, MaskCheck]) -> Iterator[Finding]:
+    shares: list[float] = []
+    for sample in data.test:
+        checked = [masks[path] for path in sample.masks if path in masks]
+        image = images.get(sample.path)
+        if not checked or image is None:
+            continue
+        for mask in checked:
+            yield from _check_mask(data.name, sample, mask, image)
+        share = sum(mask.marked for mask in checked)
+        shares.append(min(1.0, share))
+        if not share:
             yield Finding(
                 data.name,
                 DatasetProblem.EMPTY_MASK,
-                mask.path,
+                checked[0].path,
                 f"marks no defect, but its image is labelled {sample.defect!r}: all its pixels count as normal in "
                 "pixel metrics; mark the defect, or move the image to the normal ones",
             )
+    if shares:
+        yield Finding(
+            data.name,
+            DatasetProblem.MARKED,
+            None,
+            f"masks of {len(shares)} images mark {sum(shares) / len(shares):.2%} of their pixels on average, "
+            f"{min(shares):.2%} to {max(shares):.2%}",
+            len(shares),
+        )
+
+
+def _check_mask(category: str, sample: Sample, mask: MaskCheck, image: ImageCheck) -> Iterator[Finding]:
+    if mask.shape != image.shape:
+        yield Finding(
+            category,
+            DatasetProblem.MASK_SIZE,
+            mask.path,
+            f"has {_size(mask.shape)} pixels, but its image {sample.path.name} has {_size(image.shape)}: it "
+            "belongs to another image or was resized; restore its size",
+        )
+    if mask.marked > _MOST_MARKED:
+        yield Finding(
+            category,
+            DatasetProblem.INVERTED_MASK,
+            mask.path,
+            f"marks {mask.marked:.1%} of its image as defect, so it may be inverted: masks are 0 where the part is "
+            "normal; invert it, unless the defect is that large",
+        )
+    if mask.lossy:
+        yield Finding(
+            category,
+            DatasetProblem.JPEG_MASK,
+            mask.path,
+            "is a JPEG, which blurs the edges of the defect: values up to a quarter of the highest count as normal; "
+            "save masks as PNG",
+        )
+
+
+def _check_alike(data: CategoryData, images: dict[Path, ImageCheck]) -> list[Finding]:
+    digests = [images[path].digest for path in data.train if path in images]
+    if len(digests) < MIN_TRAIN_IMAGES or len(set(digests)) > 1:
+        return []
+    return [
+        Finding(
+            data.name,
+            DatasetProblem.ALL_ALIKE,
+            None,
+            f"all {len(digests)} normal training images have the same pixels, so there is no variation to learn; check "
+            "that the camera was not covered and the files are not copies of one, and record different parts",
+            len(digests),
+        )
+    ]
+
+
+def _check_lengths(data: CategoryData, images: list[ImageCheck], limits: LimitSettings) -> Iterator[Finding]:
+    """Report images that can be trained on, and that the stream refuses for their length."""
+    too_long = [image for image in images if image.size_bytes > limits.max_image_bytes]
+    if too_long:
+        longest = max(too_long, key=attrgetter("size_bytes"))
+        yield Finding(
+            data.name,
+            DatasetProblem.TOO_LONG,
+            longest.path,
+            f"has {longest.size_bytes:,} bytes, more than the {limits.max_image_bytes:,} that the stream takes, as "
+            f"{len(too_long)} of {len(images)} images. Training reads them, but producers and workers refuse them: "
+            "raise limits.max_image_bytes there, or send a compressed format such as PNG",
+            len(too_long),
+        )
 
 
 def _check_duplicates(data: CategoryData, images: dict[Path, ImageCheck]) -> Iterator[Finding]:

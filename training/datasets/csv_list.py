@@ -5,24 +5,27 @@
     bottle,test,good,2026-02/0001.png,
     bottle,test,scratch,2026-02/0002.png,masks/0002.png
 
-Paths are relative to the file. The labels `good`, `normal` and `0` mean normal, others name the defect. `mask` may be
-empty or missing. Does not check whether the files exist, and decodes nothing.
+Paths are relative to the file. The labels `good`, `normal`, `ok` (in any case) and `0` mean normal, others name the
+defect. `mask` may be empty or missing. Names of files may be any bytes. Does not check whether the
+files exist, and decodes nothing.
 """
 
+import codecs
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from schemas.errors import DatasetError
+from schemas.errors import DatasetError, escaped
 from training.datasets.folders import choose_categories
-from training.datasets.samples import NORMAL, CategoryData, Sample
+from training.datasets.samples import NORMAL, NORMAL_NAMES, CategoryData, Sample
 from training.datasets.storage import read_file
 
 MARKER = "a file *.csv"
-_NORMAL_LABELS = frozenset({NORMAL, "normal", "0"})
+_NORMAL_LABELS = NORMAL_NAMES | {"0"}
 _MAX_ERRORS = 5
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def is_csv_list(root: Path) -> bool:
@@ -87,7 +90,10 @@ class _Category:
 def _rows(file: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield rows with the number of their last line; missing cells are empty."""
     try:
-        with io.StringIO(read_file(file).decode("utf-8-sig"), newline="") as opened:
+        content = read_file(file)
+        if content.startswith(_UTF16_MARKS):
+            raise DatasetError(f"{file} is not a CSV file in UTF-8 but one in UTF-16; save it as UTF-8")
+        with io.StringIO(content.decode("utf-8-sig", errors="surrogateescape"), newline="") as opened:
             reader = csv.DictReader(opened, restval="")
             missing = [name for name in required if name not in (reader.fieldnames or ())]
             if missing:
@@ -98,8 +104,8 @@ def _rows(file: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, 
                 )
             for row in reader:
                 yield reader.line_num, {name: (row.get(name) or "").strip() for name in (*required, "mask")}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{file} is not a CSV file in UTF-8 ({error}); save it as one") from error
+    except csv.Error as error:
+        raise DatasetError(f"{file} is not a CSV file ({error}); save it as one in UTF-8") from error
     except OSError as error:
         raise DatasetError(f"{file} cannot be read: {error.strerror}; check its name and permissions") from error
 
@@ -109,7 +115,7 @@ def _add_row(row: Mapping[str, str], base: Path, category_column: str, found: di
     empty = [name for name in (category_column, "label", "image") if not row[name]]
     if empty:
         return f"{', '.join(empty)} must not be empty"
-    path, label = base / row["image"], row["label"]
+    path, label = base / row["image"], escaped(row["label"])
     normal = label.lower() in _NORMAL_LABELS
     category = found.setdefault(row[category_column], _Category())
     match row["split"].lower(), normal:

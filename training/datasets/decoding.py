@@ -14,6 +14,7 @@ from flawstream.imaging.decode import decode_image
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError
 from schemas.settings import LimitSettings
+from training.datasets.masks import decode_mask, is_jpeg
 from training.datasets.samples import CategoryData
 from training.datasets.storage import READS_AT_ONCE, is_url, missing_files, read_file
 
@@ -27,12 +28,14 @@ class ImageCheck:
         shape: (height, width) in pixels, upright.
         grey: Whether all three channels are equal.
         digest: Equal for images that are equal for the model.
+        size_bytes: Of the file.
     """
 
     path: Path
     shape: tuple[int, int]
     grey: bool
     digest: bytes
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,14 @@ class MaskCheck:
     Attributes:
         path: The file.
         shape: (height, width) in pixels.
-        empty: Whether it marks no defect.
+        marked: Share of the pixels that it marks, in [0, 1].
+        lossy: Whether it is a JPEG.
     """
 
     path: Path
     shape: tuple[int, int]
-    empty: bool
+    marked: float
+    lossy: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,8 @@ def decode_files(data: CategoryData, form: PixelForm, limits: LimitSettings) -> 
 
 def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileCheck:
     try:
-        image = decode_image(read_file(path), form, limits)
+        data = read_file(path)
+        image = decode_image(data, form, limits)
     except OSError as error:
         return UnreadableFile(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
     except MessageError as error:
@@ -106,16 +112,15 @@ def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileChec
     height, width = image.original_shape
     digest = hashlib.sha256(f"{height} {width} ".encode())
     digest.update(image.pixels.tobytes())
-    return ImageCheck(path, (height, width), grey, digest.digest())
+    return ImageCheck(path, (height, width), grey, digest.digest(), len(data))
 
 
 def _check_mask(path: Path) -> FileCheck:
     try:
-        mask = cv2.imdecode(np.frombuffer(read_file(path), np.uint8), cv2.IMREAD_GRAYSCALE)
+        data = read_file(path)
+        mask = decode_mask(data)
     except OSError as error:
         return UnreadableFile(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
-    except cv2.error:  # an empty file
-        mask = None
-    if mask is None:
+    except ValueError:
         return UnreadableFile(path, "is a mask that cannot be decoded; save it again as PNG, or remove it")
-    return MaskCheck(path, (mask.shape[0], mask.shape[1]), not mask.any())
+    return MaskCheck(path, (mask.shape[0], mask.shape[1]), float(mask.mean()), is_jpeg(data))

@@ -73,7 +73,12 @@ class LocalCopy:
             original.name,
             tuple(map(local, original.train)),
             tuple(
-                replace(sample, path=local(sample.path), mask=None if sample.mask is None else local(sample.mask))
+                replace(
+                    sample,
+                    path=local(sample.path),
+                    mask=None if sample.mask is None else local(sample.mask),
+                    more_masks=tuple(map(local, sample.more_masks)),
+                )
                 for sample in original.test
             ),
         )

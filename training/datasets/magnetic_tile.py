@@ -13,8 +13,9 @@ Source: Huang, Qiu, Yuan, Surface defect saliency of magnetic tile, The Visual C
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.datasets.folders import choose_categories, has_folder, list_folders, list_images, match_masks
-from training.datasets.samples import NORMAL, CategoryData, Sample, split_normal
+from schemas.errors import escaped
+from training.datasets.folders import choose_categories, has_folder, list_folder, list_folders, match_masks
+from training.datasets.samples import NORMAL, CategoryData, Sample, Skip, Skipped, split_normal
 
 CATEGORY = "magnetic_tile"
 MARKER = "MT_Free/Imgs/"
@@ -47,18 +48,26 @@ def load_magnetic_tile(root: Path, categories: Sequence[str] | None = None) -> l
 
 
 def _load(root: Path) -> dict[str, CategoryData]:
-    train, test = split_normal(list_images(root / _FREE / "Imgs", _IMAGE_SUFFIXES), _TRAIN_SHARE)
+    skipped: list[Skipped] = []
+    normal, _ = _list_images(root / _FREE, skipped)
+    train, test = split_normal(normal, _TRAIN_SHARE)
     samples = [Sample(path, anomalous=False, defect=NORMAL, mask=None) for path in test]
     orphans: list[Path] = []
     for folder in list_folders(root):
         if folder.name == _FREE or not folder.name.startswith(_PREFIX):
             continue
-        images = folder / "Imgs"
-        defect = folder.name.removeprefix(_PREFIX).lower()
-        matched, unmatched = match_masks(
-            list_images(images, _IMAGE_SUFFIXES), list_images(images, _MASK_SUFFIXES), defect
-        )
+        images, masks = _list_images(folder, skipped)
+        matched, unmatched = match_masks(images, masks, escaped(folder.name.removeprefix(_PREFIX).lower()))
         samples += matched
         orphans += unmatched
     samples.sort(key=lambda sample: (sample.defect, sample.path))
-    return {CATEGORY: CategoryData(CATEGORY, tuple(train), tuple(samples), tuple(orphans))}
+    return {CATEGORY: CategoryData(CATEGORY, tuple(train), tuple(samples), tuple(orphans), tuple(skipped))}
+
+
+def _list_images(folder: Path, skipped: list[Skipped]) -> tuple[list[Path], list[Path]]:
+    """List images and masks of a kind; add what is not read to `skipped`."""
+    listing = list_folder(folder / "Imgs", (*_IMAGE_SUFFIXES, *_MASK_SUFFIXES))
+    skipped += listing.skipped
+    skipped += (Skipped(subfolder, Skip.SUBFOLDER) for subfolder in listing.folders)
+    images = [path for path in listing.images if path.suffix.lower() in _IMAGE_SUFFIXES]
+    return images, [path for path in listing.images if path.suffix.lower() in _MASK_SUFFIXES]

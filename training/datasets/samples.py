@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +12,8 @@ from training.datasets.storage import read_digests
 
 NORMAL = "good"
 """The label of normal images, as in MVTec AD."""
+NORMAL_NAMES = frozenset({NORMAL, "normal", "ok"})
+"""What folders and labels of normal images are called, in lower case."""
 
 _SEED = 0
 _Name = TypeVar("_Name", str, Path)
@@ -25,12 +28,42 @@ class Sample:
         anomalous: Whether it shows a defect.
         defect: The kind of defect; `good` if normal.
         mask: An image of the same size, non-zero where the defect is; None if there is none.
+        more_masks: Further masks of the same defect or of others, as in MVTec LOCO.
     """
 
     path: Path
     anomalous: bool
     defect: str
     mask: Path | None
+    more_masks: tuple[Path, ...] = ()
+
+    @property
+    def masks(self) -> tuple[Path, ...]:
+        """Return all masks: a pixel that any of them marks is a defect."""
+        return () if self.mask is None else (self.mask, *self.more_masks)
+
+
+class Skip(StrEnum):
+    """Why a file or folder of a data set is not read."""
+
+    DANGLING_LINK = "dangling_link"
+    SUBFOLDER = "subfolder"
+    MISPLACED_IMAGE = "misplaced_image"
+    OTHER_FILE = "other_file"
+    HIDDEN_FILE = "hidden_file"
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file or folder of a data set that is not read.
+
+    Attributes:
+        path: The file or folder.
+        reason: Why it is not read.
+    """
+
+    path: Path
+    reason: Skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +75,14 @@ class CategoryData:
         train: Normal images, sorted.
         test: Images to evaluate on, sorted by defect and name; may be empty.
         orphan_masks: Masks that belong to no image.
+        skipped: What else lies in the category's folders and is not read.
     """
 
     name: str
     train: tuple[Path, ...]
     test: tuple[Sample, ...]
     orphan_masks: tuple[Path, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     def images(self) -> list[Path]:
         """List all images, training images first."""
@@ -55,7 +90,7 @@ class CategoryData:
 
     def masks(self) -> list[Path]:
         """List the masks that belong to an image."""
-        return [sample.mask for sample in self.test if sample.mask is not None]
+        return [mask for sample in self.test for mask in sample.masks]
 
     def files(self) -> list[Path]:
         """List all images, then all masks."""
@@ -82,8 +117,8 @@ class CategoryData:
             yield f"train/{NORMAL}/{path.name}", path
         for sample in self.test:
             yield f"test/{sample.defect}/{sample.path.name}", sample.path
-            if sample.mask is not None:
-                yield f"ground_truth/{sample.defect}/{sample.mask.name}", sample.mask
+            for mask in sample.masks:
+                yield f"ground_truth/{sample.defect}/{mask.name}", mask
 
 
 def split_normal(names: Iterable[_Name], train_share: float) -> tuple[list[_Name], list[_Name]]:

@@ -19,11 +19,12 @@ from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import EvaluationMetrics
 from schemas.messages import AnomalyMap, MapCodec
 from schemas.settings import LimitSettings
+from training.datasets.masks import read_masks
 from training.datasets.samples import Sample
 from training.datasets.storage import read_file
 from training.report import plots
 from training.report.plots import plot_losses, plot_scores
-from training.steps.evaluate import METRIC_NAMES, RATES, ScoredImage, read_mask, spread
+from training.steps.evaluate import METRIC_NAMES, RATES, ScoredImage, spread
 
 _MAX_CARDS = 8
 _HEATMAP_WEIGHT = 0.45
@@ -44,7 +45,7 @@ class JudgedImage:
         score: Image score, nats per channel.
         threshold: The threshold of image scores.
         map: The anomaly map; encoded to save memory, as few of the images are shown.
-        mask: The mask file.
+        masks: The files of its masks.
     """
 
     path: Path
@@ -54,7 +55,7 @@ class JudgedImage:
     score: float
     threshold: float
     map: AnomalyMap
-    mask: Path | None = None
+    masks: Sequence[Path] = ()
 
     @property
     def is_alarm(self) -> bool:
@@ -91,7 +92,7 @@ def judge(category: str, sample: Sample, image: ScoredImage, threshold: float) -
         score=image.score,
         threshold=threshold,
         map=encode_map(half, (image.side, image.side), MapCodec.GRID_F16, threshold),
-        mask=sample.mask,
+        masks=sample.masks,
     )
 
 
@@ -173,8 +174,8 @@ def overlay(image: JudgedImage, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     heat = paint(decode_map(image.map), image.threshold)
     mixed = np.asarray(cv2.addWeighted(heat, _HEATMAP_WEIGHT, pixels, 1 - _HEATMAP_WEIGHT, 0), dtype=np.uint8)
-    if image.mask is not None:
-        mask = read_mask(image.mask, pixels.shape[0]).astype(np.uint8)
+    if image.masks:
+        mask = read_masks(image.masks, pixels.shape[0]).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(
             mixed, contours, -1, (0, 0, 0), 2 * _OUTLINE_PX
@@ -210,7 +211,7 @@ def _section(
         "groups": {
             heading: [_card(image) for image in images[:_MAX_CARDS]] for heading, images in groups.items() if images
         },
-        "has_masks": any(image.mask is not None for image in judged),
+        "has_masks": any(image.masks for image in judged),
         "course": None,
     }
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,11 +11,10 @@ from flawstream.calibration import is_anomalous
 from flawstream.engines.protocol import Engine, HeadRows, Loaded
 from flawstream.imaging.maps import Grid, upsample
 from flawstream.imaging.pixels import PixelForm
-from schemas.errors import DatasetError
 from schemas.manifest import DefectMetrics, EvaluationMetrics
 from schemas.settings import LimitSettings
+from training.datasets.masks import read_masks
 from training.datasets.samples import Sample
-from training.datasets.storage import read_file
 from training.report.metrics import Interval, PixelTally, image_metrics, rate_interval
 from training.steps.features import decode_batches
 
@@ -114,8 +112,8 @@ class Evaluation:
         """
         self._samples.append(sample)
         self._scores.append(image.score)
-        if sample.mask is not None:
-            self._pixels.add(image.anomaly_map(), read_mask(sample.mask, image.side))
+        if sample.masks:
+            self._pixels.add(image.anomaly_map(), read_masks(sample.masks, image.side))
         elif not sample.anomalous:
             self._pixels.add(image.anomaly_map(), None)
 
@@ -212,25 +210,3 @@ def _rate(name: str, alarms: NDArray[np.bool_]) -> tuple[dict[str, float], dict[
     if not alarms.size:
         return {}, {}
     return {name: float(alarms.mean())}, {name: rate_interval(int(alarms.sum()), alarms.size)}
-
-
-def read_mask(path: Path, side: int) -> NDArray[np.bool_]:
-    """Read a mask and resize it to the size of the map.
-
-    Args:
-        path: An image that is non-zero where the defect is.
-        side: S, pixels.
-
-    Returns:
-        (S, S), true where the defect is.
-
-    Raises:
-        DatasetError: The file cannot be read.
-    """
-    try:
-        mask = cv2.imdecode(np.frombuffer(read_file(path), np.uint8), cv2.IMREAD_GRAYSCALE)
-    except (OSError, cv2.error):  # missing; empty
-        mask = None
-    if mask is None:
-        raise DatasetError(f"cannot read the mask {path}; repair or remove the file")
-    return np.asarray(cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST) > 0)

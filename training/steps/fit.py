@@ -24,6 +24,8 @@ _MANY_IMAGES = 128
 """From this number of training images on, their statistics fit other normal images almost as well (decision 6)."""
 _FOLDS = 5
 _COPIED_IMAGES = 256
+_LEAST_VARIATION = 1e-4
+"""Of features, as a share of their size; below, images are alike, and noise of the arithmetic would be all there is."""
 _SHRINK_SHARE = 0.25
 """The share of itself that a flow trained on fewer images keeps; the rest is the identity: `FlowStep.shrink`."""
 
@@ -85,6 +87,7 @@ def fit_head(
         The progress after each optimiser step; on a GPU after each epoch.
 
     Raises:
+        DatasetError: The training images are alike.
         ConfigError: The features do not fit in the memory of a GPU.
     """
     device = device or open_device()
@@ -92,6 +95,11 @@ def fit_head(
     assert len(statistics) == len(head.flows)  # noqa: S101 - trained heads have them for all scales
     for scale, module in enumerate(statistics):
         module.set_from(partial(features.grid_rows, scale, rows))
+    if all(module.deviation.mean() <= _LEAST_VARIATION * module.mean.abs().mean() for module in statistics):
+        raise DatasetError(
+            f"the {len(rows)} normal training images are alike, so there is no variation to learn; check that the "
+            "camera was not covered and the files are not copies of one, and record different parts"
+        )
     few_images = len(rows) < _MANY_IMAGES
     if few_images:
         features = whiten_across_folds(statistics, features, rows, settings.seed)

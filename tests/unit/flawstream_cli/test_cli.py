@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from rich.console import Console
 from flawstream.registry.registry import Registry
 from flawstream_cli import terminal
 from flawstream_cli.main import COMMANDS, load_command
+from schemas.errors import ConfigError
 
 
 @pytest.fixture
@@ -290,6 +292,14 @@ def test_json_has_null_for_a_number_that_json_does_not_know(capsys: pytest.Captu
     printed = capsys.readouterr().out
     assert json.loads(printed) == {"a": None, "b": [None, 1.5], "c": "\x1b[2J"}
     assert "\x1b" not in printed
+
+
+def test_names_of_any_bytes_are_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"gut_\xfc.png")
+    terminal.print_json({name: [Path(name), name]})
+    assert json.loads(capsys.readouterr().out) == {r"gut_\udcfc.png": [r"gut_\udcfc.png"] * 2}
+    assert shown(lambda console: console.print(terminal.printable(name))) == "gut_\\udcfc.png\n"
+    assert str(ConfigError(name)) == r"gut_\udcfc.png"
 
 
 @pytest.mark.parametrize("text", ["1763900000000-0", "0", "17-3"])

@@ -22,7 +22,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_check_of_a_sound_data_set_names_the_next_command(run: Run, tmp_path: Path) -> None:
     write_category(tmp_path / "bottle")
     ran = run("datasets", "check", tmp_path)
-    assert (ran.code, ran.out) == (0, "")
+    assert ran.code == 0
+    assert ran.out.splitlines() == [
+        "note bottle: masks of 3 images mark 2.92% of their pixels on average, 2.92% to 2.92%"
+    ]
     assert "categories: 1, errors: 0, warnings: 0" in ran.err
     assert f"flawstream train {tmp_path}" in ran.err
 
@@ -31,9 +34,10 @@ def test_check_fails_on_errors_and_lists_them_before_warnings(run: Run, tmp_path
     write_category(tmp_path / "bottle", train=20)
     (tmp_path / "bottle/train/good/000.png").write_bytes(b"no image")
     ran = run("datasets", "check", tmp_path)
-    first, second = ran.out.splitlines()
+    first, second, note = ran.out.splitlines()
     assert ran.code == 1
     assert first.startswith(f"error bottle: {tmp_path}/bottle/train/good/000.png: 8 bytes that start with")
+    assert note.startswith("note bottle: masks of 3 images")
     assert second.startswith("warning bottle: a false alarm rate of 0.05 needs 19 calibration images")
     assert "errors: 1, warnings: 1" in ran.err
 
@@ -48,19 +52,43 @@ def test_check_tells_the_first_of_many_and_json_tells_all(run: Run, tmp_path: Pa
     for number in range(8):
         write_mask(tmp_path / "bottle/ground_truth/broken" / f"{100 + number}_mask.png")
     ran = run("datasets", "check", tmp_path)
-    assert len(ran.out.splitlines()) == 6
+    assert len(ran.out.splitlines()) == 7
     assert "bottle: and 3 more of this kind" in ran.out
     told = run("datasets", "check", tmp_path, "--json")
     assert told.code == 1
     found = json.loads(told.out)
-    assert (found["errors"], found["warnings"], len(found["findings"])) == (8, 0, 8)
+    assert (found["errors"], found["warnings"], len(found["findings"])) == (8, 0, 9)
     assert found["findings"][0] | {"text": ""} == {
         "severity": "error",
         "category": "bottle",
         "problem": "orphan_mask",
         "path": f"{tmp_path}/bottle/ground_truth/broken/100_mask.png",
         "text": "",
+        "count": 1,
     }
+
+
+def test_check_reports_a_folder_that_is_nearly_a_category(run: Run, tmp_path: Path) -> None:
+    write_category(tmp_path / "bottle")
+    write_images(tmp_path / "lid/train/gut", 1)
+    ran = run("datasets", "check", tmp_path)
+    assert ran.code == 0
+    assert f"warning {tmp_path}/lid: has train/ without a folder good, normal or ok" in ran.out
+    assert f"{tmp_path}/lid" not in run("datasets", "check", tmp_path, "-c", "bottle").out
+
+
+def test_check_finds_a_registry_that_training_could_not_write(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_category(tmp_path / "data" / "bottle")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLAWSTREAM_REGISTRY__ROOT", str(tmp_path / "file" / "models"))
+    ran = run("datasets", "check", tmp_path / "data")
+    assert ran.code == 1
+    assert ran.out.startswith(f"error {tmp_path}/file/models: is the registry and cannot be written here; ")
+    monkeypatch.setenv("FLAWSTREAM_REGISTRY__ROOT", str(tmp_path / "new" / "models"))
+    assert run("datasets", "check", tmp_path / "data").code == 0
+    assert not (tmp_path / "new").exists()
 
 
 def test_check_looks_only_at_the_categories_asked_for(run: Run, tmp_path: Path) -> None:

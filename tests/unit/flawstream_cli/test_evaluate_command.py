@@ -72,6 +72,14 @@ def read(run: Run, *arguments: object) -> dict[str, Any]:
     return told
 
 
+def test_report_that_cannot_be_written_is_refused_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ran = run("--report", tmp_path / "file" / "report.html")  # there is no registry either
+    assert ran.code == 3
+    assert "the report " in ran.err
+    assert "cannot be written here" in ran.err
+
+
 def test_json_tells_metrics_intervals_kinds_and_the_model(run: Run, registry: Registry) -> None:
     write_version(registry, "bottle")
     told = read(run)

@@ -57,6 +57,21 @@ def test_environment_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_settings(write(other, "redis: {prefix: here}")).redis.prefix == "here"
 
 
+def test_home_is_expanded_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/plant")
+    path = write(tmp_path, "registry: {root: ~/models}\nredis: {password_file: ~/secret}\napi: {tokens_file: ~/tokens}")
+    monkeypatch.setenv("FLAWSTREAM_MODEL__WEIGHTS", "~/own.safetensors")
+    settings = load_settings(path)
+    assert (settings.registry.root, settings.model.weights) == ("/home/plant/models", "/home/plant/own.safetensors")
+    assert settings.redis.password_file == Path("/home/plant/secret")
+    assert settings.api.tokens_file == Path("/home/plant/tokens")
+    assert read_settings(None, registry={"root": "~/other"}).registry.root == "/home/plant/other"
+    for root in ("s3://models/~a", "models/~", "auto"):
+        assert read_settings(None, registry={"root": root}).registry.root == root
+    with pytest.raises(ConfigError, match=r"registry\.root: .*that home is not known here; write the whole path"):
+        read_settings(None, registry={"root": "~nobody-of-this-name/models"})
+
+
 def test_empty_file_says_nothing(tmp_path: Path) -> None:
     assert load_settings(write(tmp_path, "# all defaults\n")) == Settings()
 

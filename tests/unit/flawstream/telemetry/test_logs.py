@@ -94,6 +94,12 @@ def test_what_is_long_is_cut(written: Written) -> None:
     assert line["detail"].endswith("(100,000 characters)")
 
 
+def test_names_of_any_bytes_are_escaped(written: Written) -> None:
+    logging.getLogger("workers").warning("cannot read %s", "gut_\udcfc.png", extra={"file": "\udcfc"})
+    (line,) = written.lines()
+    assert (line["message"], line["file"]) == (r"cannot read gut_\udcfc.png", r"\udcfc")
+
+
 def test_what_json_does_not_know_is_written_as_text(written: Written) -> None:
     log("odd", thing=object)
     assert "object" in written.lines()[0]["thing"]

@@ -1,5 +1,6 @@
 """Data sets as lists: labels, paths, and every wrong line named at once."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_byte_order_mark_and_quotes_of_spreadsheets_are_understood(tmp_path: Pat
     file = tmp_path / "parts.csv"
     file.write_bytes(b'\xef\xbb\xbfcategory,split,label,image,mask\r\n"can","train","good","a, b.png",""\r\n')
     assert load_csv_list(file)[0].train == (tmp_path / "a, b.png",)
+
+
+def test_names_of_any_bytes_are_read_and_labels_shown_escaped(tmp_path: Path) -> None:
+    file = tmp_path / "parts.csv"
+    file.write_bytes(b"category,split,label,image\ncan,train,good,gut_\xfc.png\ncan,test,gro\xdf,schlecht_\xfc.png\n")
+    (data,) = load_csv_list(file)
+    assert [os.fsencode(path.name) for path in data.images()] == [b"gut_\xfc.png", b"schlecht_\xfc.png"]
+    assert data.test[0].defect == r"gro\udcdf"
 
 
 def test_absolute_paths_stay(tmp_path: Path) -> None:

@@ -5,17 +5,31 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import DatasetError
-from training.datasets.folders import choose_categories, list_folders, list_images, match_masks
+from training.datasets.folders import choose_categories, image_files, list_folders, list_images, match_masks
 from training.datasets.samples import Sample, split_normal
 
 
 def test_suffixes_count_in_any_case_and_other_files_do_not(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.png", "c.Tiff", "Thumbs.db", ".DS_Store", "._a.png", "notes.txt"):
+    for name in ("b.JPG", "a.png", "c.Tiff", "d.jfif", "e.JPE", "Thumbs.db", ".DS_Store", "._a.png", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.Tiff"]
+    (tmp_path / "__MACOSX").mkdir()
+    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.Tiff", "d.jfif", "e.JPE"]
     assert [path.name for path in list_images(tmp_path, [".jpg"])] == ["b.JPG"]
     assert [path.name for path in list_folders(tmp_path)] == ["folder.png"]
+
+
+def test_images_below_folders_are_found_but_for_hidden_ones(tmp_path: Path) -> None:
+    hidden = tmp_path / "line" / ".trash" / "c.png"
+    for path in (tmp_path / "line/day/b.png", tmp_path / "line/a.JPG", tmp_path / "line/._a.JPG", hidden):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert list(image_files([tmp_path / "line", hidden])) == [
+        tmp_path / "line/a.JPG",
+        tmp_path / "line/day/b.png",
+        hidden,
+    ]
+    assert list(image_files([hidden.parent])) == [hidden]  # a folder that was named is read
 
 
 def test_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:

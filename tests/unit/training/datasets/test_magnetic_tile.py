@@ -7,7 +7,7 @@ from helpers.image_files import write_image, write_mask
 
 from schemas.errors import DatasetError
 from training.datasets.magnetic_tile import load_magnetic_tile
-from training.datasets.samples import Sample
+from training.datasets.samples import Sample, Skip, Skipped
 
 
 def write_tiles(root: Path) -> Path:
@@ -48,6 +48,16 @@ def test_mask_of_a_photograph_that_is_gone_is_an_orphan(tmp_path: Path) -> None:
     crack = write_tiles(tmp_path) / "MT_Crack" / "Imgs"
     (crack / "exp1_num_0.jpg").unlink()
     assert load_magnetic_tile(tmp_path)[0].orphan_masks == (crack / "exp1_num_0.png",)
+
+
+def test_what_is_not_read_is_listed(tmp_path: Path) -> None:
+    crack = write_tiles(tmp_path) / "MT_Crack" / "Imgs"
+    write_image(crack / "more" / "1.jpg")
+    (crack / "1.raw").touch()
+    assert load_magnetic_tile(tmp_path)[0].skipped == (
+        Skipped(crack / "1.raw", Skip.OTHER_FILE),
+        Skipped(crack / "more", Skip.SUBFOLDER),
+    )
 
 
 def test_other_category_is_refused(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Data set folders: what is found, in which order, and what is refused with which words."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from schemas.errors import DatasetError
+from schemas.manifest import DefectMetrics
+from training.datasets.btad import load_btad
 from training.datasets.mvtec import load_mvtec
-from training.datasets.samples import Sample
+from training.datasets.samples import Sample, Skip, Skipped
 
 TRAIN_IMAGES = 10
 
@@ -15,7 +18,7 @@ TRAIN_IMAGES = 10
 def fill(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).write_bytes(name.encode())
+        (folder / name).write_bytes(os.fsencode(name))
 
 
 def make_category(root: Path, name: str = "bottle") -> Path:
@@ -76,6 +79,70 @@ def test_mask_without_an_image_is_kept_apart(tmp_path: Path, mask: str) -> None:
     path = make_category(tmp_path) / "ground_truth" / mask
     fill(path.parent, path.name)
     assert load_mvtec(tmp_path)[0].orphan_masks == (path,)
+
+
+@pytest.mark.parametrize("name", ["good", "Good", "normal", "Normal", "OK", "ok"])
+def test_normal_images_are_known_by_any_usual_name(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / "bottle" / "train" / "good", "0.png")
+    fill(tmp_path / "bottle" / "test" / name, "1.png")
+    fill(tmp_path / "lid" / "train" / name, "0.png")
+    bottle, *lids = load_mvtec(tmp_path)
+    assert [(sample.defect, sample.anomalous) for sample in bottle.test] == [("good", False)]
+    (lid,) = lids or load_btad(tmp_path)
+    assert [path.parent.name for path in lid.train] == [name]
+
+
+def test_loco_has_validation_images_and_a_folder_of_masks_for_each_image(tmp_path: Path) -> None:
+    folder = tmp_path / "box"
+    fill(folder / "train/good", "000.png", "001.png")
+    fill(folder / "validation/good", "000.png")
+    fill(folder / "test/good", "000.png")
+    for kind in ("logical_anomalies", "structural_anomalies"):
+        fill(folder / "test" / kind, "000.png", "001.png")
+        fill(folder / "ground_truth" / kind / "000", "000.png", "001.png")
+        fill(folder / "ground_truth" / kind / "001", "000.png")
+        fill(folder / "ground_truth" / kind / "009", "000.png")
+    (box,) = load_mvtec(tmp_path)
+    assert box.train == (
+        folder / "train/good/000.png",
+        folder / "train/good/001.png",
+        folder / "validation/good/000.png",
+    )
+    assert [
+        [str(mask.relative_to(folder / "ground_truth" / sample.defect)) for mask in sample.masks] for sample in box.test
+    ] == [[], *2 * [["000/000.png", "000/001.png"], ["001/000.png"]]]
+    assert [path.parent.name for path in box.orphan_masks] == ["009", "009"]
+    assert len(box.masks()) == 6
+    assert box.skipped == ()
+
+
+@pytest.mark.parametrize("ground_truth", ["test_public/ground_truth", "ground_truth"])
+def test_ad2_has_a_public_test_with_its_own_masks(tmp_path: Path, ground_truth: str) -> None:
+    folder = tmp_path / "can"
+    for name in ("train/good", "validation/good", "test_public/good", "test_public/bad", "test_private"):
+        fill(folder / name, "000_regular.png")
+    fill(folder / ground_truth / "bad", "000_regular_mask.png")
+    (can,) = load_mvtec(tmp_path)
+    assert [path.parent.parent.name for path in can.train] == ["train", "validation"]
+    assert [(sample.defect, sample.masks) for sample in can.test] == [
+        ("bad", (folder / ground_truth / "bad/000_regular_mask.png",)),
+        ("good", ()),
+    ]
+    assert can.skipped == (Skipped(folder / "test_private", Skip.SUBFOLDER),)
+
+
+def test_names_of_any_bytes_are_read_and_kinds_of_defect_are_text(tmp_path: Path) -> None:
+    folder = tmp_path / "bottle"
+    fill(folder / "train" / "good", os.fsdecode(b"gut_\xfc.png"))
+    fill(folder / "test" / os.fsdecode(b"gro\xdf"), os.fsdecode(b"\xfc.png"))
+    fill(folder / "ground_truth" / os.fsdecode(b"gro\xdf"), os.fsdecode(b"\xfc_mask.png"))
+    (bottle,) = load_mvtec(tmp_path)
+    (sample,) = bottle.test
+    assert sample.defect == r"gro\udcdf"
+    assert DefectMetrics(defect=sample.defect, images=1).model_dump_json()  # as the manifest is written
+    assert [os.fsencode(path.name) for path in bottle.files()] == [b"gut_\xfc.png", b"\xfc.png", b"\xfc_mask.png"]
+    assert all(path.is_file() for path in bottle.files())
+    assert bottle.sha256()
 
 
 def test_digest_tells_content_and_not_place(tmp_path: Path) -> None:

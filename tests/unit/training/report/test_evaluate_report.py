@@ -332,7 +332,7 @@ def test_overlay_bounds_the_defect_in_white(tmp_path: Path) -> None:
     write_mask(tmp_path / "mask.png", 128)
     image = judged(tmp_path, score=1, anomalous=True)
     pixels = np.full((32, 32, 3), 60, np.uint8)
-    plain, outlined = overlay(image, pixels), overlay(replace(image, mask=tmp_path / "mask.png"), pixels)
+    plain, outlined = overlay(image, pixels), overlay(replace(image, masks=[tmp_path / "mask.png"]), pixels)
     changed = (plain != outlined).any(axis=-1)
     assert (outlined[8:15, 8] == 255).all()
     assert changed[8:16, 8:16].any()

@@ -292,3 +292,12 @@ def test_split_is_disjoint_and_complete(count: int, fraction: float, seed: int) 
 def test_split_that_leaves_nothing_to_train_is_refused(count: int, fraction: float) -> None:
     with pytest.raises(DatasetError, match="2 are needed"):
         split_rows(count, TrainingSettings(calibration_fraction=fraction))
+
+
+def test_images_that_are_all_alike_are_refused_with_the_cause(tmp_path: Path, extractor: FeatureExtractor) -> None:
+    (tmp_path / "black.png").write_bytes(cv2.imencode(".png", np.zeros((64, 64), np.uint8))[1].tobytes())
+    alike = FeatureCache(tmp_path, COUNT * [tmp_path / "black.png"], extractor)
+    assert list(alike.fill()) == [16, 19]
+    head = FastFlowHead(extractor.spec, FLOW, seed=0)
+    with pytest.raises(DatasetError, match="the 19 normal training images are alike"):
+        next(fit_head(head, alike, np.arange(COUNT), RECIPE))
