@@ -1,5 +1,12 @@
 {{/* Ray pods, of the RayService and of training. */}}
 
+{{/* Arguments of `ray start` for every group. Ray sizes its object store by the pod's memory, and puts one that is larger than
+     /dev/shm into a folder on disk. A fifth of /dev/shm is left for others. */}}
+{{- define "flawstream.rayStartParams" -}}
+metrics-export-port: "8080"
+object-store-memory: {{ include "flawstream.number" .Values.ray.sharedMemory | float64 | mulf 0.8 | floor | int64 | quote }}
+{{- end -}}
+
 {{/* A pod template. Takes (dict "root" $ "component" ... "head" bool "serving" bool "place" ... "resources" ... "gpus" n
      "gpuName" ... "data" bool). */}}
 {{- define "flawstream.rayPod" -}}

@@ -55,6 +55,19 @@
 {{- if and .Values.serve.enabled .Values.serve.gpuWorkers.enabled (le (float64 (default 0 $detector.num_gpus)) 0.0) -}}
 {{- fail "serve.gpuWorkers.enabled starts pods with GPUs, and no detector requires one: set settings.detector.num_gpus" -}}
 {{- end -}}
+{{- $shared := include "flawstream.number" .Values.ray.sharedMemory | float64 -}}
+{{- if lt $shared 100e6 -}}
+{{- fail (printf "ray.sharedMemory=%v is too small: Ray's object store takes four fifths of it, and needs 75 MiB; set 100M or more" .Values.ray.sharedMemory) -}}
+{{- end -}}
+{{- $groups := dict -}}
+{{- if .Values.serve.enabled }}{{ $groups = dict "ray.head" .Values.ray.head "serve.cpuWorkers" .Values.serve.cpuWorkers }}{{ end -}}
+{{- if and .Values.serve.enabled .Values.serve.gpuWorkers.enabled }}{{ $_ := set $groups "serve.gpuWorkers" .Values.serve.gpuWorkers }}{{ end -}}
+{{- if .Values.training.enabled }}{{ $_ := set $groups "training" .Values.training }}{{ end -}}
+{{- range $path, $group := $groups -}}
+{{- if ge $shared (include "flawstream.number" $group.resources.limits.memory | float64) -}}
+{{- fail (printf "ray.sharedMemory=%v counts towards a pod's memory, and is not less than %s.resources.limits.memory=%v" $.Values.ray.sharedMemory $path $group.resources.limits.memory) -}}
+{{- end -}}
+{{- end -}}
 {{- $shards := int (default 0 (default dict $settings.redis).shards) -}}
 {{- if and (eq .Values.redis.mode "external") .Values.redis.external.cluster (lt $shards 1) -}}
 {{- fail "redis.external.cluster needs settings.redis.shards, as many as the cluster has primaries or more" -}}

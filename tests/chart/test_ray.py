@@ -1,0 +1,60 @@
+"""What the chart asks of Ray, group by group."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helm_python import HelmError
+from helpers.chart.rendered import Body, merged, profile, render
+from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
+
+TRAINING = {"training": {"enabled": True, "data": {"existingClaim": "photographs"}}}
+PROFILES: dict[str, dict[str, Any]] = {
+    "default": TRAINING,
+    "gpu": merged(profile("gpu"), TRAINING),
+    "little shared memory": merged(TRAINING, {"ray": {"sharedMemory": "100M"}}),
+    "scheduled": merged(TRAINING, {"training": {"kind": "RayCronJob"}}),
+}
+_UNITS = {"Mi": 1024**2, "Gi": 1024**3, "M": 10**6}
+
+
+def groups(values: dict[str, Any]) -> Iterator[tuple[str, Body]]:
+    """Give every group of Ray pods with its name."""
+    for document in render(values):
+        match document["kind"]:
+            case "RayService":
+                cluster = document["spec"]["rayClusterConfig"]
+            case "RayJob":
+                cluster = document["spec"]["rayClusterSpec"]
+            case "RayCronJob":
+                cluster = document["spec"]["jobTemplate"]["rayClusterSpec"]
+            case _:
+                continue
+        yield f"{document['kind']} head", cluster["headGroupSpec"]
+        yield from ((f"{document['kind']} {group['groupName']}", group) for group in cluster["workerGroupSpecs"])
+
+
+def shared_memory_bytes(group: Body) -> int:
+    """Give the size of a group's /dev/shm."""
+    (volume,) = (v for v in group["template"]["spec"]["volumes"] if v["name"] == "shared-mem")
+    size = volume["emptyDir"]["sizeLimit"]
+    (unit,) = (unit for unit in _UNITS if size.endswith(unit))
+    return int(size.removesuffix(unit)) * _UNITS[unit]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_object_store_fits_into_shared_memory(name: str) -> None:
+    found = dict(groups(PROFILES[name]))
+    assert len(found) >= 4
+    for whose, group in found.items():
+        size = int(group["rayStartParams"]["object-store-memory"])
+        assert OBJECT_STORE_MINIMUM_MEMORY_BYTES <= size < shared_memory_bytes(group), whose
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [("64Mi", r"ray\.sharedMemory=64Mi is too small"), ("6Gi", r"ray\.head\.resources\.limits\.memory=6Gi")],
+)
+def test_shared_memory_that_ray_cannot_use_is_refused(size: str, said: str) -> None:
+    with pytest.raises(HelmError, match=said):
+        render({"ray": {"sharedMemory": size}})
