@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 from helm_python import HelmError
+from helpers.chart.conformity import serve_settings
 from helpers.chart.rendered import Body, merged, profile, render
 from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
+
+from schemas.settings import Settings
 
 TRAINING = {"training": {"enabled": True, "data": {"existingClaim": "photographs"}}}
 PROFILES: dict[str, dict[str, Any]] = {
@@ -58,3 +61,18 @@ def test_object_store_fits_into_shared_memory(name: str) -> None:
 def test_shared_memory_that_ray_cannot_use_is_refused(size: str, said: str) -> None:
     with pytest.raises(HelmError, match=said):
         render({"ray": {"sharedMemory": size}})
+
+
+def test_head_gets_no_request_and_runs_no_replica() -> None:
+    """Else a head that restarts takes the HTTP API with it, in spite of Ray's state elsewhere."""
+    (service,) = (d for d in render({}) if d["kind"] == "RayService")
+    assert service["spec"]["excludeHeadPodFromServeSvc"] is True
+    assert service["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    settings = Settings.model_validate(serve_settings(service))
+    assert min(part.num_cpus for part in (settings.api, settings.worker, settings.detector)) > 0
+
+
+@pytest.mark.parametrize("part", ["api", "worker", "detector"])
+def test_replicas_that_could_land_on_the_head_are_refused(part: str) -> None:
+    with pytest.raises(HelmError, match=rf"settings\.{part}\.num_cpus"):
+        render({"settings": {part: {"num_cpus": 0}}})

@@ -72,6 +72,13 @@
 {{- if and (eq .Values.redis.mode "external") .Values.redis.external.cluster (lt $shards 1) -}}
 {{- fail "redis.external.cluster needs settings.redis.shards, as many as the cluster has primaries or more" -}}
 {{- end -}}
+{{- range $part := list "api" "worker" "detector" -}}
+{{- $section := default dict (get $settings $part) -}}
+{{- $cpus := ternary $section.num_cpus (ternary 0.1 0 (eq $part "api")) (hasKey $section "num_cpus") -}}
+{{- if and $.Values.serve.enabled (le (addf $cpus (default 0 $section.num_gpus)) 0.0) -}}
+{{- fail (printf "settings.%s.num_cpus=0 lets replicas run on the head, which restarts and gets no requests: set more, e.g. 0.1" $part) -}}
+{{- end -}}
+{{- end -}}
 {{- $cpus := .Values.serve.cpuWorkers.resources.limits -}}
 {{- if and .Values.serve.enabled $cpus -}}
 {{- $limit := float64 (trimSuffix "m" (toString (default 0 $cpus.cpu))) -}}
