@@ -46,18 +46,21 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 
 {{- define "flawstream.image" -}}
 {{- $image := .Values.image -}}
-{{- if $image.digest -}}
-{{- printf "%s@%s" $image.repository $image.digest -}}
-{{- else -}}
-{{- printf "%s:%s" $image.repository (default .Chart.AppVersion $image.tag) -}}
-{{- end -}}
+{{- include "flawstream.imageName" (list $image.repository (default .Chart.AppVersion $image.tag) $image.digest) -}}
 {{- end -}}
 
 {{- define "flawstream.cudaImage" -}}
 {{- $image := .Values.image -}}
-{{- if $image.cudaDigest -}}
-{{- printf "%s@%s" $image.repository $image.cudaDigest -}}
-{{- else -}}
-{{- printf "%s:%s" $image.repository (default (printf "%s-cuda" (default .Chart.AppVersion $image.tag)) $image.cudaTag) -}}
+{{- include "flawstream.imageName" (list $image.repository (default (printf "%s-cuda" (default .Chart.AppVersion $image.tag)) $image.cudaTag) $image.cudaDigest) -}}
 {{- end -}}
+
+{{- define "flawstream.valkeyImage" -}}
+{{- with .Values.image.valkey -}}
+{{- include "flawstream.imageName" (list .repository .tag .digest) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Takes (list repository tag digest). */}}
+{{- define "flawstream.imageName" -}}
+{{- ternary (printf "%s@%s" (index . 0) (index . 2)) (printf "%s:%s" (index . 0) (index . 1)) (ne (index . 2) "") -}}
 {{- end -}}

@@ -1,8 +1,7 @@
 {{/* One Valkey server with an append-only file on a volume. Takes (dict "root" $ "component" ... "name" ... "secret" ... "key" ...
-     "image" ... "memoryMi" ... "cpu" ... "persistent" bool "size" ... "storageClass" ... "fsync" ... "bulkMb" ...
+     "memoryMi" ... "cpu" ... "persistent" bool "size" ... "storageClass" ... "fsync" ... "bulkMb" ...
      "extra" ... "place" ...). */}}
 {{- define "flawstream.valkey" -}}
-{{- $image := default (include "flawstream.image" .root) .image -}}
 apiVersion: v1
 kind: ConfigMap
 metadata:
@@ -88,7 +87,7 @@ spec:
       terminationGracePeriodSeconds: 120
       containers:
         - name: valkey
-          image: {{ $image }}
+          image: {{ include "flawstream.valkeyImage" .root }}
           imagePullPolicy: {{ .root.Values.image.pullPolicy }}
           command: [bash, /etc/valkey/start.sh]
           securityContext: {{- include "flawstream.containerSecurity" .root | nindent 12 }}
