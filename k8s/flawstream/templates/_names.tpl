@@ -1,12 +1,15 @@
 {{/* Names and labels. */}}
 
+{{/* At most 28 characters, since KubeRay takes 47 for a RayJob, whose name is `<this>-train-<training.run>`. A cut name does not change when
+     training is turned on. Two releases whose names are cut to the same one cannot be in one namespace: Helm refuses the second. */}}
 {{- define "flawstream.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride -}}
-{{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
-{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 38 | trimSuffix "-" -}}
+{{- $name = ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- $name = default ($name | replace "." "-" | trunc 28) .Values.fullnameOverride | regexFind "^.*[^-]" -}}
+{{- if not (regexMatch "^[a-z][a-z0-9-]*$" $name) -}}
+{{- fail (printf "%q, from the release's name, is no name for a Service: these start with a letter and have lower-case letters, digits and hyphens (DNS-1035); set fullnameOverride" $name) -}}
 {{- end -}}
+{{- $name -}}
 {{- end -}}
 
 {{/* KubeRay appends `-serve-svc` and `-head-svc` to a RayService's name. */}}
