@@ -119,6 +119,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"workers": {"enabled": True, "keda": {"enabled": True, "minReplicas": 9, "maxReplicas": 2}}},
         "minReplicas=9",
     ),
+    "more pods than the most": (
+        {"ray": {"autoscaling": {"enabled": True}}, "serve": {"cpuWorkers": {"replicas": 9}}},
+        "replicas=9",
+    ),
+    "a limit below the request": (
+        {"toolbox": {"enabled": True, "resources": {"requests": {"memory": "8Gi"}}}},
+        r"toolbox\.resources: the limit of memory is 4Gi, and less than the request, 8Gi",
+    ),
+    "a limit of millicores below the request": (
+        {"ray": {"head": {"resources": {"limits": {"cpu": "900m"}}}}},
+        r"ray\.head\.resources: the limit of cpu is 900m",
+    ),
+    "a sidecar of no pod": ({"pod": {"containers": []}}, "containers"),
     "scaling from nothing": ({"settings": {"worker": {"replicas": 0, "max_replicas": 4}}}, "max_replicas"),
     "Ingress without host": ({"ingress": {"enabled": True}}, "host"),
     "HTTPRoute without Gateway": ({"httpRoute": {"enabled": True}}, "parentRefs"),

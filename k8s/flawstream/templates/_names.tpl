@@ -39,12 +39,16 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
-{{/* Labels of pods. Without versions, since a change of a label would start a new Ray cluster. */}}
+{{/* Labels of pods. Without versions, since a change of a label would start a new Ray cluster. Takes "place" too. */}}
 {{- define "flawstream.podLabels" -}}
 {{ include "flawstream.selector" . }}
-{{- with .root.Values.commonLabels }}
+{{- with merge (dict) (include "flawstream.extras" . | fromYaml).labels .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{- define "flawstream.podAnnotations" -}}
+{{- with (include "flawstream.extras" . | fromYaml).annotations }}{{ toYaml . }}{{ end -}}
 {{- end -}}
 
 {{- define "flawstream.image" -}}

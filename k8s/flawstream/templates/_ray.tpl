@@ -14,8 +14,8 @@ object-store-memory: {{ include "flawstream.number" .Values.ray.sharedMemory | f
 {{- $scaled := not (not (and .head .serving .root.Values.ray.autoscaling.enabled)) -}}
 metadata:
   labels: {{- include "flawstream.podLabels" . | nindent 4 }}
-  {{- with .root.Values.podAnnotations }}
-  annotations: {{- toYaml . | nindent 4 }}
+  {{- with include "flawstream.podAnnotations" . }}
+  annotations: {{- . | nindent 4 }}
   {{- end }}
 spec:
   {{- include "flawstream.podStart" . | nindent 2 }}
@@ -65,12 +65,15 @@ spec:
       {{- end }}
       resources: {{- include "flawstream.resources" . | nindent 8 }}
       volumeMounts:
-        {{- include "flawstream.mounts" (dict "root" .root "writes" .data) | nindent 8 }}
+        {{- include "flawstream.mounts" (dict "root" .root "place" .place "writes" .data) | nindent 8 }}
         {{- if .data }}
         {{- include "flawstream.dataMount" .root | nindent 8 }}
         {{- end }}
+    {{- with include "flawstream.extra" (list . "sidecars") }}
+    {{- . | nindent 4 }}
+    {{- end }}
   volumes:
-    {{- include "flawstream.volumes" .root | nindent 4 }}
+    {{- include "flawstream.volumes" . | nindent 4 }}
     {{- if .data }}
     {{- include "flawstream.dataVolume" .root | nindent 4 }}
     {{- end }}

@@ -77,8 +77,8 @@ spec:
       labels: {{- include "flawstream.podLabels" . | nindent 8 }}
       annotations:
         checksum/config: {{ printf "%v%v%v%v" .fsync .memoryMi .bulkMb .extra | sha256sum }}
-        {{- with .root.Values.podAnnotations }}
-        {{- toYaml . | nindent 8 }}
+        {{- with include "flawstream.podAnnotations" . }}
+        {{- . | nindent 8 }}
         {{- end }}
     spec:
       {{- include "flawstream.podStart" . | nindent 6 }}
@@ -108,6 +108,12 @@ spec:
             - {name: config, mountPath: /etc/valkey, readOnly: true}
             - {name: password, mountPath: /run/secrets/valkey, readOnly: true}
             - {name: run, mountPath: /run/valkey}
+            {{- with include "flawstream.extra" (list . "volumeMounts") }}
+            {{- . | nindent 12 }}
+            {{- end }}
+        {{- with include "flawstream.extra" (list . "sidecars") }}
+        {{- . | nindent 8 }}
+        {{- end }}
       volumes:
         - name: config
           configMap: {name: {{ .name }}}
@@ -115,6 +121,9 @@ spec:
           secret: {secretName: {{ .secret }}, defaultMode: 0440, items: [{key: {{ .key }}, path: password}]}
         - name: run
           emptyDir: {medium: Memory, sizeLimit: 1Mi}
+        {{- with include "flawstream.extra" (list . "volumes") }}
+        {{- . | nindent 8 }}
+        {{- end }}
         {{- if not .persistent }}
         - name: data
           emptyDir: {}

@@ -11,6 +11,25 @@ Values = dict[str, Any]
 _EXTERNAL = {"mode": "external", "external": {"url": "redis://plant-redis:6379/0"}}
 _GPU = {"workers": {"gpus": 1}, "training": {"gpus": 2}}
 
+
+def container(name: str) -> Values:
+    """Make a container as a careful user would add it."""
+    probe = {"exec": {"command": ["true"]}}
+    return {
+        "name": name,
+        "image": "registry.plant/busybox:1.37",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+        },
+        "resources": {"requests": {"cpu": "10m", "memory": "16Mi"}, "limits": {"memory": "16Mi"}},
+        "livenessProbe": probe,
+        "readinessProbe": probe,
+    }
+
+
 MAIN: dict[str, dict[str, Values]] = {
     "runs": {
         "serve": {},
@@ -169,12 +188,21 @@ MORE: dict[str, dict[str, Values]] = {
         "placed": {
             "nameOverride": "flaws",
             "commonLabels": {"team": "quality"},
-            "podAnnotations": {"sidecar": "no"},
+            "pod": {"annotations": {"sidecar": "no"}, "labels": {"plant": "north"}, "runtimeClassName": "gvisor"},
             "priorityClassName": "plant",
             "image": {"repository": "registry.plant/flawstream", "pullSecrets": ["plant"], "tag": "1.2.3"},
             "redis": {"bundled": {"nodeSelector": {"disk": "fast"}}},
             "workers": {"tolerations": [{"key": "line", "operator": "Exists"}]},
             "extraEnv": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
+        },
+        "OpenShift": {
+            "podSecurity": {"runAsUser": None, "fsGroup": None},
+            "pod": {
+                "volumes": [{"name": "scratch", "emptyDir": {}}],
+                "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
+                "initContainers": [container("wait") | {"restartPolicy": "Always"}],
+            },
+            "workers": {"pod": {"sidecars": [container("logs")]}},
         },
         "pinned": {
             "fullnameOverride": "flaws",
