@@ -27,7 +27,7 @@ PLACES = {
     "train": "training",
 }
 """Component of a pod -> whose `pod` it takes, besides Ray's workers, of which there are two groups, and the test."""
-MORE = {
+MORE: dict[str, Any] = {
     "labels": {"plant": "north"},
     "annotations": {"backup": "no"},
     "runtimeClassName": "gvisor",

@@ -76,3 +76,72 @@ def test_head_gets_no_request_and_runs_no_replica() -> None:
 def test_replicas_that_could_land_on_the_head_are_refused(part: str) -> None:
     with pytest.raises(HelmError, match=rf"settings\.{part}\.num_cpus"):
         render({"settings": {part: {"num_cpus": 0}}})
+
+
+@pytest.mark.parametrize("resource", ["nvidia.com/gpu", "nvidia.com/mig-1g.10gb", "gpu.intel.com/i915", "amd.com/gpu"])
+def test_ray_knows_the_gpus_of_every_group_whatever_their_resource_is_called(resource: str) -> None:
+    values = {
+        "serve": {"gpuWorkers": {"gpus": 2, "resourceName": resource}},
+        "training": {"gpus": 3, "gpuResourceName": resource},
+    }
+    found = dict(groups(merged(profile("gpu"), TRAINING, values)))
+    assert {name: group["rayStartParams"]["num-gpus"] for name, group in found.items()} == {
+        "RayService head": "0",
+        "RayService cpu": "0",
+        "RayService gpu": "2",
+        "RayJob head": "0",
+        "RayJob train": "3",
+    }
+    limits = found["RayService gpu"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits[resource] == "2"
+
+
+@pytest.mark.parametrize("drain_s", [5, 20, 44.5, 300])
+def test_pods_of_the_service_have_time_to_drain(drain_s: float) -> None:
+    for name, group in groups(merged(TRAINING, {"settings": {"worker": {"drain_s": drain_s}}})):
+        spec = group["template"]["spec"]
+        environment = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
+        drains_s = int(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert spec["terminationGracePeriodSeconds"] > drains_s >= 30, name
+        assert name.startswith("RayJob") or drains_s > drain_s, name
+
+
+@pytest.mark.parametrize("timeout_s", [1, 90, 600])
+def test_old_cluster_stays_until_its_requests_are_answered(timeout_s: int) -> None:
+    (service,) = (d for d in render({"api": {"requestTimeoutSeconds": timeout_s}}) if d["kind"] == "RayService")
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] > timeout_s
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] >= 60  # KubeRay's default
+
+
+STEPS: dict[str, Any] = {
+    "ray": {
+        "upgradeStrategy": "NewClusterWithIncrementalUpgrade",
+        "incrementalUpgrade": {"gatewayClassName": "istio"},
+        "autoscaling": {"enabled": True},
+    }
+}
+
+
+def test_upgrade_may_move_requests_step_by_step() -> None:
+    (service,) = (d for d in render(STEPS) if d["kind"] == "RayService")
+    assert service["spec"]["upgradeStrategy"]["clusterUpgradeOptions"] == {
+        "gatewayClassName": "istio",
+        "stepSizePercent": 20,
+        "intervalSeconds": 60,
+        "maxSurgePercent": 100,
+    }
+    (service,) = (d for d in render({}) if d["kind"] == "RayService")
+    assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"autoscaling": {"enabled": False}}, r"ray\.autoscaling\.enabled"),
+        ({"incrementalUpgrade": {"gatewayClassName": ""}}, "gatewayClassName"),
+        ({"incrementalUpgrade": {"maxSurgePercent": 10}}, r"stepSizePercent=20 is more than maxSurgePercent=10"),
+    ],
+)
+def test_upgrade_in_steps_that_kuberay_would_refuse_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(HelmError, match=said):
+        render(merged(STEPS, {"ray": values}))

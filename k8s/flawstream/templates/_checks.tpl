@@ -2,6 +2,7 @@
 {{- define "flawstream.check" -}}
 {{- include "flawstream.checkLabels" . -}}
 {{- include "flawstream.checkResources" . -}}
+{{- include "flawstream.checkUpgrade" . -}}
 {{- include "flawstream.checkReplicas" . -}}
 {{- $redis := (include "flawstream.settings" . | fromYaml).redis -}}
 {{- if and (eq .Values.redis.mode "external") .Values.redis.external.cluster (lt (int $redis.shards) 1) -}}
@@ -53,6 +54,21 @@
 {{- end -}}
 {{- if and (ne $path "toolbox") (ne $path "ray.autoscaling") (ge $shared (include "flawstream.number" $limits.memory | float64)) -}}
 {{- fail (printf "ray.sharedMemory=%v counts towards a pod's memory, and is not less than %s.resources.limits.memory=%v" $.Values.ray.sharedMemory $path $limits.memory) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "flawstream.checkUpgrade" -}}
+{{- if eq .Values.ray.upgradeStrategy "NewClusterWithIncrementalUpgrade" -}}
+{{- $upgrade := .Values.ray.incrementalUpgrade -}}
+{{- if not .Values.ray.autoscaling.enabled -}}
+{{- fail "ray.upgradeStrategy=NewClusterWithIncrementalUpgrade grows and shrinks clusters: set ray.autoscaling.enabled=true" -}}
+{{- end -}}
+{{- if not $upgrade.gatewayClassName -}}
+{{- fail "ray.upgradeStrategy=NewClusterWithIncrementalUpgrade needs a Gateway: set ray.incrementalUpgrade.gatewayClassName" -}}
+{{- end -}}
+{{- if gt (int $upgrade.stepSizePercent) (int $upgrade.maxSurgePercent) -}}
+{{- fail (printf "ray.incrementalUpgrade.stepSizePercent=%d is more than maxSurgePercent=%d" (int $upgrade.stepSizePercent) (int $upgrade.maxSurgePercent)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

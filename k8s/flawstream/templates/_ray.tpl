@@ -1,10 +1,19 @@
 {{/* Ray pods, of the RayService and of training. */}}
 
 {{/* Arguments of `ray start` for every group. Ray sizes its object store by the pod's memory, and puts one that is larger than
-     /dev/shm into a folder on disk. A fifth of /dev/shm is left for others. */}}
+     /dev/shm into a folder on disk. A fifth of /dev/shm is left for others. KubeRay counts GPUs whose resource is named ...gpu only,
+     and Ray all that it sees, of other pods too. Takes (dict "root" $ "gpus" n). */}}
 {{- define "flawstream.rayStartParams" -}}
 metrics-export-port: "8080"
-object-store-memory: {{ include "flawstream.number" .Values.ray.sharedMemory | float64 | mulf 0.8 | floor | int64 | quote }}
+num-gpus: {{ int .gpus | quote }}
+object-store-memory: {{ include "flawstream.number" .root.Values.ray.sharedMemory | float64 | mulf 0.8 | floor | int64 | quote }}
+{{- end -}}
+
+{{/* Seconds for which a node of the service drains when its pod is stopped: its stream workers finish (worker.drain_s), and Serve starts
+     replicas elsewhere. Ray's default is 30. */}}
+{{- define "flawstream.drainSeconds" -}}
+{{- $worker := default dict (include "flawstream.settings" . | fromYaml).worker -}}
+{{- max 30 (add (ceil (float64 (default 20 $worker.drain_s))) 10) -}}
 {{- end -}}
 
 {{/* A pod template. Takes (dict "root" $ "component" ... "head" bool "serving" bool "place" ... "resources" ... "gpus" n
@@ -21,7 +30,8 @@ spec:
   {{- include "flawstream.podStart" . | nindent 2 }}
   serviceAccountName: {{ ternary (printf "%s-head" (include "flawstream.fullname" .root)) (include "flawstream.serviceAccount" .root) $scaled }}
   automountServiceAccountToken: {{ $scaled }}{{ if $scaled }}  # Ray's autoscaler requests pods from the API server{{ end }}
-  terminationGracePeriodSeconds: 60
+  {{- $drain := ternary (int (include "flawstream.drainSeconds" .root)) 30 (not (not .serving)) }}
+  terminationGracePeriodSeconds: {{ add $drain 30 }}  # draining, and the end of Ray's processes
   containers:
     - name: {{ ternary "ray-head" "ray-worker" $head }}
       image: {{ ternary (include "flawstream.cudaImage" .root) (include "flawstream.image" .root) (gt (int .gpus) 0) }}
@@ -29,6 +39,7 @@ spec:
       securityContext: {{- include "flawstream.containerSecurity" .root | nindent 8 }}
       env:
         {{- include "flawstream.env" .root | nindent 8 }}
+        - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ $drain | quote }}}
         {{- if .head }}
         {{- with .root.Values.monitoring }}
         {{- if .prometheusUrl }}

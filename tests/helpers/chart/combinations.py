@@ -165,6 +165,13 @@ MORE: dict[str, dict[str, Values]] = {
             "ray": {"autoscaling": {"enabled": True}},
             "settings": {"worker": {"max_replicas": 4}, "detector": {"max_replicas": 4}},
         },
+        "Ray, step by step": {
+            "ray": {
+                "autoscaling": {"enabled": True},
+                "upgradeStrategy": "NewClusterWithIncrementalUpgrade",
+                "incrementalUpgrade": {"gatewayClassName": "istio"},
+            }
+        },
         "both": {"workers": {"keda": {"enabled": True}}, "ray": {"autoscaling": {"enabled": True}}},
     },
     "access": {
