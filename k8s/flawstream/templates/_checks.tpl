@@ -2,6 +2,7 @@
 {{- define "flawstream.check" -}}
 {{- include "flawstream.checkLabels" . -}}
 {{- include "flawstream.checkResources" . -}}
+{{- include "flawstream.checkTraining" . -}}
 {{- include "flawstream.checkUpgrade" . -}}
 {{- include "flawstream.checkReplicas" . -}}
 {{- $redis := (include "flawstream.settings" . | fromYaml).redis -}}
@@ -54,6 +55,18 @@
 {{- end -}}
 {{- if and (ne $path "toolbox") (ne $path "ray.autoscaling") (ge $shared (include "flawstream.number" $limits.memory | float64)) -}}
 {{- fail (printf "ray.sharedMemory=%v counts towards a pod's memory, and is not less than %s.resources.limits.memory=%v" $.Values.ray.sharedMemory $path $limits.memory) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* KubeRay gives a RayCronJob's jobs no labels, so Kueue would not see them. */}}
+{{- define "flawstream.checkTraining" -}}
+{{- with .Values.training -}}
+{{- if and .enabled (or .queue .queuePriority) (eq .kind "RayCronJob") -}}
+{{- fail "training.queue needs training.kind RayJob or CronJob: KubeRay does not hand labels on to the jobs of a RayCronJob" -}}
+{{- end -}}
+{{- if and .enabled .queuePriority (not .queue) -}}
+{{- fail "training.queuePriority needs training.queue" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

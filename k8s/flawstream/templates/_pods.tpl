@@ -49,8 +49,8 @@ imagePullSecrets:
   - name: {{ . }}
 {{- end }}
 {{- end }}
-{{- if and .root.Values.priorityClassName (not .noPriority) }}
-priorityClassName: {{ .root.Values.priorityClassName }}
+{{- with ternary .root.Values.training.priorityClassName .root.Values.priorityClassName (hasPrefix "train" .component) }}
+priorityClassName: {{ . }}
 {{- end }}
 {{- with (include "flawstream.extras" . | fromYaml).runtimeClassName }}
 runtimeClassName: {{ . }}

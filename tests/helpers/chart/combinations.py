@@ -88,6 +88,7 @@ MAIN: dict[str, dict[str, Values]] = {
                     "data": {"existingClaim": "photographs", "subPath": "line7"},
                     "categories": ["bottle", "cable"],
                     "arguments": ["--no-promote"],
+                    "queue": "" if kind == "RayCronJob" else "nights",
                 }
             }
             for kind in ("RayJob", "RayCronJob", "CronJob")
@@ -197,6 +198,7 @@ MORE: dict[str, dict[str, Values]] = {
             "commonLabels": {"team": "quality"},
             "pod": {"annotations": {"sidecar": "no"}, "labels": {"plant": "north"}, "runtimeClassName": "gvisor"},
             "priorityClassName": "plant",
+            "training": {"priorityClassName": "batch", "suspend": True, "timeZone": "Europe/Zurich"},
             "image": {"repository": "registry.plant/flawstream", "pullSecrets": ["plant"], "tag": "1.2.3"},
             "redis": {"bundled": {"nodeSelector": {"disk": "fast"}}},
             "workers": {"tolerations": [{"key": "line", "operator": "Exists"}]},
