@@ -28,9 +28,15 @@ data:
   start.sh: |
     set -eu
     umask 077
+    cat /run/secrets/valkey/password > /run/valkey/password
     cat /etc/valkey/valkey.conf > /run/valkey/valkey.conf
-    printf 'requirepass "%s"\n' "$(sed 's/["\\]/\\&/g' /run/secrets/valkey/password)" >> /run/valkey/valkey.conf
+    printf 'requirepass "%s"\n' "$(sed 's/["\\]/\\&/g' /run/valkey/password)" >> /run/valkey/valkey.conf
     exec valkey-server /run/valkey/valkey.conf
+  # A server that accepts connections is alive: one that is loading a large file must not be killed. One that started with another
+  # password than its Secret has now is restarted; flawstream's pods read the new one by themselves.
+  alive.sh: |
+    exec 3<>/dev/tcp/127.0.0.1/6379
+    [ "$(</run/valkey/password)" = "$(</run/secrets/valkey/password)" ]
   # PING like a client, with bash only. A server that is still loading its file answers LOADING, and is not ready.
   ready.sh: |
     exec 3<>/dev/tcp/127.0.0.1/6379
@@ -93,8 +99,11 @@ spec:
           securityContext: {{- include "flawstream.containerSecurity" .root | nindent 12 }}
           ports:
             - {name: redis, containerPort: 6379}
-          # A server that accepts connections is alive: one that is loading a large file must not be killed.
-          livenessProbe: {tcpSocket: {port: redis}, periodSeconds: 10, failureThreshold: 6, timeoutSeconds: 5}
+          livenessProbe:
+            exec: {command: [bash, -e, /etc/valkey/alive.sh]}
+            periodSeconds: 10
+            timeoutSeconds: 5
+            failureThreshold: 6
           readinessProbe:
             exec: {command: [bash, -e, /etc/valkey/ready.sh]}
             periodSeconds: 5
