@@ -8,6 +8,8 @@ from helm_python import HelmError
 from helpers.chart.conformity import serve_settings
 from helpers.chart.rendered import Body, merged, profile, render
 from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
+from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
+from ray.dashboard.consts import DASHBOARD_METRIC_PORT
 
 from schemas.settings import Settings
 
@@ -145,3 +147,35 @@ def test_upgrade_may_move_requests_step_by_step() -> None:
 def test_upgrade_in_steps_that_kuberay_would_refuse_is_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(HelmError, match=said):
         render(merged(STEPS, {"ray": values}))
+
+
+def test_metrics_of_the_head_s_own_processes_are_scraped() -> None:
+    """Those of the dashboard and of the autoscaler have ports of their own."""
+    values = {"ray": {"autoscaling": {"enabled": True}}, "monitoring": {"monitor": "PodMonitor"}}
+    documents = render(values)
+    head = dict(groups(values))["RayService head"]["template"]["spec"]["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in head["ports"]}
+    assert ports["dash-metrics"] == DASHBOARD_METRIC_PORT
+    assert ports["as-metrics"] == AUTOSCALER_METRIC_PORT
+    (monitor,) = (d["spec"] for d in documents if d["kind"] == "PodMonitor")
+    assert {one["port"] for one in monitor["podMetricsEndpoints"]} == {"metrics", "dash-metrics", "as-metrics"}
+    (policy,) = (
+        d["spec"] for d in documents if d["metadata"]["name"] == "line-flawstream-ray" and "ingress" in d["spec"]
+    )
+    opened = {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])}
+    assert opened >= {8080, DASHBOARD_METRIC_PORT, AUTOSCALER_METRIC_PORT}
+
+
+def test_ray_s_state_may_be_behind_tls_and_a_user() -> None:
+    state = {"address": "rediss://ray-redis:6379", "username": "ray", "caSecret": "authority"}
+    values = {"ray": {"gcsFaultTolerance": {"enabled": True, "mode": "external", **state}}}
+    (service,) = (d for d in render(values) if d["kind"] == "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["gcsFaultToleranceOptions"] == {
+        "redisAddress": "rediss://ray-redis:6379",
+        "redisUsername": {"value": "ray"},
+    }
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    (path,) = (item["value"] for item in head["env"] if item["name"] == "RAY_REDIS_CA_CERT")
+    (mount,) = (mount for mount in head["volumeMounts"] if mount["name"] == "ray-state-ca")
+    assert path == f"{mount['mountPath']}/ca.crt"

@@ -20,6 +20,8 @@ object-store-memory: {{ include "flawstream.number" .root.Values.ray.sharedMemor
      "gpuName" ... "data" bool). */}}
 {{- define "flawstream.rayPod" -}}
 {{- $head := not (not .head) -}}
+{{- $state := .root.Values.ray.gcsFaultTolerance -}}
+{{- $stateCa := and $head .serving $state.enabled (eq $state.mode "external") $state.caSecret -}}
 {{- $scaled := not (not (and .head .serving .root.Values.ray.autoscaling.enabled)) -}}
 metadata:
   labels: {{- include "flawstream.podLabels" . | nindent 4 }}
@@ -40,6 +42,9 @@ spec:
       env:
         {{- include "flawstream.env" .root | nindent 8 }}
         - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ $drain | quote }}}
+        {{- if $stateCa }}
+        - {name: RAY_REDIS_CA_CERT, value: /run/secrets/flawstream/ray-state-ca/ca.crt}
+        {{- end }}
         {{- if .head }}
         {{- with .root.Values.monitoring }}
         {{- if .prometheusUrl }}
@@ -59,6 +64,10 @@ spec:
         - {name: gcs-server, containerPort: 6379}
         - {name: dashboard, containerPort: 8265}
         - {name: client, containerPort: 10001}
+        - {name: dash-metrics, containerPort: 44227}
+        {{- if $scaled }}
+        - {name: as-metrics, containerPort: 44217}
+        {{- end }}
         {{- end }}
         - {name: agent, containerPort: 52365}
         - {name: metrics, containerPort: 8080}
@@ -80,6 +89,9 @@ spec:
         {{- if .data }}
         {{- include "flawstream.dataMount" .root | nindent 8 }}
         {{- end }}
+        {{- if $stateCa }}
+        - {name: ray-state-ca, mountPath: /run/secrets/flawstream/ray-state-ca, readOnly: true}
+        {{- end }}
     {{- with include "flawstream.extra" (list . "sidecars") }}
     {{- . | nindent 4 }}
     {{- end }}
@@ -87,6 +99,10 @@ spec:
     {{- include "flawstream.volumes" . | nindent 4 }}
     {{- if .data }}
     {{- include "flawstream.dataVolume" .root | nindent 4 }}
+    {{- end }}
+    {{- if $stateCa }}
+    - name: ray-state-ca
+      secret: {secretName: {{ $state.caSecret }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}
     {{- end }}
 {{- end -}}
 

@@ -153,7 +153,9 @@ MORE: dict[str, dict[str, Values]] = {
                 "gcsFaultTolerance": {
                     "enabled": True,
                     "mode": "external",
-                    "address": "redis://ray-redis:6379",
+                    "address": "rediss://ray-redis:6379",
+                    "username": "ray",
+                    "caSecret": "ray-state-authority",
                     "existingSecret": "ray-state",
                 }
             }
