@@ -7,6 +7,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from helm_python import HelmError, lint
 from helpers.chart import conformity, links
 from helpers.chart.combinations import AXES
@@ -65,6 +66,13 @@ def test_airgapped_plant_asks_its_own_registry_alone() -> None:
     for document in render(PROFILES["gpu, airgapped"]):
         for pod in pods(document):
             assert all(container["image"].startswith(f"{host}/") for container in pod.containers)
+
+
+def test_listed_images_are_those_of_the_pods() -> None:
+    metadata = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    listed = {one["image"] for one in yaml.safe_load(metadata["annotations"]["artifacthub.io/images"])}
+    documents = render(merged(profile("gpu"), {"workers": {"enabled": True}, "training": TRAINING}))
+    assert {c["image"] for document in documents for pod in pods(document) for c in pod.containers} == listed
 
 
 def test_schema_and_table_are_what_the_values_say() -> None:

@@ -279,6 +279,9 @@ def check_helm(words: list[str], cluster: Cluster) -> None:
     what, *rest = plain
     allowed = {"--namespace", "--create-namespace", "--values", "--set", "--version", "--wait", "--logs", "--strict"}
     assert {name for name, _ in flags} <= allowed, flags
+    if what == "repo":
+        assert rest == ["add", "kuberay", "https://ray-project.github.io/kuberay-helm/"]
+        return
     if any(chart in rest for chart in OTHERS_CHARTS):
         assert what in {"install", "pull", "show"}
         return
@@ -293,7 +296,7 @@ def check_helm(words: list[str], cluster: Cluster) -> None:
         assert rest == ["k8s/flawstream"]
         report = lint(CHART, yaml.safe_load(FILES["plant.yaml"]), strict=True)
         assert not report["errors"]
-    elif what == "package":
+    elif what in {"package", "show"}:
         assert rest == ["k8s/flawstream"]
     else:
         assert what in {"test", "history", "rollback", "uninstall"}
