@@ -31,15 +31,27 @@ OF_THE_CHART = {
 
 _QUANTITY = {"type": ["string", "number"], "pattern": r"^\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"}
 _QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY}
+_STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+_LIST = {"type": "array", "items": {"type": "object"}}
+_NAME = {"type": "string", "pattern": r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$"}
 KINDS: dict[str, dict[str, Any]] = {
-    "strings": {"type": "object", "additionalProperties": {"type": "string"}},
-    "list": {"type": "array", "items": {"type": "object"}},
+    "strings": _STRINGS,
+    "list": _LIST,
     "open": {"type": "object", "additionalProperties": True},
-    "name": {"type": "string", "pattern": r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$"},
+    "name": _NAME,
     "host": {"type": "string", "pattern": r"^((\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$"},
     "tag": {"type": "string", "pattern": r"^([A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$"},
     "digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
     "quantity": _QUANTITY,
+    "pod": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            **dict.fromkeys(("labels", "annotations"), _STRINGS),
+            "runtimeClassName": _NAME,
+            **dict.fromkeys(("volumes", "volumeMounts", "initContainers", "sidecars"), _LIST),
+        },
+    },
     "resources": {
         "type": "object",
         "additionalProperties": False,

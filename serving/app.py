@@ -38,6 +38,8 @@ APPLICATION = "flawstream"
 _DETECTOR = "Detector"
 _WORKER = "StreamWorker"
 _SHUTDOWN_S = 30.0
+_CLOSING_S = 10.0
+"""Time for a worker to close its connections after it has drained."""
 _SLOT_IMAGES_FACTOR = 2
 _ROUTING_S = 5.0
 """Time between two reports of a detector to the request router."""
@@ -79,6 +81,7 @@ def build(settings: Settings) -> serve.Application:
             **_replicas(worker),
             max_ongoing_requests=8,
             num_cpus=worker.num_cpus,
+            shutdown_s=max(_SHUTDOWN_S, worker.drain_s + _CLOSING_S),
         ).bind(settings, detectors)
     return _deployment(
         ApiDeployment,
@@ -223,11 +226,13 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     return settings.model_copy(update=changed)
 
 
-def _deployment(target: type, *, num_cpus: float, num_gpus: float = 0.0, **options: Any) -> serve.Deployment:
+def _deployment(
+    target: type, *, num_cpus: float, num_gpus: float = 0.0, shutdown_s: float = _SHUTDOWN_S, **options: Any
+) -> serve.Deployment:
     return serve.deployment(
         target,
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        graceful_shutdown_timeout_s=_SHUTDOWN_S,
+        graceful_shutdown_timeout_s=shutdown_s,
         health_check_period_s=5,
         **options,
     )

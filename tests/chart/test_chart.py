@@ -7,6 +7,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from helm_python import HelmError, lint
 from helpers.chart import conformity, links
 from helpers.chart.combinations import AXES
@@ -61,10 +62,17 @@ def test_notes_name_what_is_there(axis: str, choice: str) -> None:
 
 
 def test_airgapped_plant_asks_its_own_registry_alone() -> None:
-    own = profile("airgapped")["image"]["repository"]
+    host, _, _ = profile("airgapped")["image"]["repository"].partition("/")
     for document in render(PROFILES["gpu, airgapped"]):
         for pod in pods(document):
-            assert all(container["image"].startswith(f"{own}:") for container in pod.containers)
+            assert all(container["image"].startswith(f"{host}/") for container in pod.containers)
+
+
+def test_listed_images_are_those_of_the_pods() -> None:
+    metadata = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    listed = {one["image"] for one in yaml.safe_load(metadata["annotations"]["artifacthub.io/images"])}
+    documents = render(merged(profile("gpu"), {"workers": {"enabled": True}, "training": TRAINING}))
+    assert {c["image"] for document in documents for pod in pods(document) for c in pod.containers} == listed
 
 
 def test_schema_and_table_are_what_the_values_say() -> None:
@@ -119,6 +127,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"workers": {"enabled": True, "keda": {"enabled": True, "minReplicas": 9, "maxReplicas": 2}}},
         "minReplicas=9",
     ),
+    "more pods than the most": (
+        {"ray": {"autoscaling": {"enabled": True}}, "serve": {"cpuWorkers": {"replicas": 9}}},
+        "replicas=9",
+    ),
+    "a limit below the request": (
+        {"toolbox": {"enabled": True, "resources": {"requests": {"memory": "8Gi"}}}},
+        r"toolbox\.resources: the limit of memory is 4Gi, and less than the request, 8Gi",
+    ),
+    "a limit of millicores below the request": (
+        {"ray": {"head": {"resources": {"limits": {"cpu": "900m"}}}}},
+        r"ray\.head\.resources: the limit of cpu is 900m",
+    ),
+    "a sidecar of no pod": ({"pod": {"containers": []}}, "containers"),
     "scaling from nothing": ({"settings": {"worker": {"replicas": 0, "max_replicas": 4}}}, "max_replicas"),
     "Ingress without host": ({"ingress": {"enabled": True}}, "host"),
     "HTTPRoute without Gateway": ({"httpRoute": {"enabled": True}}, "parentRefs"),

@@ -1,12 +1,15 @@
 {{/* Names and labels. */}}
 
+{{/* At most 28 characters, since KubeRay takes 47 for a RayJob, whose name is `<this>-train-<training.run>`. A cut name does not change when
+     training is turned on. Two releases whose names are cut to the same one cannot be in one namespace: Helm refuses the second. */}}
 {{- define "flawstream.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride -}}
-{{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
-{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 38 | trimSuffix "-" -}}
+{{- $name = ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- $name = default ($name | replace "." "-" | trunc 28) .Values.fullnameOverride | regexFind "^.*[^-]" -}}
+{{- if not (regexMatch "^[a-z][a-z0-9-]*$" $name) -}}
+{{- fail (printf "%q, from the release's name, is no name for a Service: these start with a letter and have lower-case letters, digits and hyphens (DNS-1035); set fullnameOverride" $name) -}}
 {{- end -}}
+{{- $name -}}
 {{- end -}}
 
 {{/* KubeRay appends `-serve-svc` and `-head-svc` to a RayService's name. */}}
@@ -36,28 +39,35 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
-{{/* Labels of pods. Without versions, since a change of a label would start a new Ray cluster. */}}
+{{/* Labels of pods. Without versions, since a change of a label would start a new Ray cluster. Takes "place" too. */}}
 {{- define "flawstream.podLabels" -}}
 {{ include "flawstream.selector" . }}
-{{- with .root.Values.commonLabels }}
+{{- with merge (dict) (include "flawstream.extras" . | fromYaml).labels .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
 
+{{- define "flawstream.podAnnotations" -}}
+{{- with (include "flawstream.extras" . | fromYaml).annotations }}{{ toYaml . }}{{ end -}}
+{{- end -}}
+
 {{- define "flawstream.image" -}}
 {{- $image := .Values.image -}}
-{{- if $image.digest -}}
-{{- printf "%s@%s" $image.repository $image.digest -}}
-{{- else -}}
-{{- printf "%s:%s" $image.repository (default .Chart.AppVersion $image.tag) -}}
-{{- end -}}
+{{- include "flawstream.imageName" (list $image.repository (default .Chart.AppVersion $image.tag) $image.digest) -}}
 {{- end -}}
 
 {{- define "flawstream.cudaImage" -}}
 {{- $image := .Values.image -}}
-{{- if $image.cudaDigest -}}
-{{- printf "%s@%s" $image.repository $image.cudaDigest -}}
-{{- else -}}
-{{- printf "%s:%s" $image.repository (default (printf "%s-cuda" (default .Chart.AppVersion $image.tag)) $image.cudaTag) -}}
+{{- include "flawstream.imageName" (list $image.repository (default (printf "%s-cuda" (default .Chart.AppVersion $image.tag)) $image.cudaTag) $image.cudaDigest) -}}
 {{- end -}}
+
+{{- define "flawstream.valkeyImage" -}}
+{{- with .Values.image.valkey -}}
+{{- include "flawstream.imageName" (list .repository .tag .digest) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Takes (list repository tag digest). */}}
+{{- define "flawstream.imageName" -}}
+{{- ternary (printf "%s@%s" (index . 0) (index . 2)) (printf "%s:%s" (index . 0) (index . 1)) (ne (index . 2) "") -}}
 {{- end -}}

@@ -1,12 +1,31 @@
 {{/* Shared by all pods: security context, mounts and environment. */}}
 
-{{/* The Pod Security Standard `restricted`. */}}
+{{/* What `pod` of the values adds to a pod: that for every pod and that of its kind. Takes "root" and "place". */}}
+{{- define "flawstream.extras" -}}
+{{- $all := .root.Values.pod -}}
+{{- $own := default dict .place.pod -}}
+{{- $extras := dict "runtimeClassName" (default $all.runtimeClassName $own.runtimeClassName) -}}
+{{- range list "labels" "annotations" }}{{ $_ := set $extras . (merge (dict) (default dict (get $own .)) (default dict (get $all .))) }}{{ end -}}
+{{- range list "volumes" "volumeMounts" "initContainers" "sidecars" }}{{ $_ := set $extras . (concat (default list (get $all .)) (default list (get $own .))) }}{{ end -}}
+{{- toYaml $extras -}}
+{{- end -}}
+
+{{/* One of its lists. Takes (list context name). */}}
+{{- define "flawstream.extra" -}}
+{{- with get (include "flawstream.extras" (index . 0) | fromYaml) (index . 1) }}{{ toYaml . }}{{ end -}}
+{{- end -}}
+
+{{/* The Pod Security Standard `restricted`. Without user and groups OpenShift sets those of the namespace. */}}
 {{- define "flawstream.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: {{ int64 .Values.podSecurity.runAsUser }}
-runAsGroup: {{ int64 .Values.podSecurity.runAsUser }}
-fsGroup: {{ int64 .Values.podSecurity.fsGroup }}
+{{- with .Values.podSecurity.runAsUser }}
+runAsUser: {{ int64 . }}
+runAsGroup: {{ int64 . }}
+{{- end }}
+{{- with .Values.podSecurity.fsGroup }}
+fsGroup: {{ int64 . }}
 fsGroupChangePolicy: OnRootMismatch
+{{- end }}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
@@ -17,9 +36,11 @@ readOnlyRootFilesystem: true
 runAsNonRoot: true
 {{- end -}}
 
-{{/* Start of a pod's spec. Takes (dict "root" $ "place" values with nodeSelector, tolerations, affinity), and for pods
-     that do the same work "spread" true and "component": they are placed on different nodes if possible. */}}
+{{/* Start of a pod's spec. Takes (dict "root" $ "place" values with nodeSelector, tolerations, affinity, pod), and for pods
+     that do the same work "component" and "spread", the label that tells an old set of them from a new one: they are placed in
+     different zones and on different nodes if possible. */}}
 {{- define "flawstream.podStart" -}}
+{{- $pod := . -}}
 securityContext: {{- include "flawstream.podSecurity" .root | nindent 2 }}
 enableServiceLinks: false  # a Service named flawstream-... would add FLAWSTREAM_ variables
 {{- with .root.Values.image.pullSecrets }}
@@ -28,8 +49,11 @@ imagePullSecrets:
   - name: {{ . }}
 {{- end }}
 {{- end }}
-{{- if and .root.Values.priorityClassName (not .noPriority) }}
-priorityClassName: {{ .root.Values.priorityClassName }}
+{{- with ternary .root.Values.training.priorityClassName .root.Values.priorityClassName (hasPrefix "train" .component) }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with (include "flawstream.extras" . | fromYaml).runtimeClassName }}
+runtimeClassName: {{ . }}
 {{- end }}
 {{- with .place.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
@@ -42,11 +66,17 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- if .spread }}
 topologySpreadConstraints:
+  {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
   - maxSkew: 1
-    topologyKey: kubernetes.io/hostname
+    topologyKey: {{ . }}
     whenUnsatisfiable: ScheduleAnyway
     labelSelector:
-      matchLabels: {{- include "flawstream.selector" . | nindent 8 }}
+      matchLabels: {{- include "flawstream.selector" $pod | nindent 8 }}
+    matchLabelKeys: [{{ $pod.spread }}]
+  {{- end }}
+{{- end }}
+{{- with include "flawstream.extra" (list . "initContainers") }}
+initContainers: {{- . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
@@ -81,7 +111,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{/* Mounts of every container that runs flawstream. Takes (dict "root" $ "writes" whether it writes the registry). */}}
+{{/* Mounts of every container that runs flawstream. Takes (dict "root" $ "place" ... "writes" whether it writes the registry). */}}
 {{- define "flawstream.mounts" -}}
 - {name: settings, mountPath: /etc/flawstream, readOnly: true}
 - {name: tmp, mountPath: /tmp}
@@ -105,24 +135,28 @@ topologySpreadConstraints:
 {{- else if .root.Values.registry.s3.caSecret }}
 - {name: s3-ca, mountPath: /run/secrets/flawstream/s3-ca, readOnly: true}
 {{- end }}
+{{- with include "flawstream.extra" (list . "volumeMounts") }}
+{{ . }}
+{{- end }}
 {{- end -}}
 
+{{/* Volumes of every pod that runs flawstream. Takes (dict "root" $ "place" ...). */}}
 {{- define "flawstream.volumes" -}}
 - name: settings
-  configMap: {name: {{ include "flawstream.fullname" . }}}
+  configMap: {name: {{ include "flawstream.fullname" .root }}}
 - name: tmp
-  emptyDir: {sizeLimit: {{ .Values.ray.tmpSize }}}
+  emptyDir: {sizeLimit: {{ .root.Values.ray.tmpSize }}}
 - name: shared-mem
-  emptyDir: {medium: Memory, sizeLimit: {{ .Values.ray.sharedMemory }}}
-{{- with include "flawstream.redisSecret" . }}
+  emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.ray.sharedMemory }}}
+{{- with include "flawstream.redisSecret" .root }}
 - name: redis-secret
   secret:
     secretName: {{ . }}
     defaultMode: 0440
-    items: [{key: {{ include "flawstream.redisPasswordKey" $ }}, path: password}]
+    items: [{key: {{ include "flawstream.redisPasswordKey" $.root }}, path: password}]
 {{- end }}
-{{- if eq .Values.redis.mode "external" }}
-{{- with .Values.redis.external.tls }}
+{{- if eq .root.Values.redis.mode "external" }}
+{{- with .root.Values.redis.external.tls }}
 {{- if .caSecret }}
 - name: redis-ca
   secret: {secretName: {{ .caSecret }}, defaultMode: 0440, items: [{key: {{ .caKey }}, path: ca.crt}]}
@@ -133,20 +167,23 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 {{- end }}
-{{- if .Values.api.auth.enabled }}
+{{- if .root.Values.api.auth.enabled }}
 - name: api-secret
   secret:
-    secretName: {{ include "flawstream.apiSecret" . }}
+    secretName: {{ include "flawstream.apiSecret" .root }}
     defaultMode: 0440
-    items: [{key: {{ .Values.api.auth.tokensKey }}, path: tokens}]
+    items: [{key: {{ .root.Values.api.auth.tokensKey }}, path: tokens}]
 {{- end }}
-{{- if eq .Values.registry.type "volume" }}
+{{- if eq .root.Values.registry.type "volume" }}
 - name: models
   persistentVolumeClaim:
-    claimName: {{ default (printf "%s-models" (include "flawstream.fullname" .)) .Values.registry.volume.existingClaim }}
-{{- else if .Values.registry.s3.caSecret }}
+    claimName: {{ default (printf "%s-models" (include "flawstream.fullname" .root)) .root.Values.registry.volume.existingClaim }}
+{{- else if .root.Values.registry.s3.caSecret }}
 - name: s3-ca
-  secret: {secretName: {{ .Values.registry.s3.caSecret }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}
+  secret: {secretName: {{ .root.Values.registry.s3.caSecret }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}
+{{- end }}
+{{- with include "flawstream.extra" (list . "volumes") }}
+{{ . }}
 {{- end }}
 {{- end -}}
 

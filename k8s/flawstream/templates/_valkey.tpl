@@ -1,8 +1,7 @@
 {{/* One Valkey server with an append-only file on a volume. Takes (dict "root" $ "component" ... "name" ... "secret" ... "key" ...
-     "image" ... "memoryMi" ... "cpu" ... "persistent" bool "size" ... "storageClass" ... "fsync" ... "bulkMb" ...
+     "memoryMi" ... "cpu" ... "persistent" bool "size" ... "storageClass" ... "fsync" ... "bulkMb" ...
      "extra" ... "place" ...). */}}
 {{- define "flawstream.valkey" -}}
-{{- $image := default (include "flawstream.image" .root) .image -}}
 apiVersion: v1
 kind: ConfigMap
 metadata:
@@ -29,9 +28,15 @@ data:
   start.sh: |
     set -eu
     umask 077
+    cat /run/secrets/valkey/password > /run/valkey/password
     cat /etc/valkey/valkey.conf > /run/valkey/valkey.conf
-    printf 'requirepass "%s"\n' "$(sed 's/["\\]/\\&/g' /run/secrets/valkey/password)" >> /run/valkey/valkey.conf
+    printf 'requirepass "%s"\n' "$(sed 's/["\\]/\\&/g' /run/valkey/password)" >> /run/valkey/valkey.conf
     exec valkey-server /run/valkey/valkey.conf
+  # A server that accepts connections is alive: one that is loading a large file must not be killed. One that started with another
+  # password than its Secret has now is restarted; flawstream's pods read the new one by themselves.
+  alive.sh: |
+    exec 3<>/dev/tcp/127.0.0.1/6379
+    [ "$(</run/valkey/password)" = "$(</run/secrets/valkey/password)" ]
   # PING like a client, with bash only. A server that is still loading its file answers LOADING, and is not ready.
   ready.sh: |
     exec 3<>/dev/tcp/127.0.0.1/6379
@@ -78,8 +83,8 @@ spec:
       labels: {{- include "flawstream.podLabels" . | nindent 8 }}
       annotations:
         checksum/config: {{ printf "%v%v%v%v" .fsync .memoryMi .bulkMb .extra | sha256sum }}
-        {{- with .root.Values.podAnnotations }}
-        {{- toYaml . | nindent 8 }}
+        {{- with include "flawstream.podAnnotations" . }}
+        {{- . | nindent 8 }}
         {{- end }}
     spec:
       {{- include "flawstream.podStart" . | nindent 6 }}
@@ -88,14 +93,17 @@ spec:
       terminationGracePeriodSeconds: 120
       containers:
         - name: valkey
-          image: {{ $image }}
+          image: {{ include "flawstream.valkeyImage" .root }}
           imagePullPolicy: {{ .root.Values.image.pullPolicy }}
           command: [bash, /etc/valkey/start.sh]
           securityContext: {{- include "flawstream.containerSecurity" .root | nindent 12 }}
           ports:
             - {name: redis, containerPort: 6379}
-          # A server that accepts connections is alive: one that is loading a large file must not be killed.
-          livenessProbe: {tcpSocket: {port: redis}, periodSeconds: 10, failureThreshold: 6, timeoutSeconds: 5}
+          livenessProbe:
+            exec: {command: [bash, -e, /etc/valkey/alive.sh]}
+            periodSeconds: 10
+            timeoutSeconds: 5
+            failureThreshold: 6
           readinessProbe:
             exec: {command: [bash, -e, /etc/valkey/ready.sh]}
             periodSeconds: 5
@@ -109,6 +117,12 @@ spec:
             - {name: config, mountPath: /etc/valkey, readOnly: true}
             - {name: password, mountPath: /run/secrets/valkey, readOnly: true}
             - {name: run, mountPath: /run/valkey}
+            {{- with include "flawstream.extra" (list . "volumeMounts") }}
+            {{- . | nindent 12 }}
+            {{- end }}
+        {{- with include "flawstream.extra" (list . "sidecars") }}
+        {{- . | nindent 8 }}
+        {{- end }}
       volumes:
         - name: config
           configMap: {name: {{ .name }}}
@@ -116,6 +130,9 @@ spec:
           secret: {secretName: {{ .secret }}, defaultMode: 0440, items: [{key: {{ .key }}, path: password}]}
         - name: run
           emptyDir: {medium: Memory, sizeLimit: 1Mi}
+        {{- with include "flawstream.extra" (list . "volumes") }}
+        {{- . | nindent 8 }}
+        {{- end }}
         {{- if not .persistent }}
         - name: data
           emptyDir: {}

@@ -11,6 +11,25 @@ Values = dict[str, Any]
 _EXTERNAL = {"mode": "external", "external": {"url": "redis://plant-redis:6379/0"}}
 _GPU = {"workers": {"gpus": 1}, "training": {"gpus": 2}}
 
+
+def container(name: str) -> Values:
+    """Make a container as a careful user would add it."""
+    probe = {"exec": {"command": ["true"]}}
+    return {
+        "name": name,
+        "image": "registry.plant/busybox:1.37",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+        },
+        "resources": {"requests": {"cpu": "10m", "memory": "16Mi"}, "limits": {"memory": "16Mi"}},
+        "livenessProbe": probe,
+        "readinessProbe": probe,
+    }
+
+
 MAIN: dict[str, dict[str, Values]] = {
     "runs": {
         "serve": {},
@@ -69,6 +88,7 @@ MAIN: dict[str, dict[str, Values]] = {
                     "data": {"existingClaim": "photographs", "subPath": "line7"},
                     "categories": ["bottle", "cable"],
                     "arguments": ["--no-promote"],
+                    "queue": "" if kind == "RayCronJob" else "nights",
                 }
             }
             for kind in ("RayJob", "RayCronJob", "CronJob")
@@ -133,7 +153,9 @@ MORE: dict[str, dict[str, Values]] = {
                 "gcsFaultTolerance": {
                     "enabled": True,
                     "mode": "external",
-                    "address": "redis://ray-redis:6379",
+                    "address": "rediss://ray-redis:6379",
+                    "username": "ray",
+                    "caSecret": "ray-state-authority",
                     "existingSecret": "ray-state",
                 }
             }
@@ -145,6 +167,13 @@ MORE: dict[str, dict[str, Values]] = {
         "Ray": {
             "ray": {"autoscaling": {"enabled": True}},
             "settings": {"worker": {"max_replicas": 4}, "detector": {"max_replicas": 4}},
+        },
+        "Ray, step by step": {
+            "ray": {
+                "autoscaling": {"enabled": True},
+                "upgradeStrategy": "NewClusterWithIncrementalUpgrade",
+                "incrementalUpgrade": {"gatewayClassName": "istio"},
+            }
         },
         "both": {"workers": {"keda": {"enabled": True}}, "ray": {"autoscaling": {"enabled": True}}},
     },
@@ -169,12 +198,22 @@ MORE: dict[str, dict[str, Values]] = {
         "placed": {
             "nameOverride": "flaws",
             "commonLabels": {"team": "quality"},
-            "podAnnotations": {"sidecar": "no"},
+            "pod": {"annotations": {"sidecar": "no"}, "labels": {"plant": "north"}, "runtimeClassName": "gvisor"},
             "priorityClassName": "plant",
+            "training": {"priorityClassName": "batch", "suspend": True, "timeZone": "Europe/Zurich"},
             "image": {"repository": "registry.plant/flawstream", "pullSecrets": ["plant"], "tag": "1.2.3"},
             "redis": {"bundled": {"nodeSelector": {"disk": "fast"}}},
             "workers": {"tolerations": [{"key": "line", "operator": "Exists"}]},
             "extraEnv": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
+        },
+        "OpenShift": {
+            "podSecurity": {"runAsUser": None, "fsGroup": None},
+            "pod": {
+                "volumes": [{"name": "scratch", "emptyDir": {}}],
+                "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
+                "initContainers": [container("wait") | {"restartPolicy": "Always"}],
+            },
+            "workers": {"pod": {"sidecars": [container("logs")]}},
         },
         "pinned": {
             "fullnameOverride": "flaws",

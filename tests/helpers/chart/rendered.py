@@ -75,18 +75,19 @@ def parse(text: str) -> Body | None:
     return body
 
 
-def render(values: Mapping[str, Any], of: Chart | None = None) -> list[Body]:
+def render(values: Mapping[str, Any], of: Chart | None = None, release: str = RELEASE) -> list[Body]:
     """Give the documents of a release; random passwords are made equal.
 
     Args:
         values: Over the chart's own.
         of: Another chart than the one in the folder.
+        release: Its name.
 
     Raises:
         HelmError: The values are refused.
     """
     documents = []
-    for path, text in (of or chart()).render(dict(values), name=RELEASE, namespace=NAMESPACE).items():
+    for path, text in (of or chart()).render(dict(values), name=release, namespace=NAMESPACE).items():
         if path.endswith("NOTES.txt"):
             continue
         for part in _BETWEEN.split(text):

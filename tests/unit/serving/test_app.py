@@ -13,3 +13,10 @@ def test_worker_may_not_take_a_slow_detector_for_one_that_hangs() -> None:
         build(settings)
     without_workers = settings.model_copy(update={"worker": settings.worker.model_copy(update={"replicas": 0})})
     assert build(without_workers)
+
+
+@pytest.mark.parametrize(("drain_s", "least_s"), [(1.0, 30.0), (120.0, 120.0)])
+def test_serve_waits_for_a_worker_as_long_as_it_may_drain(drain_s: float, least_s: float) -> None:
+    settings = Settings.model_validate({"worker": {"drain_s": drain_s}})
+    _, workers = build(settings)._bound_deployment.init_args[1:]  # noqa: SLF001 - what Serve is given
+    assert workers._bound_deployment._deployment_config.graceful_shutdown_timeout_s > least_s - 0.1  # noqa: SLF001
