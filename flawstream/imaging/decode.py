@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from flawstream.imaging.jpeg import read_jpeg_header
@@ -68,6 +69,8 @@ class _Header:
         height: Pixels, as stored.
         unpacked_bytes: Of the pixels as stored, before they are converted.
         passes: How often a decoder goes over all pixels.
+        wide: Whether it is a TIFF with 16 bits in a sample.
+        white_is_zero: Whether the lowest level is white.
         orientation: From EXIF, 1 (upright) to 8. Only for JPEG: OpenCV applies it for other formats.
     """
 
@@ -76,6 +79,8 @@ class _Header:
     height: int
     unpacked_bytes: int
     passes: int = 1
+    wide: bool = False
+    white_is_zero: bool = False
     orientation: int = 1
 
     def decoding_bytes(self, form: PixelForm) -> int:
@@ -113,6 +118,9 @@ def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
             return _decode_jpeg(data, form, header)
         if header.format == "WEBP":  # OpenCV reads past the end of the container, and decodes any bytes there
             data = data[: 8 + int.from_bytes(data[4:8], "little")]
+        elif header.wide:
+            bgr = _decode_wide_tiff(data, white_is_zero=header.white_is_zero)
+            return DecodedImage(_swap_colours(resize(bgr, form)), (bgr.shape[0], bgr.shape[1]))
         elif header.format == "TIFF":
             _refuse_damaged_tiff(data)
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -150,7 +158,15 @@ def _read_header(data: bytes) -> _Header:
                     return _Header("PNG", image.width, image.height, unpacked_bytes(data))
                 if image.format == "TIFF":
                     layout = read_tiff_layout(image, data)
-                    return _Header("TIFF", image.width, image.height, layout.unpacked_bytes, layout.passes)
+                    return _Header(
+                        "TIFF",
+                        image.width,
+                        image.height,
+                        layout.unpacked_bytes,
+                        layout.passes,
+                        wide=layout.wide,
+                        white_is_zero=layout.white_is_zero,
+                    )
                 return _Header(str(image.format), image.width, image.height, len(image.getbands()) * pixels)
     except UnidentifiedImageError:
         raise MessageError(
@@ -168,11 +184,28 @@ def _read_header(data: bytes) -> _Header:
 def _read_jpeg_header(data: bytes) -> _Header:
     header = read_jpeg_header(data)
     coefficients = 2 * header.components * header.width * header.height if header.keeps_coefficients else 0
-    return _Header("JPEG", header.width, header.height, coefficients, header.passes, _orientation(header.exif))
+    return _Header(
+        "JPEG", header.width, header.height, coefficients, header.passes, orientation=_orientation(header.exif)
+    )
+
+
+def _decode_wide_tiff(data: bytes, *, white_is_zero: bool) -> NDArray[np.uint8]:
+    """Decode samples of 16 bits to BGR, and keep their upper eight. OpenCV reports a damaged strip of them."""
+    levels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_BGR | cv2.IMREAD_ANYDEPTH)
+    if levels is None:
+        raise ValueError("it cannot be decoded")
+    pixels = np.empty(levels.shape, np.uint8)
+    np.right_shift(levels, 8, out=pixels, casting="unsafe")
+    return np.invert(pixels, out=pixels) if white_is_zero else pixels
+
+
+def _swap_colours(pixels: Pixels) -> Pixels:
+    """Turn BGR into RGB: after resizing, which is faster."""
+    return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 def _refuse_damaged_tiff(data: bytes) -> None:
-    """Refuse a TIFF with a damaged strip, which OpenCV decodes without an error, leaving a hole."""
+    """Refuse a TIFF with a damaged strip, which OpenCV decodes without an error, leaving a hole, if it has 8 bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
