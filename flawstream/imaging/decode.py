@@ -16,7 +16,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from flawstream.imaging.jpeg import read_jpeg_header
+from flawstream.imaging.jpeg import JpegHeader, read_jpeg_header
+from flawstream.imaging.jpeg_strays import refuse_cut_intervals, without_gaps
 from flawstream.imaging.memory import DecodingMemory
 from flawstream.imaging.pixels import PixelForm, Pixels
 from flawstream.imaging.png import check_chunks, unpacked_bytes
@@ -71,7 +72,7 @@ class _Header:
         passes: How often a decoder goes over all pixels.
         wide: Whether it is a TIFF with 16 bits in a sample.
         white_is_zero: Whether the lowest level is white.
-        orientation: From EXIF, 1 (upright) to 8. Only for JPEG: OpenCV applies it for other formats.
+        jpeg: What a JPEG says of itself.
     """
 
     format: str
@@ -81,7 +82,7 @@ class _Header:
     passes: int = 1
     wide: bool = False
     white_is_zero: bool = False
-    orientation: int = 1
+    jpeg: JpegHeader | None = None
 
     def decoding_bytes(self, form: PixelForm) -> int:
         """Estimate the memory that decoding takes."""
@@ -135,14 +136,27 @@ def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
 
 def _decode_jpeg(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
     """Decode at the smallest scale that is large enough; apply the orientation after resizing, which is faster."""
+    jpeg = header.jpeg
+    assert jpeg is not None  # noqa: S101 - read from the same data
+    if jpeg.gaps:
+        data = without_gaps(data, jpeg)
+        jpeg = read_jpeg_header(data)
     min_side = form.side_px if form.resize == "area" else 0  # 0: full scale, as scaled decoding is another filter
-    pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=min_side, min_width=min_side, min_factor=1)
-    shape = (header.width, header.height) if header.orientation in _TRANSPOSED else (header.height, header.width)
-    return DecodedImage(_orient(resize(pixels, form), header.orientation), shape)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data, min_side, min_side, 1)
+    pixels = np.empty((int(height), int(width), 3), np.uint8)
+    try:
+        simplejpeg.decode_jpeg(
+            data, colorspace="RGB", min_height=min_side, min_width=min_side, min_factor=1, buffer=pixels
+        )
+    except ValueError as error:  # all is decoded, and this is the decoder's first warning
+        refuse_cut_intervals(data, jpeg, str(error))
+    orientation = _orientation(jpeg.exif)
+    shape = (jpeg.width, jpeg.height) if orientation in _TRANSPOSED else (jpeg.height, jpeg.width)
+    return DecodedImage(_orient(resize(pixels, form), orientation), shape)
 
 
 def _read_header(data: bytes) -> _Header:
-    """Read format, size and orientation without decoding a pixel."""
+    """Read format and size without decoding a pixel."""
     try:
         if data.startswith(_JPEG_SIGNATURE):
             return _read_jpeg_header(data)
@@ -183,10 +197,8 @@ def _read_header(data: bytes) -> _Header:
 
 def _read_jpeg_header(data: bytes) -> _Header:
     header = read_jpeg_header(data)
-    coefficients = 2 * header.components * header.width * header.height if header.keeps_coefficients else 0
-    return _Header(
-        "JPEG", header.width, header.height, coefficients, header.passes, orientation=_orientation(header.exif)
-    )
+    coefficients = 0 if header.scan else 2 * header.components * header.width * header.height
+    return _Header("JPEG", header.width, header.height, coefficients, header.passes, jpeg=header)
 
 
 def _decode_wide_tiff(data: bytes, *, white_is_zero: bool) -> NDArray[np.uint8]:
