@@ -62,7 +62,7 @@ def find_faults(data: Sequence[CategoryData], settings: Settings, *, decode: boo
             transient=True,
             disable=not err.is_terminal,
         )
-        findings += check_content(category, decoded)
+        findings += check_content(category, decoded, settings.training.bit_depths.get(category.name))
     return sorted(
         findings, key=lambda finding: (finding.severity, finding.category, finding.problem, str(finding.path or ""))
     )

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from flawstream.imaging.jpeg import JpegHeader, read_jpeg_header
 from flawstream.imaging.jpeg_strays import refuse_cut_intervals, without_gaps
+from flawstream.imaging.levels import Levels, to_eight_bits
 from flawstream.imaging.memory import DecodingMemory
 from flawstream.imaging.pixels import PixelForm, Pixels
-from flawstream.imaging.png import check_chunks, unpacked_bytes
+from flawstream.imaging.png import check_chunks, is_wide, unpacked_bytes
 from flawstream.imaging.resize import resize
 from flawstream.imaging.tiff import read_tiff_layout
 from schemas.errors import MessageError, Reason, one_line
-from schemas.settings import LimitSettings
+from schemas.settings import BitDepth, LimitSettings
 
 logging.getLogger("PIL").setLevel(logging.INFO)  # at DEBUG it logs an image's tags
 
@@ -42,6 +42,7 @@ _ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
 _MOST_DETAIL = 160
 """Characters of a library's own words in an error."""
 _MEMORY = DecodingMemory()
+_ANY_FORM = PixelForm(32)
 
 # A damaged image raises an error; OpenCV would print it on stderr as well.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -54,10 +55,17 @@ class DecodedImage:
     Attributes:
         pixels: (S, S, 3) RGB, upright; S and dtype as the `PixelForm` says.
         original_shape: (height, width) in pixels before resizing, upright.
+        levels: Of a file with 16 bits; None with 8.
     """
 
     pixels: Pixels
     original_shape: tuple[int, int]
+    levels: Levels | None = None
+
+    @property
+    def depth(self) -> BitDepth | None:
+        """By how many bits it was read, if its file has 16."""
+        return self.levels.bits if self.levels else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +78,8 @@ class _Header:
         height: Pixels, as stored.
         unpacked_bytes: Of the pixels as stored, before they are converted.
         passes: How often a decoder goes over all pixels.
-        wide: Whether it is a TIFF with 16 bits in a sample.
-        white_is_zero: Whether the lowest level is white.
+        wide: Whether a sample has 16 bits.
+        white_is_zero: Whether the lowest level of a TIFF is white.
         jpeg: What a JPEG says of itself.
     """
 
@@ -96,12 +104,12 @@ class _Header:
 def decode_image(data: bytes, form: PixelForm, limits: LimitSettings) -> DecodedImage:
     """Decode an image and resize it to a square, stretching it if it is not square.
 
-    Grey images get three equal channels, alpha is dropped (for TIFF, libtiff blends it with black), 16 bits are scaled
-    to 8, and the EXIF orientation is applied.
+    Grey images get three equal channels, alpha is dropped (for TIFF of 8 bits, libtiff blends it with black), eight are
+    kept of 16 bits, and the EXIF orientation is applied.
 
     Args:
         data: JPEG, PNG, WebP, BMP or TIFF bytes.
-        form: Size and filter to resize to.
+        form: Size and filter to resize to, and how many of 16 bits are filled.
         limits: Maximum size and aspect ratio.
 
     Raises:
@@ -113,6 +121,19 @@ def decode_image(data: bytes, form: PixelForm, limits: LimitSettings) -> Decoded
         return _decode(data, form, header)
 
 
+def read_levels(data: bytes, limits: LimitSettings) -> Levels | None:
+    """Read the grey levels of a file; None if it has 8 bits, and so is not decoded.
+
+    Args:
+        data: The file.
+        limits: Maximum size and aspect ratio.
+
+    Raises:
+        MessageError: `undecodable` or `too_large`.
+    """
+    return decode_image(data, _ANY_FORM, limits).levels if _read_header(data).wide else None
+
+
 def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
     try:
         if header.format == "JPEG":
@@ -120,8 +141,7 @@ def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
         if header.format == "WEBP":  # OpenCV reads past the end of the container, and decodes any bytes there
             data = data[: 8 + int.from_bytes(data[4:8], "little")]
         elif header.wide:
-            bgr = _decode_wide_tiff(data, white_is_zero=header.white_is_zero)
-            return DecodedImage(_swap_colours(resize(bgr, form)), (bgr.shape[0], bgr.shape[1]))
+            return _decode_wide(data, form, header)
         elif header.format == "TIFF":
             _refuse_damaged_tiff(data)
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -156,7 +176,7 @@ def _decode_jpeg(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
 
 
 def _read_header(data: bytes) -> _Header:
-    """Read format and size without decoding a pixel."""
+    """Read format, size and depth without decoding a pixel."""
     try:
         if data.startswith(_JPEG_SIGNATURE):
             return _read_jpeg_header(data)
@@ -169,7 +189,7 @@ def _read_header(data: bytes) -> _Header:
                 if image.info.get("compression") in _BMP_RUN_LENGTHS:
                     raise ValueError("a run-length encoded BMP")  # noqa: TRY301 - reported as a damaged header
                 if image.format == "PNG":
-                    return _Header("PNG", image.width, image.height, unpacked_bytes(data))
+                    return _Header("PNG", image.width, image.height, unpacked_bytes(data), wide=is_wide(data))
                 if image.format == "TIFF":
                     layout = read_tiff_layout(image, data)
                     return _Header(
@@ -201,19 +221,13 @@ def _read_jpeg_header(data: bytes) -> _Header:
     return _Header("JPEG", header.width, header.height, coefficients, header.passes, jpeg=header)
 
 
-def _decode_wide_tiff(data: bytes, *, white_is_zero: bool) -> NDArray[np.uint8]:
-    """Decode samples of 16 bits to BGR, and keep their upper eight. OpenCV reports a damaged strip of them."""
-    levels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_BGR | cv2.IMREAD_ANYDEPTH)
-    if levels is None:
+def _decode_wide(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
+    """Decode samples of 16 bits. OpenCV reports a damaged strip of such a TIFF; as RGB it would give garbage."""
+    stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_BGR | cv2.IMREAD_ANYDEPTH)
+    if stored is None:
         raise ValueError("it cannot be decoded")
-    pixels = np.empty(levels.shape, np.uint8)
-    np.right_shift(levels, 8, out=pixels, casting="unsafe")
-    return np.invert(pixels, out=pixels) if white_is_zero else pixels
-
-
-def _swap_colours(pixels: Pixels) -> Pixels:
-    """Turn BGR into RGB: after resizing, which is faster."""
-    return np.ascontiguousarray(pixels[:, :, ::-1])
+    bgr, levels = to_eight_bits(stored, form.bits, white_is_zero=header.white_is_zero)
+    return DecodedImage(np.ascontiguousarray(resize(bgr, form)[:, :, ::-1]), (bgr.shape[0], bgr.shape[1]), levels)
 
 
 def _refuse_damaged_tiff(data: bytes) -> None:

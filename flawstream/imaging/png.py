@@ -6,6 +6,7 @@ One damaged bit in a length makes it allocate and clear up to 2 GB (measured: 2 
 _SIGNATURE_BYTES = 8
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By colour type: grey, RGB, palette, grey with alpha, RGB with alpha."""
+_BITS_AT, _WIDE_BITS = 24, 16
 _FRAME_BYTES = 12  # length, type and checksum of a chunk
 _MAX_CHUNKS = 1 << 13
 
@@ -30,6 +31,11 @@ def check_chunks(data: bytes) -> None:
     raise ValueError(f"it has more than {_MAX_CHUNKS:,} chunks")
 
 
+def is_wide(data: bytes) -> bool:
+    """Return whether a sample has 16 bits."""
+    return data[_BITS_AT] == _WIDE_BITS
+
+
 def unpacked_bytes(data: bytes) -> int:
     """Compute the size of the pixels as stored, before they are converted.
 
@@ -41,4 +47,4 @@ def unpacked_bytes(data: bytes) -> int:
     if data[12:16] != b"IHDR" or data[25] not in _CHANNELS:
         raise ValueError("it does not begin with a header, or has an unknown colour type")
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    return (width * _CHANNELS[data[25]] * data[24] + 7) // 8 * height
+    return (width * _CHANNELS[data[25]] * data[_BITS_AT] + 7) // 8 * height

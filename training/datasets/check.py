@@ -11,7 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from flawstream.calibration import shortage
-from schemas.settings import TrainingSettings
+from schemas.settings import BitDepth, TrainingSettings
+from training.datasets.bit_depth import warn_of_depth
 from training.datasets.decoding import FileCheck, ImageCheck, MaskCheck, UnreadableFile
 from training.datasets.samples import CategoryData
 from training.datasets.storage import missing_files
@@ -46,6 +47,7 @@ class DatasetProblem(StrEnum):
     DUPLICATE = "duplicate"
     MIXED_SIZES = "mixed_sizes"
     MIXED_COLOURS = "mixed_colours"
+    BIT_DEPTH = "bit_depth"
 
 
 _WARNINGS = frozenset(
@@ -56,6 +58,7 @@ _WARNINGS = frozenset(
         DatasetProblem.DUPLICATE,
         DatasetProblem.MIXED_SIZES,
         DatasetProblem.MIXED_COLOURS,
+        DatasetProblem.BIT_DEPTH,
     }
 )
 
@@ -128,12 +131,13 @@ def calibration_count(train_images: int, fraction: float) -> int:
     return max(1, round(train_images * fraction))
 
 
-def check_content(data: CategoryData, files: Iterable[FileCheck]) -> list[Finding]:
+def check_content(data: CategoryData, files: Iterable[FileCheck], bit_depth: BitDepth | None = None) -> list[Finding]:
     """Check the content of files.
 
     Args:
         data: The category.
         files: Output of `decoding.decode_files`.
+        bit_depth: That of the settings, if any.
     """
     findings: list[Finding] = []
     images: dict[Path, ImageCheck] = {}
@@ -149,6 +153,8 @@ def check_content(data: CategoryData, files: Iterable[FileCheck]) -> list[Findin
     findings += _check_masks(data, images, masks)
     findings += _check_duplicates(data, images)
     findings += _check_uniformity(data, list(images.values()))
+    if warning := warn_of_depth([image.levels for image in images.values()], bit_depth):
+        findings.append(Finding(data.name, DatasetProblem.BIT_DEPTH, None, warning))
     return findings
 
 

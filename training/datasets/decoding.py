@@ -4,13 +4,14 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from flawstream.imaging.decode import decode_image
+from flawstream.imaging.levels import Levels, bit_depth_of
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError
 from schemas.settings import LimitSettings
@@ -27,12 +28,14 @@ class ImageCheck:
         shape: (height, width) in pixels, upright.
         grey: Whether all three channels are equal.
         digest: Equal for images that are equal for the model.
+        levels: Of a file with 16 bits; None with 8.
     """
 
     path: Path
     shape: tuple[int, int]
     grey: bool
     digest: bytes
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,11 @@ def decode_files(data: CategoryData, form: PixelForm, limits: LimitSettings) -> 
 
 def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileCheck:
     try:
-        image = decode_image(read_file(path), form, limits)
+        data = read_file(path)
+        image = decode_image(data, form, limits)
+        levels = image.levels
+        if levels is not None:  # by the bits that it fills itself, so that no two are alike for lack of levels
+            image = decode_image(data, replace(form, bits=bit_depth_of(levels.highest)), limits)
     except OSError as error:
         return UnreadableFile(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
     except MessageError as error:
@@ -106,7 +113,7 @@ def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileChec
     height, width = image.original_shape
     digest = hashlib.sha256(f"{height} {width} ".encode())
     digest.update(image.pixels.tobytes())
-    return ImageCheck(path, (height, width), grey, digest.digest())
+    return ImageCheck(path, (height, width), grey, digest.digest(), levels)
 
 
 def _check_mask(path: Path) -> FileCheck:

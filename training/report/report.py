@@ -18,7 +18,7 @@ from flawstream.imaging.maps import decode_map, encode_jpeg, encode_map, paint, 
 from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import EvaluationMetrics
 from schemas.messages import AnomalyMap, MapCodec
-from schemas.settings import LimitSettings
+from schemas.settings import BitDepth, LimitSettings
 from training.datasets.samples import Sample
 from training.datasets.storage import read_file
 from training.report import plots
@@ -45,6 +45,7 @@ class JudgedImage:
         threshold: The threshold of image scores.
         map: The anomaly map; encoded to save memory, as few of the images are shown.
         mask: The mask file.
+        bits: By how many bits it was read, if its file has 16.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class JudgedImage:
     threshold: float
     map: AnomalyMap
     mask: Path | None = None
+    bits: BitDepth = 16
 
     @property
     def is_alarm(self) -> bool:
@@ -92,6 +94,7 @@ def judge(category: str, sample: Sample, image: ScoredImage, threshold: float) -
         threshold=threshold,
         map=encode_map(half, (image.side, image.side), MapCodec.GRID_F16, threshold),
         mask=sample.mask,
+        bits=image.bits,
     )
 
 
@@ -220,7 +223,7 @@ def _rank(image: JudgedImage) -> float:
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:
-    decoded = decode_image(read_file(image.path), PixelForm(image.map.shape[0]), _LIMITS)
+    decoded = decode_image(read_file(image.path), PixelForm(image.map.shape[0], bits=image.bits), _LIMITS)
     pixels = np.asarray(decoded.pixels, np.uint8)
     return {
         "name": image.path.name,
