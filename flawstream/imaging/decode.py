@@ -17,18 +17,20 @@ from PIL import Image, UnidentifiedImageError
 
 from flawstream.imaging.jpeg import JpegHeader, read_jpeg_header
 from flawstream.imaging.jpeg_strays import refuse_cut_intervals, without_gaps
+from flawstream.imaging.kinds import describe
 from flawstream.imaging.levels import Levels, to_eight_bits
 from flawstream.imaging.memory import DecodingMemory
 from flawstream.imaging.pixels import PixelForm, Pixels
-from flawstream.imaging.png import check_chunks, is_wide, unpacked_bytes
+from flawstream.imaging.png import PngHeader, read_png_header, without_damaged_texts
 from flawstream.imaging.resize import resize
 from flawstream.imaging.tiff import read_tiff_layout
 from schemas.errors import MessageError, Reason, one_line
 from schemas.settings import BitDepth, LimitSettings
 
+Image.MAX_IMAGE_PIXELS = None  # `LimitSettings.max_pixels` is checked before anything is decoded
 logging.getLogger("PIL").setLevel(logging.INFO)  # at DEBUG it logs an image's tags
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_FORMATS = ("WEBP", "BMP", "TIFF")
 _CURE = "send a JPEG, PNG, WebP, BMP or TIFF"
 _JPEG_SIGNATURE, _PNG_SIGNATURE = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _STORED_BYTES_A_PIXEL = 3
@@ -81,6 +83,7 @@ class _Header:
         wide: Whether a sample has 16 bits.
         white_is_zero: Whether the lowest level of a TIFF is white.
         jpeg: What a JPEG says of itself.
+        png: What a PNG says of itself.
     """
 
     format: str
@@ -91,6 +94,7 @@ class _Header:
     wide: bool = False
     white_is_zero: bool = False
     jpeg: JpegHeader | None = None
+    png: PngHeader | None = None
 
     def decoding_bytes(self, form: PixelForm) -> int:
         """Estimate the memory that decoding takes."""
@@ -140,9 +144,11 @@ def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
             return _decode_jpeg(data, form, header)
         if header.format == "WEBP":  # OpenCV reads past the end of the container, and decodes any bytes there
             data = data[: 8 + int.from_bytes(data[4:8], "little")]
-        elif header.wide:
+        if header.png is not None:
+            data = without_damaged_texts(data, header.png)
+        if header.wide:
             return _decode_wide(data, form, header)
-        elif header.format == "TIFF":
+        if header.format == "TIFF":
             _refuse_damaged_tiff(data)
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except (ValueError, OSError, cv2.error) as error:
@@ -183,13 +189,12 @@ def _read_header(data: bytes) -> _Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that our own limits refuse
             if data.startswith(_PNG_SIGNATURE):
-                check_chunks(data)  # before Pillow, which takes a second for tens of thousands of chunks
+                header = read_png_header(data)
+                return _Header("PNG", header.width, header.height, header.unpacked_bytes, wide=header.wide, png=header)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 pixels = image.width * image.height
                 if image.info.get("compression") in _BMP_RUN_LENGTHS:
                     raise ValueError("a run-length encoded BMP")  # noqa: TRY301 - reported as a damaged header
-                if image.format == "PNG":
-                    return _Header("PNG", image.width, image.height, unpacked_bytes(data), wide=is_wide(data))
                 if image.format == "TIFF":
                     layout = read_tiff_layout(image, data)
                     return _Header(
@@ -203,12 +208,7 @@ def _read_header(data: bytes) -> _Header:
                     )
                 return _Header(str(image.format), image.width, image.height, len(image.getbands()) * pixels)
     except UnidentifiedImageError:
-        raise MessageError(
-            Reason.UNDECODABLE,
-            f"{len(data):,} bytes that start with {data[:8].hex(' ')} are not a supported image; {_CURE}",
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise MessageError(Reason.TOO_LARGE, f"{one_line(error, _MOST_DETAIL)}; send a smaller image") from None
+        raise MessageError(Reason.UNDECODABLE, describe(data)) from None
     except Exception as error:  # noqa: BLE001 - Pillow raises any exception on damaged headers
         raise MessageError(
             Reason.UNDECODABLE, f"the image's header is damaged ({one_line(error, _MOST_DETAIL)}); {_CURE}"

@@ -16,6 +16,7 @@ _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _JPEG_COMPRESSIONS = (6, 7)
 _WHITE_IS_ZERO = 0
 _WIDE_BITS = 16
+_READ_BITS = (1, 2, 4, 8, _WIDE_BITS)
 _FAX_GROUP_4 = 4
 """A code of one bit for each change of black and white: 8 MB of thin stripes took 3 s."""
 _SCAN = b"\xff\xda"
@@ -61,6 +62,8 @@ def read_tiff_layout(image: Image.Image, data: bytes) -> TiffLayout:
     if tags.get(_COMPRESSION) == _FAX_GROUP_4:
         raise ValueError("it is compressed as a fax page, by CCITT group 4")
     bits = max(tags.get(_BITS, (1,)))
+    if bits not in _READ_BITS:
+        raise ValueError(f"it has {bits} bits a sample, not 8 or 16")
     samples = int(tags.get(_SAMPLES, 1))
     passes = 1
     if tags.get(_COMPRESSION) in _JPEG_COMPRESSIONS:

@@ -100,6 +100,12 @@ def decode_files(data: CategoryData, form: PixelForm, limits: LimitSettings) -> 
 def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileCheck:
     try:
         data = read_file(path)
+        if len(data) > limits.max_image_bytes:
+            return UnreadableFile(
+                path,
+                f"has {len(data):,} bytes, and the stream takes {limits.max_image_bytes:,}; compress it, or raise "
+                "limits.max_image_bytes",
+            )
         image = decode_image(data, form, limits)
         levels = image.levels
         if levels is not None:  # by the bits that it fills itself, so that no two are alike for lack of levels

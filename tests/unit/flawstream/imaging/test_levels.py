@@ -13,6 +13,7 @@ from PIL import Image
 from flawstream.imaging.decode import decode_image, read_levels
 from flawstream.imaging.levels import Levels, bit_depth_of
 from flawstream.imaging.pixels import PixelForm, Pixels
+from schemas.errors import MessageError
 from schemas.settings import BitDepth, LimitSettings
 
 LIMITS = LimitSettings()
@@ -109,3 +110,13 @@ def test_levels_are_read_of_files_with_16_bits_alone() -> None:
 )
 def test_depth_is_the_smallest_of_a_camera_that_holds_the_highest_level(highest: int, bits: int) -> None:
     assert bit_depth_of(highest) == bits
+
+
+def test_picture_over_pillow_s_own_bound_is_not_refused_by_it() -> None:
+    """Its 178,956,970 pixels are no limit of ours."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "BMP")
+    data = file.getvalue()[:18] + struct.pack("<ii", 14_000, 13_000) + file.getvalue()[26:]
+    assert read_levels(data, LIMITS) is None
+    with pytest.raises(MessageError, match="182,000,000 pixels are more than the allowed 64,000,000"):
+        decode_image(data, PixelForm(SIDE), LIMITS)

@@ -206,3 +206,13 @@ def test_magnetic_tiles_are_checked_with_their_masks(tmp_path: Path) -> None:
     assert [(found.problem, found.path) for found in check(data)] == [
         (DatasetProblem.EMPTY_MASK, tmp_path / "MT_Uneven/Imgs/exp1_num_1.png")
     ]
+
+
+def test_file_that_is_longer_than_the_stream_takes_is_found(bottle: Path) -> None:
+    longest = max(path.stat().st_size for path in (bottle / "train/good").iterdir())
+    limits = LimitSettings(max_image_bytes=max(1024, longest))
+    path = bottle / "train/good/000.png"
+    path.write_bytes(path.read_bytes() + bytes(limits.max_image_bytes))
+    (found,) = check(load_mvtec(bottle)[0], limits)
+    assert (found.problem, found.path) == (DatasetProblem.DAMAGED, path)
+    assert "raise limits.max_image_bytes" in found.text
