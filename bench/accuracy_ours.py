@@ -46,7 +46,7 @@ def main(job_file: str, result_file: str) -> None:
         read = partial(Registry(root).read_file, manifest)
         head = FastFlowHead.from_bytes(read(WEIGHTS_FILE), manifest.backbone, manifest.flow)
         loaded = engine.load(head, manifest, read)
-    scorer = ImageScorer(engine, [loaded], extractor.limits, manifest.calibration.top_fraction)
+    scorer = ImageScorer(engine, [loaded], extractor.limits, manifest.calibration.top_fraction, manifest.bit_depth)
     scores = [image.score for (image,) in scorer.score([sample.path for sample in samples])]
     result = {"scores": scores, "false_alarm_rate": manifest.serving_metrics.false_alarm_rate, "seconds": seconds}
     Path(result_file).write_text(json.dumps(result))

@@ -77,6 +77,6 @@ def _judge(
     weights = registry.read_file(manifest, WEIGHTS_FILE)
     head = FastFlowHead.from_bytes(weights, manifest.backbone, manifest.flow)
     loaded = engine.load(head, manifest, partial(registry.read_file, manifest))
-    scorer = ImageScorer(engine, [loaded], LimitSettings(), calibration.top_fraction)
+    scorer = ImageScorer(engine, [loaded], LimitSettings(), calibration.top_fraction, manifest.bit_depth)
     scores = np.array([image.score for (image,) in scorer.score([sample.path for sample in samples])])
     return _Judged(arithmetic, scores, is_anomalous(scores, calibration.threshold))

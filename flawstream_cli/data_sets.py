@@ -66,7 +66,7 @@ def find_faults(data: Sequence[CategoryData], settings: Settings, *, decode: boo
             transient=True,
             disable=not err.is_terminal,
         )
-        findings += check_content(category, decoded, settings.limits)
+        findings += check_content(category, decoded, settings.limits, settings.training.bit_depths.get(category.name))
     return in_order(findings)
 
 

@@ -6,11 +6,11 @@ from pydantic import AliasChoices, AwareDatetime, BaseModel, ConfigDict, Field
 
 from schemas.errors import RegistryError
 from schemas.messages import Category
-from schemas.settings import BackboneArithmetic, ModelSettings, Resize
+from schemas.settings import BackboneArithmetic, BitDepth, ModelSettings, Resize
 
-MANIFEST_FORMAT = 4
+MANIFEST_FORMAT = 5
 """Raised when fields are added that older programs do not know. Older formats are read: 2 calibrated int8 apart, 3 has
-trials of any arithmetic, 4 records threads, device and the digest of the work."""
+trials of any arithmetic, 4 records threads, device and the digest of the work, 5 has `bit_depth`."""
 
 Arithmetic = Literal["float32", "float16", "bfloat16", "int8"]
 """In what an engine computes convolutions. Scores of two arithmetics differ: each has its own thresholds. Versions that
@@ -271,7 +271,10 @@ class ImportRecord(_Part):
 
 
 class ModelManifest(_Part):
-    """One immutable model version. `calibration` and `metrics` are in float32; each trial has its own."""
+    """One immutable model version. `calibration` and `metrics` are in float32; each trial has its own.
+
+    `bit_depth` is how many bits are read of files with 16; before format 5 all.
+    """
 
     format: int = MANIFEST_FORMAT
     category: Category
@@ -279,6 +282,7 @@ class ModelManifest(_Part):
     created_at: AwareDatetime
     backbone: BackboneSpec
     flow: FlowSpec
+    bit_depth: BitDepth = 16
     calibration: Calibration
     metrics: EvaluationMetrics = EvaluationMetrics()
     training: TrainingRecord | ImportRecord

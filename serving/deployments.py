@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from flawstream.imaging.pixels import PixelForm, Pixels
+from flawstream.imaging.pixels import Depths, PixelForm, Pixels
 from flawstream.registry.registry import Registry
 from flawstream.telemetry.choose_tracer import open_tracer
 from flawstream.telemetry.logs import set_up_logging
@@ -80,7 +80,9 @@ class HandleDetector:
             forms.update(zip(missing, await self._call("pixel_forms", missing), strict=True))
         return [forms[category] for category in categories]
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
+    async def detect(
+        self, images: Pixels, categories: Sequence[str], depths: Depths | None = None
+    ) -> Sequence[Judgement]:
         """Judge a batch; see `workers.ports.Detector`.
 
         Where the categories do not all fit into one replica, each replica gets the images of its categories.
@@ -91,11 +93,11 @@ class HandleDetector:
             DetectorDiedError: The replica died during the call.
         """
         calls = split(categories, placement_of(self._handle.deployment_name))
+        depths = depths or [None] * len(images)
         if len(calls) == 1:
-            return await self._detect(images, categories)
-        answers = await asyncio.gather(
-            *(self._detect(images[rows], [categories[row] for row in rows]) for rows in calls), return_exceptions=True
-        )
+            return await self._detect(images, categories, depths)
+        parts = [(images[rows], [categories[row] for row in rows], [depths[row] for row in rows]) for rows in calls]
+        answers = await asyncio.gather(*(self._detect(*part) for part in parts), return_exceptions=True)
         judgements: dict[int, Judgement] = {}
         for rows, answer in zip(calls, answers, strict=True):
             if isinstance(answer, BaseException):
@@ -103,9 +105,9 @@ class HandleDetector:
             judgements.update(zip(rows, answer, strict=True))
         return [judgements[row] for row in range(len(categories))]
 
-    async def _detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
+    async def _detect(self, images: Pixels, categories: Sequence[str], depths: Depths) -> Sequence[Judgement]:
         try:
-            outcomes: Sequence[Judgement] = await self._call("detect", images, list(categories))
+            outcomes: Sequence[Judgement] = await self._call("detect", images, list(categories), list(depths))
         except DetectorOverloadedError as error:
             if isinstance(error.__cause__, ActorDiedError):
                 raise DetectorDiedError(f"a detector replica died during a call with {len(images)} images") from error
@@ -165,9 +167,9 @@ class DetectorDeployment:
         """Return the form that images of each category must have."""
         return await self._service.pixel_forms(categories)
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Judgement]:
+    async def detect(self, images: Pixels, categories: Sequence[str], depths: Depths) -> list[Judgement]:
         """Judge a batch; see `workers.ports.Detector`."""
-        return await self._service.detect(images, categories)
+        return await self._service.detect(images, categories, depths)
 
     async def status(self) -> dict[str, object]:
         """Return the status of the detector."""

@@ -14,7 +14,7 @@ import numpy as np
 from flawstream.calibration import is_anomalous, p_values
 from flawstream.engines.protocol import Engine, HeadRows
 from flawstream.imaging.maps import published_grid
-from flawstream.imaging.pixels import PixelForm, Pixels
+from flawstream.imaging.pixels import Depths, PixelForm, Pixels
 from flawstream.registry.registry import Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
@@ -28,7 +28,7 @@ from schemas.errors import (
     UnknownCategoryError,
 )
 from schemas.messages import Verdict
-from schemas.settings import DetectorSettings, ModelSettings
+from schemas.settings import BitDepth, DetectorSettings, ModelSettings
 from serving.availability import LOG_S
 from serving.batching import DrainBatcher
 from serving.engines import Engines, open_engines
@@ -138,19 +138,20 @@ class DetectorService:
         return self._store.categories_fit
 
     async def pixel_forms(self, categories: Sequence[str]) -> list[PixelForm]:
-        """Return the form that images of each category must have: that of its backbone."""
-        return [PixelForm.of(self._store.backbone_of(category)) for category in categories]
+        """Return the form that images of each category must have: that of its version."""
+        return [self._store.form_of(category) for category in categories]
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> list[Judgement]:
+    async def detect(self, images: Pixels, categories: Sequence[str], depths: Depths | None = None) -> list[Judgement]:
         """Judge a batch.
 
         Args:
             images: (B, S, S, 3), of the form that `pixel_forms` returns for each of the categories.
             categories: The B images' categories.
+            depths: By how many bits each was read, if its file has 16.
 
         Returns:
             For each image in order: a detection; a refusal if its category is unknown; or a deferral if the category's
-            current version cannot be used, or has moved to a backbone with another form since.
+            current version cannot be used, or has moved to one that takes images of another form since.
 
         Raises:
             DetectorOverloadedError: The queue is full; nothing was judged.
@@ -159,7 +160,9 @@ class DetectorService:
         self._require_a_form(images, len(categories))
         resident = self._store.get_all(categories)
         tags = [resident[category] for category in categories if category in resident]
-        if len(tags) == len(images) and all(_takes(model, images) for model in resident.values()):
+        depths = depths or [None] * len(images)
+        taken = all(_takes(model, images) for model in resident.values())
+        if taken and len(tags) == len(images) and all(map(_reads_as, tags, depths)):
             return list(await self._batcher.submit(images, tags))
         rows = [row for row, category in enumerate(categories) if category in resident]
         missing: dict[str, list[int]] = {}
@@ -167,8 +170,8 @@ class DetectorService:
             if category not in resident:
                 missing.setdefault(category, []).append(row)
         parts = [
-            self._judge_rows(images, rows, tags),
-            *(self._load_and_judge(images, rows, category) for category, rows in missing.items()),
+            self._judge_rows(images, rows, tags, depths),
+            *(self._load_and_judge(images, rows, category, depths) for category, rows in missing.items()),
         ]
         del resident, tags  # loading another version may have to wait until no call uses these
         judgements: dict[int, Judgement] = {}
@@ -186,23 +189,29 @@ class DetectorService:
             raise ShapeError(f"expected {shapes}, got {images.shape} {images.dtype}")
 
     async def _judge_rows(
-        self, images: Pixels, rows: Sequence[int], tags: Sequence[ResidentModel]
+        self,
+        images: Pixels,
+        rows: Sequence[int],
+        tags: Sequence[ResidentModel],
+        depths: Depths,
     ) -> dict[int, Judgement]:
         judgements: dict[int, Judgement] = {
-            row: _defer(model.manifest.category, "it has moved to a backbone that takes images of another form")
+            row: _defer(model.manifest.category, "it has moved to a version that takes images of another form")
             for row, model in zip(rows, tags, strict=True)
-            if not _takes(model, images)
+            if not (_takes(model, images) and _reads_as(model, depths[row]))
         }
         fitting = [(row, model) for row, model in zip(rows, tags, strict=True) if row not in judgements]
         rows, tags = [row for row, _ in fitting], [model for _, model in fitting]
         return judgements | dict(zip(rows, await self._batcher.submit(images[rows], tags), strict=True))
 
-    async def _load_and_judge(self, images: Pixels, rows: Sequence[int], category: str) -> dict[int, Judgement]:
+    async def _load_and_judge(
+        self, images: Pixels, rows: Sequence[int], category: str, depths: Depths
+    ) -> dict[int, Judgement]:
         """Judge the rows of a category that is not loaded: apart from the others, which need not wait for it."""
         model = await self._load(category)
         if not isinstance(model, ResidentModel):
             return dict.fromkeys(rows, model)
-        return await self._judge_rows(images, rows, [model] * len(rows))
+        return await self._judge_rows(images, rows, [model] * len(rows), depths)
 
     def _judge(self, images: Pixels, models: Sequence[ResidentModel]) -> list[Detection]:
         """Judge one batch of versions on one backbone; called in a thread of the batcher."""
@@ -322,6 +331,11 @@ class DetectorService:
 def _takes(model: ResidentModel, images: Pixels) -> bool:
     """Return whether images have the form of a version's backbone."""
     return _have_form(images, PixelForm.of(model.engine.spec))
+
+
+def _reads_as(model: ResidentModel, depth: BitDepth | None) -> bool:
+    """Return whether a version reads files of 16 bits as an image was read; None: its file has eight."""
+    return depth in (None, model.manifest.bit_depth)
 
 
 def _have_form(images: Pixels, form: PixelForm) -> bool:

@@ -26,7 +26,7 @@ from flawstream.registry.registry import WEIGHTS_FILE, Registry
 from flawstream.telemetry import metrics as m
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
 from schemas.errors import ModelUnavailableError, RegistryError, UnknownCategoryError
-from schemas.manifest import BackboneSpec, Calibration, ModelManifest
+from schemas.manifest import Calibration, ModelManifest
 from serving.availability import read_currents
 from serving.engines import Engines
 
@@ -93,7 +93,7 @@ class ModelStore:
         self._in_memory: list[weakref.ref[ResidentModel]] = []
         self._lock = Lock()
         self._known: dict[str, str] = {}
-        self._backbones: dict[str, tuple[str, BackboneSpec | None]] = {}
+        self._current_forms: dict[str, tuple[str, PixelForm | None]] = {}
         self._forms: frozenset[PixelForm] = frozenset()
         self._failures: dict[str, _Failure] = {}
         self._metrics = metrics
@@ -145,16 +145,16 @@ class ModelStore:
                 self._models.move_to_end(category)
             return models
 
-    def backbone_of(self, category: str) -> BackboneSpec:
-        """Return the backbone that judges a category: of its loaded version, else of its current one.
+    def form_of(self, category: str) -> PixelForm:
+        """Return the form of images that judge a category: of its loaded version, else of its current one.
 
         That of an unknown category, or a damaged version, is the first engine's.
         """
         model = self._models.get(category)
         if model is not None:
-            return model.engine.spec
-        _, backbone = self._backbones.get(category, ("", None))
-        return backbone or self._engines.first.spec
+            return PixelForm.of(model.engine.spec, model.manifest.bit_depth)
+        _, form = self._current_forms.get(category, ("", None))
+        return form or PixelForm.of(self._engines.first.spec)
 
     @property
     def forms(self) -> frozenset[PixelForm]:
@@ -282,7 +282,7 @@ class ModelStore:
             StorageUnavailableError: The registry cannot be read, or has no current version.
         """
         self._known = read_currents(self._registry)
-        self._read_backbones()
+        self._read_forms()
         with self._lock:
             stale = [
                 category
@@ -293,19 +293,19 @@ class ModelStore:
             with contextlib.suppress(RegistryError, ModelUnavailableError):  # `load` has logged the first
                 self.load(category)
 
-    def _read_backbones(self) -> None:
+    def _read_forms(self) -> None:
         """Read the manifests of versions that became current since the last time."""
-        before = self._backbones
+        before = self._current_forms
         changed = {name: version for name, version in self._known.items() if before.get(name, ("",))[0] != version}
         if not changed and before.keys() == self._known.keys():
             return
         manifests, _ = self._registry.manifests(changed)
-        read = {manifest.category: manifest.backbone for manifest in manifests}
-        self._backbones = {
+        read = {one.category: PixelForm.of(one.backbone, one.bit_depth) for one in manifests}
+        self._current_forms = {
             name: (version, read.get(name)) if name in changed else before[name]
             for name, version in self._known.items()
         }
-        self._forms = frozenset(PixelForm.of(one) for _, one in self._backbones.values() if one is not None)
+        self._forms = frozenset(form for _, form in self._current_forms.values() if form is not None)
 
 
 def load_version(

@@ -15,6 +15,7 @@ from schemas.errors import ConfigError, DatasetError
 from schemas.manifest import ImportRecord
 from schemas.messages import CATEGORY_PATTERN
 from schemas.settings import DetectorSettings, LimitSettings
+from training.datasets.bit_depth import find_bit_depth
 from training.datasets.folders import list_images
 from training.datasets.samples import CategoryData
 from training.pipeline import EvaluationData, Progress, Stage, evaluate_version, publish
@@ -75,6 +76,7 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
     backbone = job.model.make_backbone()
     head = job.model.make_head(backbone)
     extractor = FeatureExtractor(backbone, job.limits)
+    extractor.read_depth(find_bit_depth(images, job.limits))
     engine = make_local_engine(job.detector, lambda: backbone)
     data = EvaluationData(
         held_out=images.train,
@@ -92,6 +94,7 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
         category=job.category,
         backbone=backbone.spec,
         flow=job.model.flow,
+        bit_depth=extractor.form.bits,
         evaluated=evaluated,
         training=ImportRecord(
             source="anomalib",

@@ -32,7 +32,8 @@ from schemas.manifest import (
     ModelManifest,
     TrainingRecord,
 )
-from schemas.settings import DetectorSettings, ModelSettings, TrainingSettings
+from schemas.settings import BitDepth, DetectorSettings, ModelSettings, TrainingSettings
+from training.datasets.bit_depth import find_bit_depth
 from training.datasets.samples import CategoryData, Sample
 from training.report.report import TrainingCourse, judge, training_report
 from training.steps.evaluate import Evaluation, ImageScorer, ScoredImage
@@ -128,6 +129,7 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
     started_s = time.monotonic()
     images, recipe = job.data.train, job.training
     train_rows, held_out_rows = split_rows(len(images), recipe)
+    extractor.read_depth(recipe.bit_depths.get(job.data.name) or find_bit_depth(job.data, extractor.limits))
     head = FastFlowHead(extractor.spec, FlowSpec.of(job.model), seed=recipe.seed)
     losses = yield from _fit(job, extractor, head, train_rows)
     data = EvaluationData(
@@ -146,6 +148,7 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
         category=job.data.name,
         backbone=extractor.spec,
         flow=FlowSpec.of(job.model),
+        bit_depth=extractor.form.bits,
         evaluated=evaluated,
         training=TrainingRecord(
             dataset_sha256=dataset_sha256,
@@ -262,7 +265,7 @@ def evaluate_version(
         yield Progress(name, Stage.INT8, 0, 1)
     candidates = make_candidates(extractor, engine, head, data.int8_images, len(data.held_out))
     heads = [engine.load(head, None), *(candidate.loaded for candidate in candidates)]
-    scorer = ImageScorer(engine, heads, extractor.limits, data.top_fraction)
+    scorer = ImageScorer(engine, heads, extractor.limits, data.top_fraction, extractor.form.bits)
     scores_and_peaks: list[tuple[tuple[float, float], ...]] = []
     scored: list[ScoredImage] = []
     tested: list[ScoredImage] = []
@@ -301,6 +304,7 @@ def publish(
     category: str,
     backbone: BackboneSpec,
     flow: FlowSpec,
+    bit_depth: BitDepth,
     evaluated: EvaluatedVersion,
     training: TrainingRecord | ImportRecord,
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
@@ -317,6 +321,7 @@ def publish(
         category: The category.
         backbone: The backbone, for the manifest.
         flow: Configuration of the head, for the manifest.
+        bit_depth: By how many bits files of 16 were read.
         evaluated: Calibration, metrics and int8 graph.
         training: Record of the training or import, for the manifest.
         extra_files: Further files by name.
@@ -340,6 +345,7 @@ def publish(
         created_at=created_at,
         backbone=backbone,
         flow=flow,
+        bit_depth=bit_depth,
         calibration=evaluated.calibration,
         metrics=evaluated.metrics,
         training=training,

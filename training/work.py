@@ -13,7 +13,7 @@ from schemas.settings import DetectorSettings, ModelSettings, TrainingSettings
 from schemas.settings.training import PLACEMENT
 from training.datasets.samples import CategoryData
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when a release trains other weights or thresholds from the same data and recipe."""
 
 _READS_AT_ONCE = 8

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flawstream.imaging.pixels import PixelForm, Pixels
+from flawstream.imaging.pixels import Depths, PixelForm, Pixels
 from schemas.errors import Reason
 from schemas.messages import DeadLetter, DetectionResult, Verdict
 
@@ -88,12 +88,15 @@ class Detector(Protocol):
         """Return the form that images of each category must have; for unknown categories any."""
         ...
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
+    async def detect(
+        self, images: Pixels, categories: Sequence[str], depths: Depths | None = None
+    ) -> Sequence[Judgement]:
         """Judge a batch.
 
         Args:
             images: (B, S, S, 3), of the form that `pixel_forms()` returned for each of the categories.
             categories: B names.
+            depths: By how many bits each was read, if its file has 16.
 
         Returns:
             B judgements, in order.

@@ -15,18 +15,22 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from flawstream.imaging.jpeg import read_jpeg_header
+from flawstream.imaging.jpeg import JpegHeader, read_jpeg_header
+from flawstream.imaging.jpeg_strays import refuse_cut_intervals, without_gaps
+from flawstream.imaging.kinds import describe
+from flawstream.imaging.levels import Levels, to_eight_bits
 from flawstream.imaging.memory import DecodingMemory
 from flawstream.imaging.pixels import PixelForm, Pixels
-from flawstream.imaging.png import check_chunks, unpacked_bytes
+from flawstream.imaging.png import PngHeader, read_png_header, without_damaged_texts
 from flawstream.imaging.resize import resize
 from flawstream.imaging.tiff import read_tiff_layout
 from schemas.errors import MessageError, Reason, one_line
-from schemas.settings import LimitSettings
+from schemas.settings import BitDepth, LimitSettings
 
+Image.MAX_IMAGE_PIXELS = None  # `LimitSettings.max_pixels` is checked before anything is decoded
 logging.getLogger("PIL").setLevel(logging.INFO)  # at DEBUG it logs an image's tags
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_FORMATS = ("WEBP", "BMP", "TIFF")
 _CURE = "send a JPEG, PNG, WebP, BMP or TIFF"
 _JPEG_SIGNATURE, _PNG_SIGNATURE = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _STORED_BYTES_A_PIXEL = 3
@@ -40,6 +44,7 @@ _ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
 _MOST_DETAIL = 160
 """Characters of a library's own words in an error."""
 _MEMORY = DecodingMemory()
+_ANY_FORM = PixelForm(32)
 
 # A damaged image raises an error; OpenCV would print it on stderr as well.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -52,10 +57,17 @@ class DecodedImage:
     Attributes:
         pixels: (S, S, 3) RGB, upright; S and dtype as the `PixelForm` says.
         original_shape: (height, width) in pixels before resizing, upright.
+        levels: Of a file with 16 bits; None with 8.
     """
 
     pixels: Pixels
     original_shape: tuple[int, int]
+    levels: Levels | None = None
+
+    @property
+    def depth(self) -> BitDepth | None:
+        """By how many bits it was read, if its file has 16."""
+        return self.levels.bits if self.levels else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,10 @@ class _Header:
         height: Pixels, as stored.
         unpacked_bytes: Of the pixels as stored, before they are converted.
         passes: How often a decoder goes over all pixels.
-        orientation: From EXIF, 1 (upright) to 8. Only for JPEG: OpenCV applies it for other formats.
+        wide: Whether a sample has 16 bits.
+        white_is_zero: Whether the lowest level of a TIFF is white.
+        jpeg: What a JPEG says of itself.
+        png: What a PNG says of itself.
     """
 
     format: str
@@ -76,7 +91,10 @@ class _Header:
     height: int
     unpacked_bytes: int
     passes: int = 1
-    orientation: int = 1
+    wide: bool = False
+    white_is_zero: bool = False
+    jpeg: JpegHeader | None = None
+    png: PngHeader | None = None
 
     def decoding_bytes(self, form: PixelForm) -> int:
         """Estimate the memory that decoding takes."""
@@ -90,12 +108,12 @@ class _Header:
 def decode_image(data: bytes, form: PixelForm, limits: LimitSettings) -> DecodedImage:
     """Decode an image and resize it to a square, stretching it if it is not square.
 
-    Grey images get three equal channels, alpha is dropped (for TIFF, libtiff blends it with black), 16 bits are scaled
-    to 8, and the EXIF orientation is applied.
+    Grey images get three equal channels, alpha is dropped (for TIFF of 8 bits, libtiff blends it with black), eight are
+    kept of 16 bits, and the EXIF orientation is applied.
 
     Args:
         data: JPEG, PNG, WebP, BMP or TIFF bytes.
-        form: Size and filter to resize to.
+        form: Size and filter to resize to, and how many of 16 bits are filled.
         limits: Maximum size and aspect ratio.
 
     Raises:
@@ -107,13 +125,30 @@ def decode_image(data: bytes, form: PixelForm, limits: LimitSettings) -> Decoded
         return _decode(data, form, header)
 
 
+def read_levels(data: bytes, limits: LimitSettings) -> Levels | None:
+    """Read the grey levels of a file; None if it has 8 bits, and so is not decoded.
+
+    Args:
+        data: The file.
+        limits: Maximum size and aspect ratio.
+
+    Raises:
+        MessageError: `undecodable` or `too_large`.
+    """
+    return decode_image(data, _ANY_FORM, limits).levels if _read_header(data).wide else None
+
+
 def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
     try:
         if header.format == "JPEG":
             return _decode_jpeg(data, form, header)
         if header.format == "WEBP":  # OpenCV reads past the end of the container, and decodes any bytes there
             data = data[: 8 + int.from_bytes(data[4:8], "little")]
-        elif header.format == "TIFF":
+        if header.png is not None:
+            data = without_damaged_texts(data, header.png)
+        if header.wide:
+            return _decode_wide(data, form, header)
+        if header.format == "TIFF":
             _refuse_damaged_tiff(data)
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except (ValueError, OSError, cv2.error) as error:
@@ -127,38 +162,53 @@ def _decode(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
 
 def _decode_jpeg(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
     """Decode at the smallest scale that is large enough; apply the orientation after resizing, which is faster."""
+    jpeg = header.jpeg
+    assert jpeg is not None  # noqa: S101 - read from the same data
+    if jpeg.gaps:
+        data = without_gaps(data, jpeg)
+        jpeg = read_jpeg_header(data)
     min_side = form.side_px if form.resize == "area" else 0  # 0: full scale, as scaled decoding is another filter
-    pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=min_side, min_width=min_side, min_factor=1)
-    shape = (header.width, header.height) if header.orientation in _TRANSPOSED else (header.height, header.width)
-    return DecodedImage(_orient(resize(pixels, form), header.orientation), shape)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data, min_side, min_side, 1)
+    pixels = np.empty((int(height), int(width), 3), np.uint8)
+    try:
+        simplejpeg.decode_jpeg(
+            data, colorspace="RGB", min_height=min_side, min_width=min_side, min_factor=1, buffer=pixels
+        )
+    except ValueError as error:  # all is decoded, and this is the decoder's first warning
+        refuse_cut_intervals(data, jpeg, str(error))
+    orientation = _orientation(jpeg.exif)
+    shape = (jpeg.width, jpeg.height) if orientation in _TRANSPOSED else (jpeg.height, jpeg.width)
+    return DecodedImage(_orient(resize(pixels, form), orientation), shape)
 
 
 def _read_header(data: bytes) -> _Header:
-    """Read format, size and orientation without decoding a pixel."""
+    """Read format, size and depth without decoding a pixel."""
     try:
         if data.startswith(_JPEG_SIGNATURE):
             return _read_jpeg_header(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that our own limits refuse
             if data.startswith(_PNG_SIGNATURE):
-                check_chunks(data)  # before Pillow, which takes a second for tens of thousands of chunks
+                header = read_png_header(data)
+                return _Header("PNG", header.width, header.height, header.unpacked_bytes, wide=header.wide, png=header)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 pixels = image.width * image.height
                 if image.info.get("compression") in _BMP_RUN_LENGTHS:
                     raise ValueError("a run-length encoded BMP")  # noqa: TRY301 - reported as a damaged header
-                if image.format == "PNG":
-                    return _Header("PNG", image.width, image.height, unpacked_bytes(data))
                 if image.format == "TIFF":
                     layout = read_tiff_layout(image, data)
-                    return _Header("TIFF", image.width, image.height, layout.unpacked_bytes, layout.passes)
+                    return _Header(
+                        "TIFF",
+                        image.width,
+                        image.height,
+                        layout.unpacked_bytes,
+                        layout.passes,
+                        wide=layout.wide,
+                        white_is_zero=layout.white_is_zero,
+                    )
                 return _Header(str(image.format), image.width, image.height, len(image.getbands()) * pixels)
     except UnidentifiedImageError:
-        raise MessageError(
-            Reason.UNDECODABLE,
-            f"{len(data):,} bytes that start with {data[:8].hex(' ')} are not a supported image; {_CURE}",
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise MessageError(Reason.TOO_LARGE, f"{one_line(error, _MOST_DETAIL)}; send a smaller image") from None
+        raise MessageError(Reason.UNDECODABLE, describe(data)) from None
     except Exception as error:  # noqa: BLE001 - Pillow raises any exception on damaged headers
         raise MessageError(
             Reason.UNDECODABLE, f"the image's header is damaged ({one_line(error, _MOST_DETAIL)}); {_CURE}"
@@ -167,12 +217,21 @@ def _read_header(data: bytes) -> _Header:
 
 def _read_jpeg_header(data: bytes) -> _Header:
     header = read_jpeg_header(data)
-    coefficients = 2 * header.components * header.width * header.height if header.keeps_coefficients else 0
-    return _Header("JPEG", header.width, header.height, coefficients, header.passes, _orientation(header.exif))
+    coefficients = 0 if header.scan else 2 * header.components * header.width * header.height
+    return _Header("JPEG", header.width, header.height, coefficients, header.passes, jpeg=header)
+
+
+def _decode_wide(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
+    """Decode samples of 16 bits. OpenCV reports a damaged strip of such a TIFF; as RGB it would give garbage."""
+    stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_BGR | cv2.IMREAD_ANYDEPTH)
+    if stored is None:
+        raise ValueError("it cannot be decoded")
+    bgr, levels = to_eight_bits(stored, form.bits, white_is_zero=header.white_is_zero)
+    return DecodedImage(np.ascontiguousarray(resize(bgr, form)[:, :, ::-1]), (bgr.shape[0], bgr.shape[1]), levels)
 
 
 def _refuse_damaged_tiff(data: bytes) -> None:
-    """Refuse a TIFF with a damaged strip, which OpenCV decodes without an error, leaving a hole."""
+    """Refuse a TIFF with a damaged strip, which OpenCV decodes without an error, leaving a hole, if it has 8 bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:

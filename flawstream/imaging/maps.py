@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from flawstream.imaging.png import check_chunks
+from flawstream.imaging.png import read_png_header
 from schemas.errors import MessageError, Reason
 from schemas.messages import AnomalyMap, Box, MapCodec
 
@@ -125,7 +125,7 @@ def decode_map(encoded: AnomalyMap) -> NDArray[np.float32]:
                 ">II", width, height
             ):  # PNG's header: do not unpack a decompression bomb
                 raise ValueError("the PNG has another size")  # noqa: TRY301 - the same
-            check_chunks(encoded.data)
+            read_png_header(encoded.data)
             levels = np.asarray(cv2.imdecode(np.frombuffer(encoded.data, np.uint8), cv2.IMREAD_UNCHANGED))
             if levels.dtype != np.uint16:
                 raise ValueError("not a PNG of 16 bits")  # noqa: TRY301 - the same

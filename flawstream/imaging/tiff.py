@@ -10,10 +10,13 @@ from math import ceil
 
 from PIL import Image
 
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES = 256, 257, 258, 259, 277
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 256, 257, 258, 259, 262, 277
 _STRIP_OFFSETS, _ROWS_PER_STRIP, _STRIP_BYTES = 273, 278, 279
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _JPEG_COMPRESSIONS = (6, 7)
+_WHITE_IS_ZERO = 0
+_WIDE_BITS = 16
+_READ_BITS = (1, 2, 4, 8, _WIDE_BITS)
 _FAX_GROUP_4 = 4
 """A code of one bit for each change of black and white: 8 MB of thin stripes took 3 s."""
 _SCAN = b"\xff\xda"
@@ -26,10 +29,14 @@ class TiffLayout:
     Attributes:
         unpacked_bytes: Of all strips or tiles, padding included.
         passes: Most scans of a JPEG inside; 1 without one.
+        wide: Whether a sample has 16 bits.
+        white_is_zero: Whether the lowest level is white.
     """
 
     unpacked_bytes: int
     passes: int
+    wide: bool
+    white_is_zero: bool
 
 
 def read_tiff_layout(image: Image.Image, data: bytes) -> TiffLayout:
@@ -54,10 +61,17 @@ def read_tiff_layout(image: Image.Image, data: bytes) -> TiffLayout:
         raise ValueError("its strips overlap or do not end inside the file")
     if tags.get(_COMPRESSION) == _FAX_GROUP_4:
         raise ValueError("it is compressed as a fax page, by CCITT group 4")
-    bits = tags.get(_BITS, (1,))
+    bits = max(tags.get(_BITS, (1,)))
+    if bits not in _READ_BITS:
+        raise ValueError(f"it has {bits} bits a sample, not 8 or 16")
     samples = int(tags.get(_SAMPLES, 1))
     passes = 1
     if tags.get(_COMPRESSION) in _JPEG_COMPRESSIONS:
         parts = zip(offsets, lengths, strict=True)
         passes = max((data.count(_SCAN, start, start + length) for start, length in parts), default=1)
-    return TiffLayout(ceil(width * height * samples * max(bits) / 8), max(passes, 1))
+    return TiffLayout(
+        ceil(width * height * samples * bits / 8),
+        max(passes, 1),
+        wide=bits == _WIDE_BITS,
+        white_is_zero=tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO,
+    )

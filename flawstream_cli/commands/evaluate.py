@@ -170,7 +170,7 @@ def _evaluate_version(
     evaluation = Evaluation()
     judged: list[JudgedImage] = []
     scored = track(
-        ImageScorer(engine, [loaded], limits, calibration.top_fraction).score(paths),
+        ImageScorer(engine, [loaded], limits, calibration.top_fraction, manifest.bit_depth).score(paths),
         description=manifest.model,
         total=len(paths),
         console=err,

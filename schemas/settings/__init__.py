@@ -9,7 +9,7 @@ from schemas.settings.detector import DetectorSettings
 from schemas.settings.limits import LimitSettings
 from schemas.settings.logs import LoggingSettings
 from schemas.settings.metrics import MetricsSettings
-from schemas.settings.model import BackboneArithmetic, ModelSettings, Resize
+from schemas.settings.model import BackboneArithmetic, BitDepth, ModelSettings, Resize
 from schemas.settings.redis import RedisSettings
 from schemas.settings.references import ReferenceSettings
 from schemas.settings.registry import RegistrySettings
@@ -23,6 +23,7 @@ __all__ = [
     "ApiSettings",
     "BackboneArithmetic",
     "BacklogSettings",
+    "BitDepth",
     "DetectorSettings",
     "LimitSettings",
     "LoggingSettings",

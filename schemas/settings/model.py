@@ -14,6 +14,8 @@ from schemas.settings.section import PathOrUrl, Section
 
 BackboneArithmetic = Literal["float32", "int8"]
 """In what a backbone computes, in training and serving alike."""
+BitDepth = Literal[8, 10, 12, 14, 16]
+"""How many of the lower bits a camera fills in files of 16 bits."""
 Resize = Literal["area", "antialias"]
 """How an image becomes the square that a model sees: `flawstream.imaging.resize`."""
 

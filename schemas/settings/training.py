@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from schemas.settings.model import BitDepth
 from schemas.settings.section import Fraction, Section
 
 PLACEMENT = frozenset({"num_gpus", "device", "labels", "memory_gb", "wait_for_nodes"})
@@ -24,6 +25,11 @@ class TrainingSettings(Section):
         0.2, description="Share of the normal images that never trains the flow and sets thresholds and p-values."
     )
     false_alarm_rate: Fraction = Field(0.05, description="Share of normal parts that may be called anomalous.")
+    bit_depths: dict[str, BitDepth] = Field(
+        {},
+        description="By category, how many bits its camera fills in files of 16: 8, 10, 12, 14 or 16. For the others "
+        "the fewest that hold all levels of their images. Kept in the version's manifest.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the split, the permutations, the weights and the order of images.")
     int8: bool = Field(
         True,  # noqa: FBT003

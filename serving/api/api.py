@@ -179,7 +179,7 @@ def _add_detect(v1: APIRouter, detector: Detector, bodies: Bodies, limits: Limit
             decode_start_s = time.perf_counter()
             image = await run_in_threadpool(decode_image, data, form, limits)
         detect_start_s = time.perf_counter()
-        (outcome,) = await detector.detect(image.pixels[np.newaxis], [category])
+        (outcome,) = await detector.detect(image.pixels[np.newaxis], [category], [image.depth])
         if isinstance(outcome, Refusal):
             raise MessageError(outcome.reason, outcome.detail)
         if isinstance(outcome, Deferral):

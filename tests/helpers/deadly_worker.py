@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from flawstream.imaging.pixels import Pixels
+from flawstream.imaging.pixels import Depths, Pixels
 from helpers.fakes import FakeDetector
 from schemas.settings import Settings
 from workers.consume.sharded import ShardedWorker
@@ -23,10 +23,12 @@ MAX_DELIVERIES = 2
 class DeadlyDetector(FakeDetector):
     """Takes its process along when it sees the image."""
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
+    async def detect(
+        self, images: Pixels, categories: Sequence[str], depths: Depths | None = None
+    ) -> Sequence[Judgement]:
         if any(int(image.mean()) == DEADLY for image in images):
             os.kill(os.getpid(), signal.SIGKILL)
-        return await super().detect(images, categories)
+        return await super().detect(images, categories, depths)
 
 
 async def _main(url: str) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from flawstream.imaging.pixels import PixelForm, Pixels
+from flawstream.imaging.pixels import Depths, PixelForm, Pixels
 from schemas.errors import DetectorDiedError
 from schemas.messages import DetectionResult, Verdict
+from schemas.settings import BitDepth
 from workers.ports import Completion, Deferral, Detection, Entry, Judgement, Refusal
 
 ARRIVED = datetime(2026, 1, 1, tzinfo=UTC)
@@ -226,7 +227,9 @@ class FakeDetector:
         self.poisonous: set[int] = set()
         self.deadly: set[int] = set()
         self.unknown: dict[str, Refusal | Deferral] = {}
+        self.bits: BitDepth = 16
         self.batches: list[list[str]] = []
+        self.depths: list[BitDepth | None] = []
         self.under_way = 0
         self.most_under_way = 0
         self.started = asyncio.Semaphore(0)
@@ -235,12 +238,15 @@ class FakeDetector:
         self._size_px = size_px
 
     async def pixel_forms(self, categories: Sequence[str]) -> list[PixelForm]:
-        return [PixelForm(self._size_px)] * len(categories)
+        return [PixelForm(self._size_px, bits=self.bits)] * len(categories)
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
+    async def detect(
+        self, images: Pixels, categories: Sequence[str], depths: Depths | None = None
+    ) -> Sequence[Judgement]:
         assert images.dtype == np.uint8
         assert images.shape == (len(categories), self._size_px, self._size_px, 3)
         self.batches.append(list(categories))
+        self.depths += depths or ()
         self.started.release()
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)

@@ -14,6 +14,7 @@ from flawstream.fastflow.head import FastFlowHead
 from flawstream.imaging.pixels import Pixels
 from flawstream.registry.registry import Registry
 from schemas.manifest import Arithmetic, BackboneSpec, FlowSpec, ModelManifest, TrainingRecord
+from schemas.settings import BitDepth
 
 SPEC = BackboneSpec(
     name="tiny",
@@ -43,6 +44,7 @@ def make_manifest(
     files: Mapping[str, bytes] = MappingProxyType({}),
     age: timedelta = timedelta(),
     scores: Sequence[float] = CALIBRATION_SCORES,
+    bit_depth: BitDepth = 16,
 ) -> ModelManifest:
     """Describe a version that nobody trained."""
     levels = np.array(scores)
@@ -52,6 +54,7 @@ def make_manifest(
         created_at=datetime(2026, 1, 1, tzinfo=UTC) - age,
         backbone=spec,
         flow=flow,
+        bit_depth=bit_depth,
         calibration=calibrate(levels, levels, FALSE_ALARM_RATE, top_fraction=0.0),
         training=TrainingRecord(
             dataset_sha256="0" * 64,
@@ -82,11 +85,14 @@ def write_version(
     promote: bool = True,
     age: timedelta = timedelta(),
     scores: Sequence[float] = CALIBRATION_SCORES,
+    bit_depth: BitDepth = 16,
 ) -> ModelManifest:
     """Publish a version with random weights, or with the bytes given for weights."""
     data = FastFlowHead(spec, flow).to_bytes() if weights is None else weights
     files = {"flow.safetensors": data}
-    manifest = make_manifest(category, version, spec=spec, flow=flow, files=files, age=age, scores=scores)
+    manifest = make_manifest(
+        category, version, spec=spec, flow=flow, files=files, age=age, scores=scores, bit_depth=bit_depth
+    )
     registry.write(manifest, files)
     if promote:
         registry.promote(category, version)

@@ -18,6 +18,8 @@ from flawstream.registry.registry import Registry
 from schemas.settings import ModelSettings
 from soak.fuzz_corpus import CATEGORY, KEY_PREFIX, MAX_IMAGE_BYTES, S3_PREFIX, WEB_PATH
 
+TRIMMED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""Else glibc keeps blocks that are freed, a few hundred MB of them, which would hide what is never freed."""
 _CLOSED_PORT = "http://127.0.0.1:9"
 _STOP_S = 60
 _SIDE_PX = 64
@@ -104,9 +106,6 @@ class WorkerProcess:
             "FLAWSTREAM_LIMITS__MAX_IMAGE_BYTES": str(MAX_IMAGE_BYTES),
             "FLAWSTREAM_REFERENCES__ALLOW": json.dumps([KEY_PREFIX, S3_PREFIX, f"http://{web}{WEB_PATH}"]),
             "FLAWSTREAM_REFERENCES__TRIES": "2",
-            # glibc keeps blocks that are let go, a few hundred MB of them, which would hide what is never let go
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "MALLOC_TRIM_THRESHOLD_": "131072",
             # should a reference to S3 slip through, it leads nowhere
             "AWS_ENDPOINT_URL": _CLOSED_PORT,
             "AWS_ACCESS_KEY_ID": "none",
@@ -117,7 +116,7 @@ class WorkerProcess:
         with log.open("wb") as errors:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter, our own module
                 [sys.executable, "-m", "flawstream_cli", "worker", *options],
-                env=os.environ | settings,
+                env=os.environ | TRIMMED | settings,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from helpers.fakes import FakeClock, FakeReader, FakeSink, FakeStream, detection
 
-from flawstream.imaging.pixels import PixelForm, Pixels
+from flawstream.imaging.pixels import Depths, PixelForm, Pixels
 from schemas.errors import (
     DetectorDiedError,
     DetectorOverloadedError,
@@ -388,7 +388,10 @@ class _Ports:
     async def pixel_forms(self, categories: Sequence[str]) -> Sequence[PixelForm]:
         return await self._on_detector(lambda: self._forms(len(categories)))
 
-    async def detect(self, images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
+    async def detect(
+        self, images: Pixels, categories: Sequence[str], depths: Depths | None = None
+    ) -> Sequence[Judgement]:
+        del depths  # all images have eight bits
         return await self._on_detector(lambda: self._judge(images, categories))
 
     async def _forms(self, count: int) -> list[PixelForm]:

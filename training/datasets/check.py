@@ -13,7 +13,8 @@ from operator import attrgetter
 from pathlib import Path
 
 from flawstream.calibration import shortage
-from schemas.settings import LimitSettings, TrainingSettings
+from schemas.settings import BitDepth, LimitSettings, TrainingSettings
+from training.datasets.bit_depth import warn_of_depth
 from training.datasets.decoding import FileCheck, ImageCheck, MaskCheck, UnreadableFile
 from training.datasets.folders import image_files, is_normal
 from training.datasets.samples import CategoryData, Sample, Skip, Skipped
@@ -65,6 +66,7 @@ class DatasetProblem(StrEnum):
     MISPLACED_IMAGE = "misplaced_image"
     OTHER_FILE = "other_file"
     HIDDEN_FILE = "hidden_file"
+    BIT_DEPTH = "bit_depth"
 
 
 _WARNINGS = frozenset(
@@ -83,6 +85,7 @@ _WARNINGS = frozenset(
         DatasetProblem.SUBFOLDER,
         DatasetProblem.MISPLACED_IMAGE,
         DatasetProblem.OTHER_FILE,
+        DatasetProblem.BIT_DEPTH,
     }
 )
 _NOTES = frozenset({DatasetProblem.MARKED, DatasetProblem.HIDDEN_FILE})
@@ -178,13 +181,16 @@ def calibration_count(train_images: int, fraction: float) -> int:
     return max(1, round(train_images * fraction))
 
 
-def check_content(data: CategoryData, files: Iterable[FileCheck], limits: LimitSettings) -> list[Finding]:
+def check_content(
+    data: CategoryData, files: Iterable[FileCheck], limits: LimitSettings, bit_depth: BitDepth | None = None
+) -> list[Finding]:
     """Check the content of files.
 
     Args:
         data: The category.
         files: Output of `decoding.decode_files`.
         limits: What the stream refuses.
+        bit_depth: That of the settings, if any.
     """
     findings: list[Finding] = []
     images: dict[Path, ImageCheck] = {}
@@ -202,6 +208,8 @@ def check_content(data: CategoryData, files: Iterable[FileCheck], limits: LimitS
     findings += alike or _check_duplicates(data, images)
     findings += _check_lengths(data, list(images.values()), limits)
     findings += _check_uniformity(data, list(images.values()))
+    if warning := warn_of_depth([image.levels for image in images.values()], bit_depth):
+        findings.append(Finding(data.name, DatasetProblem.BIT_DEPTH, None, warning))
     return findings
 
 

@@ -4,13 +4,14 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from flawstream.imaging.decode import decode_image
+from flawstream.imaging.levels import Levels, bit_depth_of
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import MessageError
 from schemas.settings import LimitSettings
@@ -29,6 +30,7 @@ class ImageCheck:
         grey: Whether all three channels are equal.
         digest: Equal for images that are equal for the model.
         size_bytes: Of the file.
+        levels: Of a file with 16 bits; None with 8.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class ImageCheck:
     grey: bool
     digest: bytes
     size_bytes: int
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,9 @@ def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileChec
     try:
         data = read_file(path)
         image = decode_image(data, form, limits)
+        levels = image.levels
+        if levels is not None:  # by the bits that it fills itself, so that no two are alike for lack of levels
+            image = decode_image(data, replace(form, bits=bit_depth_of(levels.highest)), limits)
     except OSError as error:
         return UnreadableFile(path, f"cannot be read: {error.strerror}; check its permissions and the disk")
     except MessageError as error:
@@ -112,7 +118,7 @@ def _check_image(path: Path, form: PixelForm, limits: LimitSettings) -> FileChec
     height, width = image.original_shape
     digest = hashlib.sha256(f"{height} {width} ".encode())
     digest.update(image.pixels.tobytes())
-    return ImageCheck(path, (height, width), grey, digest.digest(), len(data))
+    return ImageCheck(path, (height, width), grey, digest.digest(), len(data), levels)
 
 
 def _check_mask(path: Path) -> FileCheck:

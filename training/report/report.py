@@ -18,7 +18,7 @@ from flawstream.imaging.maps import decode_map, encode_jpeg, encode_map, paint, 
 from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import EvaluationMetrics
 from schemas.messages import AnomalyMap, MapCodec
-from schemas.settings import LimitSettings
+from schemas.settings import BitDepth, LimitSettings
 from training.datasets.masks import read_masks
 from training.datasets.samples import Sample
 from training.datasets.storage import read_file
@@ -46,6 +46,7 @@ class JudgedImage:
         threshold: The threshold of image scores.
         map: The anomaly map; encoded to save memory, as few of the images are shown.
         masks: The files of its masks.
+        bits: By how many bits it was read, if its file has 16.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class JudgedImage:
     threshold: float
     map: AnomalyMap
     masks: Sequence[Path] = ()
+    bits: BitDepth = 16
 
     @property
     def is_alarm(self) -> bool:
@@ -93,6 +95,7 @@ def judge(category: str, sample: Sample, image: ScoredImage, threshold: float) -
         threshold=threshold,
         map=encode_map(half, (image.side, image.side), MapCodec.GRID_F16, threshold),
         masks=sample.masks,
+        bits=image.bits,
     )
 
 
@@ -221,7 +224,7 @@ def _rank(image: JudgedImage) -> float:
 
 
 def _card(image: JudgedImage) -> dict[str, Any]:
-    decoded = decode_image(read_file(image.path), PixelForm(image.map.shape[0]), _LIMITS)
+    decoded = decode_image(read_file(image.path), PixelForm(image.map.shape[0], bits=image.bits), _LIMITS)
     pixels = np.asarray(decoded.pixels, np.uint8)
     return {
         "name": image.path.name,

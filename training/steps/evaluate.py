@@ -12,7 +12,7 @@ from flawstream.engines.protocol import Engine, HeadRows, Loaded
 from flawstream.imaging.maps import Grid, upsample
 from flawstream.imaging.pixels import PixelForm
 from schemas.manifest import DefectMetrics, EvaluationMetrics
-from schemas.settings import LimitSettings
+from schemas.settings import BitDepth, LimitSettings
 from training.datasets.masks import read_masks
 from training.datasets.samples import Sample
 from training.report.metrics import Interval, PixelTally, image_metrics, rate_interval
@@ -41,12 +41,14 @@ class ScoredImage:
         score: Image score, nats per channel.
         grids: One (H_s, W_s) anomaly map per feature scale, nats per channel.
         side: S, the input size in pixels.
+        bits: By how many bits it was read, if its file has 16.
     """
 
     path: Path
     score: float
     grids: tuple[Grid, ...]
     side: int
+    bits: BitDepth = 16
 
     def anomaly_map(self) -> NDArray[np.float32]:
         """Upsample the grids to (S, S) float32, nats per channel."""
@@ -61,13 +63,22 @@ class ImageScorer:
         heads: Loaded heads, to score the same pixels with.
         limits: Maximum size and aspect ratio of images.
         top_fraction: Fraction of the grid that the image score is computed from.
+        bits: By how many bits files of 16 are read.
     """
 
-    def __init__(self, engine: Engine, heads: Sequence[Loaded], limits: LimitSettings, top_fraction: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        heads: Sequence[Loaded],
+        limits: LimitSettings,
+        top_fraction: float,
+        bits: BitDepth = 16,
+    ) -> None:
         self._engine = engine
         self._heads = heads
         self._limits = limits
         self._top_fraction = top_fraction
+        self._form = PixelForm.of(engine.spec, bits)
 
     def score(self, paths: Sequence[Path]) -> Iterator[tuple[ScoredImage, ...]]:
         """Score images in order.
@@ -78,16 +89,21 @@ class ImageScorer:
         Raises:
             DatasetError: A file cannot be read or is not an image.
         """
-        form = PixelForm.of(self._engine.spec)
-        side = form.side_px
+        side, bits = self._form.side_px, self._form.bits
         done = 0
-        for images in decode_batches(paths, form, self._limits):
+        for images in decode_batches(paths, self._form, self._limits):
             pixels = np.stack([image.pixels for image in images])
             rows = np.arange(len(images))
             of_heads = [self._engine.detect(pixels, [HeadRows(head, rows, self._top_fraction)]) for head in self._heads]
             for row in rows.tolist():
                 yield tuple(
-                    ScoredImage(paths[done + row], float(one.scores[row]), tuple(grid[row] for grid in one.grids), side)
+                    ScoredImage(
+                        paths[done + row],
+                        float(one.scores[row]),
+                        tuple(grid[row] for grid in one.grids),
+                        side,
+                        bits,
+                    )
                     for one in of_heads
                 )
             done += len(images)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from flawstream.fastflow.backbone import Backbone
 from flawstream.imaging.decode import DecodedImage, decode_image
 from flawstream.imaging.pixels import PixelForm, Pixels
 from schemas.errors import ConfigError, DatasetError, MessageError
-from schemas.settings import LimitSettings
+from schemas.settings import BitDepth, LimitSettings
 from training.datasets.storage import READS_AT_ONCE, is_url, read_file
 
 _BATCH = 16
@@ -43,7 +44,7 @@ class FeatureExtractor:
         spec: Its description.
         threads: CPU threads.
         limits: Maximum size and aspect ratio of images.
-        form: Form of the pixels that the backbone takes.
+        form: Form of the pixels that the backbone takes; `read_depth` sets how files of 16 bits become them.
     """
 
     def __init__(self, backbone: Backbone, limits: LimitSettings, threads: int = 0) -> None:
@@ -52,6 +53,10 @@ class FeatureExtractor:
         self.threads = threads
         self.limits = limits
         self.form = PixelForm.of(backbone.spec)
+
+    def read_depth(self, bits: BitDepth) -> None:
+        """Read files of 16 bits by so many of them from now on: each category has its own depth."""
+        self.form = replace(self.form, bits=bits)
 
     @cached_property
     def _run(self) -> Callable[[Pixels], list[Tensor]]:

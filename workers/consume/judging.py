@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from flawstream.imaging.pixels import Pixels
+from flawstream.imaging.pixels import Depths, Pixels
 from schemas.errors import (
     DetectorDiedError,
     EverythingFailsError,
@@ -103,7 +103,7 @@ class Judging:
         category = one.message.category
         plain = np.full_like(one.image.pixels[np.newaxis], _GREY)
         try:
-            await self._retry.call(partial(self._call, plain, [category]), self._deadline_s)
+            await self._retry.call(partial(self._call, plain, [category], [None]), self._deadline_s)
         except (TransientError, StageTimeoutError):
             raise
         except Exception as other:  # noqa: BLE001 - whatever the detector raises
@@ -122,7 +122,11 @@ class Judging:
         for one in decoded:
             forms.setdefault((one.image.pixels.shape, one.image.pixels.dtype), []).append(one)
         calls = [
-            self._call(np.stack([one.image.pixels for one in alike]), [one.message.category for one in alike])
+            self._call(
+                np.stack([one.image.pixels for one in alike]),
+                [one.message.category for one in alike],
+                [one.image.depth for one in alike],
+            )
             for alike in forms.values()
         ]
         answers = await asyncio.gather(*calls, return_exceptions=True)  # none is running when another has failed
@@ -136,9 +140,9 @@ class Judging:
             self._judged += 1
         return judgements
 
-    async def _call(self, images: Pixels, categories: list[str]) -> Sequence[Judgement]:
+    async def _call(self, images: Pixels, categories: list[str], depths: Depths) -> Sequence[Judgement]:
         async with stage_limit(self._limit_s):
-            judgements = await self._detector.detect(images, categories)
+            judgements = await self._detector.detect(images, categories, depths)
         if len(judgements) != len(categories):
             raise ShapeError(f"the detector gave {len(judgements)} judgements for {len(categories)} images")
         return judgements

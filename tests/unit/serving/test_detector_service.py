@@ -275,12 +275,36 @@ async def test_category_moves_to_another_backbone_while_it_is_served(registry: C
         bottle, late = await judge(service, [10, 20], ["bottle", "cable"])  # decoded before that
         assert isinstance(bottle, Detection)
         assert isinstance(late, Deferral)
-        assert "has moved to a backbone that takes images of another form" in late.detail
+        assert "has moved to a version that takes images of another form" in late.detail
         assert await service.pixel_forms(["cable"]) == [PixelForm(96)]
         (cable,) = await service.detect(image(20, 96)[np.newaxis], ["cable"])
         assert isinstance(cable, Detection)
         assert cable.model == "cable@v2"
     assert opened == ["large"]
+
+
+async def test_images_read_by_the_depth_of_the_version_before_are_deferred(registry: CountingRegistry) -> None:
+    write_version(registry, "bottle", bit_depth=10)
+    write_version(registry, "cable", bit_depth=12)
+    async with running(registry, refresh_s=0.001) as service:
+        forms = await service.pixel_forms(["bottle", "cable", "nope"])
+        assert [form.bits for form in forms] == [10, 12, 16]
+        write_version(registry, "bottle", "v2", bit_depth=12)
+        await wait_until_async(
+            lambda: "bottle@v2" in service.status()["resident"],  # type: ignore[operator]  # a list
+            "the version of another depth is loaded",
+            every_s=0.001,
+        )
+        assert [form.bits for form in await service.pixel_forms(["bottle"])] == [12]
+        images = np.stack([image(level) for level in (10, 20, 30, 40)])
+        late, eight_bits, bottle, cable = await service.detect(images, ["bottle"] * 3 + ["cable"], [10, None, 12, 12])
+    assert isinstance(late, Deferral)
+    assert "has moved to a version that takes images of another form" in late.detail
+    assert [one.model for one in (eight_bits, bottle, cable) if isinstance(one, Detection)] == [
+        "bottle@v2",
+        "bottle@v2",
+        "cable@v1",
+    ]
 
 
 async def test_version_whose_backbone_cannot_be_opened_is_deferred_alone(registry: CountingRegistry) -> None:

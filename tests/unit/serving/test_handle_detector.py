@@ -11,6 +11,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from flawstream.imaging.pixels import PixelForm
 from schemas.errors import DetectorDiedError, DetectorOverloadedError, MessageError, Reason
+from schemas.settings import BitDepth
 from serving import routing
 from serving.deployments import HandleDetector
 from serving.routing import Placement, split
@@ -152,12 +153,14 @@ async def test_each_replica_gets_the_images_of_its_categories_and_judgements_com
     two_replicas: list[list[int]],
 ) -> None:
     handle = Handle(*([Refusal(Reason.POISON, str(row)) for row in rows] for rows in two_replicas))
-    judgements = await HandleDetector(handle, NEVER_S).detect(BATCH, CATEGORIES)
+    depths: list[BitDepth | None] = [12, None, 12, 12, None, 10, 16, None]
+    judgements = await HandleDetector(handle, NEVER_S).detect(BATCH, CATEGORIES, depths)
     assert [one.detail for one in judgements if isinstance(one, Refusal)] == [str(row) for row in range(8)]
     assert len(handle.arguments) == 2
-    for (images, categories), rows in zip(handle.arguments, two_replicas, strict=True):
+    for (images, categories, read_by), rows in zip(handle.arguments, two_replicas, strict=True):
         assert categories == [CATEGORIES[row] for row in rows]
         assert images[:, 0, 0, 0].tolist() == rows
+        assert read_by == [depths[row] for row in rows]
 
 
 async def test_batch_is_judged_again_as_a_whole_where_one_of_its_calls_fails(two_replicas: list[list[int]]) -> None:

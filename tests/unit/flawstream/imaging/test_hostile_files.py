@@ -109,7 +109,7 @@ def test_header_is_what_pillow_reads(options: dict[str, object], mode: str) -> N
     data = encode(Image.effect_noise((90, 70), 60).convert(mode), "JPEG", **options)
     header = read_jpeg_header(data)
     assert (header.width, header.height, header.components) == (90, 70, len(Image.new(mode, (1, 1)).getbands()))
-    assert header.keeps_coefficients == bool(options.get("progressive"))
+    assert (header.scan is None) == bool(options.get("progressive"))
     assert header.passes == (data.count(b"\xff\xda") if options.get("progressive") else 1)
 
 
@@ -200,3 +200,34 @@ def test_image_that_is_larger_than_the_limit_is_decoded_alone() -> None:
         order.append("small is done")
     thread.join(60)
     assert order == ["small is done", "large"]
+
+
+@pytest.mark.parametrize("compression", [cv2.IMWRITE_TIFF_COMPRESSION_LZW, cv2.IMWRITE_TIFF_COMPRESSION_ADOBE_DEFLATE])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_tiff_with_a_damaged_strip_is_refused(compression: int, channels: int) -> None:
+    """It is decoded once: OpenCV reports damage where it keeps all bits, and leaves a hole where it does not."""
+    levels = np.random.default_rng(0).integers(0, 1 << 16, (64, 64, channels), np.uint16)
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, compression, cv2.IMWRITE_TIFF_PREDICTOR, cv2.IMWRITE_TIFF_PREDICTOR_NONE]
+    data = cv2.imencode(".tiff", levels, options)[1].tobytes()
+    decode_image(data, FORM, LIMITS)
+    error = refusal(data[:3000] + bytes(100) + data[3100:])
+    assert error.reason is Reason.UNDECODABLE
+    assert "the TIFF is damaged" in str(error)
+
+
+def test_sixteen_bit_tiff_is_not_decoded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("Pillow decodes it too"))
+    levels = np.full((64, 64, 3), 0x5AFF, np.uint16)
+    assert (
+        decode_image(cv2.imencode(".tiff", levels)[1].tobytes(), FORM, LIMITS).pixels.tolist()
+        == [[[0x5A] * 3] * 32] * 32
+    )
+
+
+def test_sixteen_bit_tiff_in_which_white_is_zero_is_inverted() -> None:
+    levels = np.array([0x0000, 0x10FF, 0xFFFF], np.uint16)
+    data = tiff(2, (273, 4, 1, 200), (278, 4, 1, 2), (279, 4, 1, 8), bits=16)
+    data = data[:200] + levels[[0, 1, 2, 0]].tobytes() + data[208:]
+    data = data.replace(struct.pack("<HHII", 262, 3, 1, 1), struct.pack("<HHII", 262, 3, 1, 0))
+    pixels = decode_image(data, PixelForm(2), LIMITS).pixels
+    assert pixels[:, :, 0].tolist() == [[255, 239], [0, 255]]

@@ -7,7 +7,7 @@ import pytest
 from helpers.fakes import FakeReader, entry_id, image_entry, png
 from helpers.worker_bench import Bench
 
-from flawstream.imaging.pixels import Pixels
+from flawstream.imaging.pixels import Depths, Pixels
 from schemas.errors import Reason, StageTimeoutError
 from schemas.settings import WorkerSettings
 from workers.consume.decode import Decoder
@@ -28,12 +28,12 @@ def fail_for(bench: Bench, calls: int, *, category: str = "") -> None:
     real = bench.detector.detect
     made = 0
 
-    async def detect(images: Pixels, categories: Sequence[str]) -> Sequence[Judgement]:
+    async def detect(images: Pixels, categories: Sequence[str], depths: Depths | None = None) -> Sequence[Judgement]:
         nonlocal made
         made += 1
         if made <= calls and (not category or category in categories):
             raise ValueError("an engine that raises")
-        return await real(images, categories)
+        return await real(images, categories, depths)
 
     bench.detector.detect = detect  # type: ignore[method-assign]
 

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import cv2
+import numpy as np
 import pytest
 from helpers.fakes import ARRIVED, FakeReader, entry_id, image_entry, png
 from helpers.worker_bench import Bench
@@ -122,3 +124,13 @@ async def test_times_are_never_negative_when_the_clocks_disagree() -> None:
     assert bench.clock.now() < ARRIVED
     assert bench.results[entry_id(1)].queued_ms == 0
     assert bench.results[entry_id(1)].total_ms == 0
+
+
+async def test_files_of_sixteen_bits_are_read_by_the_depth_of_their_category() -> None:
+    bench = Bench()
+    bench.detector.bits = 12
+    stored = np.full((8, 8), 50 * 16 + 7, np.uint16)
+    bench.stream.add(image_entry(1, image=cv2.imencode(".png", stored)[1].tobytes()), image_entry(2))
+    await bench.worker.run_once()
+    assert bench.results[entry_id(1)].score == 0.5
+    assert bench.detector.depths == [12, None]
