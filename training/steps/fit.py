@@ -17,6 +17,7 @@ from schemas.errors import ConfigError, DatasetError
 from schemas.settings import TrainingSettings
 from training.steps.features import FeatureStore
 from training.steps.graphed import GraphedStep, one_cycle
+from training.steps.stacked import StackedTraining
 
 _WARM_UP_SHARE = 0.3
 _MIN_TRAINING_IMAGES = 2
@@ -88,25 +89,124 @@ def fit_head(
         ConfigError: The features do not fit in the memory of a GPU.
     """
     device = device or open_device()
-    statistics = [module for module in head.statistics if isinstance(module, FeatureStatistics)]
-    assert len(statistics) == len(head.flows)  # noqa: S101 - trained heads have them for all scales
-    for scale, module in enumerate(statistics):
-        module.set_from(partial(features.grid_rows, scale, rows))
-    few_images = len(rows) < _MANY_IMAGES
-    if few_images:
-        features = whiten_across_folds(statistics, features, rows, settings.seed)
-        rows = np.arange(len(rows))
+    features, rows, few_images = _prepare(head, features, rows, settings)
     epochs = _epochs_on_gpu if device.type == "cuda" else _epochs_on_cpu
     try:
         yield from epochs(head, features, rows, settings, white=few_images, device=device)
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the GPU has no memory to train on {len(rows)} images ({error}); train on fewer images, with a smaller "
-            "model.input_size or training.batch_size, or on another GPU"
-        ) from error
+        raise _no_memory(len(rows), error) from error
     if few_images:
         head.shrink_flows(_SHRINK_SHARE)
     head.eval()
+
+
+def _no_memory(images: int, error: torch.OutOfMemoryError) -> ConfigError:
+    return ConfigError(
+        f"the GPU has no memory to train on {images} images ({error}); train on fewer images, with a smaller "
+        "model.input_size or training.batch_size, or on another GPU"
+    )
+
+
+def _prepare(
+    head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], settings: TrainingSettings
+) -> tuple[FeatureStore, NDArray[np.int64], bool]:
+    """Compute the head's statistics; return features, the rows to train on, and whether those are few and white."""
+    statistics = [module for module in head.statistics if isinstance(module, FeatureStatistics)]
+    assert len(statistics) == len(head.flows)  # noqa: S101 - trained heads have them for all scales
+    for scale, module in enumerate(statistics):
+        module.set_from(partial(features.grid_rows, scale, rows))
+    if len(rows) >= _MANY_IMAGES:
+        return features, rows, False
+    return whiten_across_folds(statistics, features, rows, settings.seed), np.arange(len(rows)), True
+
+
+def fit_heads(
+    heads: Sequence[FastFlowHead],
+    features: Sequence[FeatureStore],
+    rows: Sequence[NDArray[np.int64]],
+    settings: TrainingSettings,
+    device: torch.device | None = None,
+) -> Iterator[tuple[int, FitProgress]]:
+    """Train several categories in place, each as `fit_head` would, in one process and one pass a step.
+
+    A category with fewer images has fewer steps: it then stays as it is. One whose loss is NaN changes no other.
+
+    Args:
+        heads: New heads of one configuration.
+        features: Features of each category's normal images.
+        rows: Rows of the training images of each, at least two.
+        settings: The recipe of all.
+        device: Where to train; None chooses the GPU if there is one.
+
+    Yields:
+        The number of a category, and its progress after each of its epochs.
+
+    Raises:
+        ConfigError: The features do not fit in the memory of a GPU.
+    """
+    device = device or open_device()
+    prepared = [_prepare(*one, settings) for one in zip(heads, features, rows, strict=True)]
+    try:
+        yield from _stacked_epochs(heads, prepared, settings, device)
+    except torch.OutOfMemoryError as error:
+        raise _no_memory(sum(map(len, rows)), error) from error
+    for head, (_, _, few_images) in zip(heads, prepared, strict=True):
+        if few_images:
+            head.shrink_flows(_SHRINK_SHARE)
+        head.eval()
+
+
+def _stacked_epochs(
+    heads: Sequence[FastFlowHead],
+    prepared: Sequence[tuple[FeatureStore, NDArray[np.int64], bool]],
+    settings: TrainingSettings,
+    device: torch.device,
+) -> Iterator[tuple[int, FitProgress]]:
+    """Take the steps of all categories together; the host waits once an epoch of the largest, to report."""
+    counts = [len(rows) for _, rows, _ in prepared]
+    starts = [sum(counts[:category]) for category in range(len(heads))]
+    on_device = _empty_scales(heads[0], sum(counts), device, torch.contiguous_format)
+    for head, start, (features, rows, few_images) in zip(heads, starts, prepared, strict=True):
+        head.to(device)
+        own = [scale[start : start + len(rows)] for scale in on_device]
+        _fill_white(own, head, features, rows, white=few_images)
+        head.statistics.to("cpu")  # a matrix for each position: not needed any more, and large
+    steps = StackedTraining(
+        heads,
+        on_device,
+        batch_size=min(settings.batch_size, max(counts)),
+        epochs=settings.epochs,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+    totals = [_steps(count, settings) for count in counts]
+    cycles = [one_cycle(settings.learning_rate, total, _WARM_UP_SHARE) for total in totals]
+    batches = [
+        [(epoch, batch) for epoch, parts in _shuffled(np.arange(start, start + count), settings) for batch in parts]
+        for start, count in zip(starts, counts, strict=True)
+    ]
+    reported = [0] * len(heads)
+    nothing = (1, np.zeros(0, np.int64))
+    for number in range(max(totals)):
+        now = [own[number] if number < len(own) else nothing for own in batches]
+        last = [min(number, total - 1) for total in totals]
+        steps.run(
+            [batch for _, batch in now],
+            [epoch - 1 for epoch, _ in now],
+            [rates[one] for (rates, _), one in zip(cycles, last, strict=True)],
+            [momenta[one] for (_, momenta), one in zip(cycles, last, strict=True)],
+        )
+        if (number + 1) % (max(totals) // settings.epochs):
+            continue
+        sums = steps.total_losses()
+        for category, (count, total) in enumerate(zip(counts, totals, strict=True)):
+            finished = min(number + 1, total) * settings.epochs // total
+            for epoch in range(reported[category] + 1, finished + 1):
+                yield category, FitProgress(epoch * count, epoch, float(sums[category, epoch - 1]) / count)
+            reported[category] = finished
+    steps.write()
+    for head in heads:
+        head.to("cpu")
 
 
 def _epochs_on_cpu(
@@ -157,7 +257,8 @@ def _epochs_on_gpu(
     head.train()
     total = _steps(len(rows), settings)
     rates, momenta = one_cycle(settings.learning_rate, total, _WARM_UP_SHARE)
-    on_device = _white_on_device(head, features, rows, white=white, device=device)
+    on_device = _empty_scales(head, len(rows), device, torch.channels_last)
+    _fill_white(on_device, head, features, rows, white=white)
     step = GraphedStep(head, on_device, settings.weight_decay, settings.clip_norm)
     position_of = np.zeros(int(rows.max()) + 1, np.int64)
     position_of[rows] = np.arange(len(rows))
@@ -172,24 +273,26 @@ def _epochs_on_gpu(
     head.to(memory_format=torch.contiguous_format)
 
 
+def _empty_scales(head: FastFlowHead, images: int, device: torch.device, layout: torch.memory_format) -> list[Tensor]:
+    """Allocate one (N, C_s, H_s, W_s) float32 tensor per scale."""
+    return [
+        torch.empty((images, *module.mean.shape), device=device, memory_format=layout)
+        for module in head.statistics
+        if isinstance(module, FeatureStatistics)
+    ]
+
+
 @torch.no_grad()
-def _white_on_device(
-    head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], *, white: bool, device: torch.device
-) -> list[Tensor]:
-    """Copy features to the device and whiten them there: one (N, C_s, H_s, W_s) float32 tensor per scale."""
-    whole: list[Tensor] = []
+def _fill_white(
+    scales: Sequence[Tensor], head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], *, white: bool
+) -> None:
+    """Copy features to the device and whiten them there, into one (N, C_s, H_s, W_s) tensor per scale."""
     for start in range(0, len(rows), _COPIED_IMAGES):
-        chunk = [scale.to(device) for scale in features.take(rows[start : start + _COPIED_IMAGES])]
+        chunk = [scale.to(scales[0].device) for scale in features.take(rows[start : start + _COPIED_IMAGES])]
         if not white:
             chunk = [statistics(scale) for statistics, scale in zip(head.statistics, chunk, strict=True)]
-        if not whole:
-            whole = [
-                torch.empty((len(rows), *scale.shape[1:]), device=device, memory_format=torch.channels_last)
-                for scale in chunk
-            ]
-        for all_images, scale in zip(whole, chunk, strict=True):
+        for all_images, scale in zip(scales, chunk, strict=True):
             all_images[start : start + len(scale)] = scale
-    return whole
 
 
 def _steps(images: int, settings: TrainingSettings) -> int:

@@ -5,7 +5,7 @@ the batch, the learning rate and the momentum. Torch's optimisers take the momen
 freeze; AdamW is therefore written out here and tested against torch's. On a CPU the same steps run without a graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,7 @@ _EAGER_STEPS = 2
 _CONVOLUTION_DIMENSIONS = 4
 _SECOND_MOMENTUM, _EPSILON = 0.999, 1e-8
 """Defaults of torch's AdamW."""
-_SMALLEST_NORM = 1e-6
+SMALLEST_NORM = 1e-6
 """As torch's `clip_grad_norm_` adds to the norm."""
 
 
@@ -81,18 +81,20 @@ class DeviceAdamW:
     Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2.
 
     Args:
-        parameters: What to optimise.
+        values: What to optimise: the parameters of one head, (P,), or of several, (K, P).
+        gradients: Of the same shape.
         weight_decay: Decoupled decay.
 
     Attributes:
-        rate: Learning rate, a scalar.
-        momentum: First momentum, a scalar.
+        rate: Learning rate, a scalar or (K, 1); parameters at rate 0 do not change.
+        momentum: First momentum, of the same shape.
     """
 
-    def __init__(self, parameters: FlatParameters, weight_decay: float) -> None:
-        self._values, self._gradients = parameters.values, parameters.gradients
+    def __init__(self, values: Tensor, gradients: Tensor, weight_decay: float) -> None:
+        self._values, self._gradients = values, gradients
         self._weight_decay = weight_decay
-        self.rate, self.momentum, self._number = (torch.zeros((), device=self._values.device) for _ in range(3))
+        shape = [*values.shape[:-1], 1] if values.ndim > 1 else []
+        self.rate, self.momentum, self._number = (torch.zeros(shape, device=values.device) for _ in range(3))
         self._first, self._second = torch.zeros_like(self._values), torch.zeros_like(self._values)
 
     @torch.no_grad()
@@ -104,7 +106,47 @@ class DeviceAdamW:
         self._second.mul_(_SECOND_MOMENTUM).addcmul_(self._gradients, self._gradients, value=1 - _SECOND_MOMENTUM)
         root = self._second.sqrt() / (1 - _SECOND_MOMENTUM**self._number).sqrt()
         size = self.rate / (1 - self.momentum**self._number)
-        self._values.sub_(size * self._first / (root + _EPSILON))
+        change = size * self._first / (root + _EPSILON)
+        self._values.sub_(torch.where(self.rate > 0, change, 0.0))  # exactly 0, also where a gradient is NaN
+
+
+class Graphs:
+    """Runs steps on a stream of their own: each kind twice without a graph, then as a captured one.
+
+    Args:
+        device: On a CPU there is no graph.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._runs: dict[int, int] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which filled what the steps read
+
+    def stream(self) -> torch.cuda.StreamContext:
+        """Enter the stream of the steps; does nothing on a CPU."""
+        return torch.cuda.stream(self._stream)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy from the host without a wait for the device."""
+        target.copy_(source.pin_memory() if self._stream else source, non_blocking=True)
+
+    def run(self, kind: int, step: Callable[[], None]) -> None:
+        """Run a step; steps of one kind have the same shapes and memory."""
+        self._runs[kind] = self._runs.get(kind, 0) + 1
+        if self._stream is None or self._runs[kind] <= _EAGER_STEPS:
+            step()
+            return
+        if kind not in self._graphs:
+            self._graphs[kind] = capture(step, self._stream)
+        self._graphs[kind].replay()
+
+    def wait(self) -> None:
+        """Wait for all steps."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 class GraphedStep:
@@ -120,16 +162,11 @@ class GraphedStep:
     def __init__(self, head: FastFlowHead, features: list[Tensor], weight_decay: float, clip_norm: float) -> None:
         self._head, self._features, self._clip_norm = head, features, clip_norm
         self._parameters = FlatParameters(list(head.flows.parameters()))
-        self._optimiser = DeviceAdamW(self._parameters, weight_decay)
+        self._optimiser = DeviceAdamW(self._parameters.values, self._parameters.gradients, weight_decay)
         self._device = self._parameters.values.device
         self._total_loss = torch.zeros((), device=self._device)
         self._rows: dict[int, Tensor] = {}
-        self._runs: dict[int, int] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which filled what is above
+        self._graphs = Graphs(self._device)
 
     def run(self, rows: NDArray[np.int64], rate: float, momentum: float) -> None:
         """Take one step; does not wait for the device.
@@ -140,24 +177,17 @@ class GraphedStep:
             momentum: First momentum of AdamW.
         """
         size = len(rows)
-        with torch.cuda.stream(self._stream):  # does nothing without one
+        with self._graphs.stream():
             if size not in self._rows:
                 self._rows[size] = torch.zeros(size, dtype=torch.int64, device=self._device)
-            chosen = torch.from_numpy(rows)
-            self._rows[size].copy_(chosen.pin_memory() if self._stream else chosen, non_blocking=True)
+            self._graphs.copy(self._rows[size], torch.from_numpy(rows))
             self._optimiser.rate.fill_(rate)
             self._optimiser.momentum.fill_(momentum)
-            self._runs[size] = self._runs.get(size, 0) + 1
-            if self._stream is None or self._runs[size] <= _EAGER_STEPS:
-                self._step(size)
-                return
-            if size not in self._graphs:
-                self._graphs[size] = capture(partial(self._step, size), self._stream)
-            self._graphs[size].replay()
+            self._graphs.run(size, partial(self._step, size))
 
     def take_total_loss(self) -> float:
         """Wait for the steps so far, and return the sum of their images' losses since the last call."""
-        with torch.cuda.stream(self._stream):  # does nothing without one
+        with self._graphs.stream():
             total = float(self._total_loss)
             self._total_loss.zero_()
         return total
@@ -171,6 +201,6 @@ class GraphedStep:
         gradients = self._parameters.gradients.zero_()
         loss.backward()  # type: ignore[no-untyped-call]  # torch
         with torch.no_grad():
-            gradients.mul_((self._clip_norm / (gradients.norm() + _SMALLEST_NORM)).clamp(max=1.0))
+            gradients.mul_((self._clip_norm / (gradients.norm() + SMALLEST_NORM)).clamp(max=1.0))
         self._optimiser.step()
         self._total_loss += loss.detach() * size

@@ -49,7 +49,8 @@ def test_adamw_is_torch_s_with_changing_rates_and_momenta() -> None:
     shapes = ((3, 4, 3, 3), (5,), (1, 3, 1, 1))
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs = copy.deepcopy(ours)
-    optimiser = DeviceAdamW(FlatParameters(ours), weight_decay=0.01)
+    flat = FlatParameters(ours)
+    optimiser = DeviceAdamW(flat.values, flat.gradients, weight_decay=0.01)
     reference = torch.optim.AdamW(theirs, 1.0, weight_decay=0.01)
     for number in range(12):
         rate, momentum = 0.001 * (1 + number), 0.95 - 0.01 * number
