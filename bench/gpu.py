@@ -8,7 +8,7 @@ Parts, each measured on its own:
     correctness   a version is trained on solar cells; verdicts in float32 and in what `auto` chose, beside a CPU's
     engine        images a second by batch size, of both presets; first calls; share of the time that the GPU is busy
     mixed         a batch of 32 with 1 to 32 categories
-    training      seconds of an epoch, and of 16 categories at once
+    training      seconds of an epoch of one category, and of 16 trained together
     stream        JPEGs through Valkey and `flawstream worker`: one process, and several
 
 Weights of the backbone are random except in `correctness`: speed does not depend on them. Nothing is downloaded, and

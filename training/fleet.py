@@ -1,7 +1,11 @@
-"""Training of many categories on a Ray cluster: trainers where there is room for them, jobs for trainers that run."""
+"""Training of many categories on a Ray cluster: trainers where there is room for them, jobs for trainers that run.
+
+On a GPU a trainer takes a group of jobs, which it fits together; everywhere else a group is one job.
+"""
 
 import contextlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -14,9 +18,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from flawstream.registry.registry import Registry
 from flawstream.telemetry.metrics import NO_METRICS, Metrics
-from schemas.errors import ConfigError, FlawstreamError, RegistryError, StorageUnavailableError, one_line
+from schemas.errors import ConfigError, DeviceLostError, RegistryError, StorageUnavailableError, one_line
 from schemas.manifest import ModelManifest
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, TrainingSettings
+from training.groups import failure
 from training.node_watch import NodeWatch
 from training.pipeline import Progress, Stage, TrainingJob
 from training.placement import Node, TrainerRequest, live_nodes, make_requests, require_node
@@ -53,7 +58,8 @@ def train_fleet(
     """Train all jobs, as many in parallel as the joined Ray cluster has resources for, the largest first.
 
     A failed job ends in `Stage.FAILED` with the error as its note; the others continue. A job whose trainer or node is
-    lost is retried, up to three times, on another node if there is one. Closing the generator stops training.
+    lost is retried, up to three times, on another node if there is one, and without those that it was trained with.
+    Closing the generator stops training.
 
     Args:
         jobs: With different names, the same backbone and the same number of threads.
@@ -95,12 +101,20 @@ class _TrainerHandle:
     node: str = ""
 
 
+@dataclass
+class _Group:
+    """Jobs that a trainer runs, by name, except those that have ended."""
+
+    trainer: _TrainerHandle
+    tasks: dict[str, _Task]
+
+
 class _Fleet:
     """One run: the jobs, and the trainers for them.
 
-    A trainer is starting (asked for, perhaps never placed), idle (ready), or running a job. A job is given to an idle
-    trainer only. While jobs wait, one trainer more than fits is asked for, so that the fleet grows with the cluster and
-    an autoscaler sees the demand; when none waits, trainers that do nothing are released.
+    A trainer is starting (asked for, perhaps never placed), idle (ready), or running a group of jobs. Jobs are given to
+    idle trainers only. While jobs wait, one trainer more than fits is asked for, so that the fleet grows with the
+    cluster and an autoscaler sees the demand; when none waits, trainers that do nothing are released.
     """
 
     def __init__(
@@ -116,7 +130,7 @@ class _Fleet:
         self._waiting = [_Task(job) for job in sorted(jobs, key=_images, reverse=True)]
         self._starting: dict[Any, _TrainerHandle] = {}
         self._idle: list[_TrainerHandle] = []
-        self._running: dict[Any, tuple[_TrainerHandle, _Task]] = {}
+        self._running: dict[Any, _Group] = {}
         self._nodes: dict[str, Node] = {}
         self._free: dict[str, float] = {}
         self._surveyed_s = self._start_after_s = 0.0
@@ -164,7 +178,7 @@ class _Fleet:
         self._watch.watch(node for node in self._nodes.values() if node.id in used)
 
     def _all_trainers(self) -> list[_TrainerHandle]:
-        return [*self._starting.values(), *self._idle, *(trainer for trainer, _ in self._running.values())]
+        return [*self._starting.values(), *self._idle, *(group.trainer for group in self._running.values())]
 
     def _assign(self) -> None:
         """Give waiting jobs to idle trainers, a retry to one on another node than before where there is any."""
@@ -173,12 +187,27 @@ class _Fleet:
             task = next((t for t in self._waiting if not (elsewhere and trainer.node in t.avoided_nodes)), None)
             if task is None:
                 continue
-            self._waiting.remove(task)
+            tasks = self._group_of(task, trainer.request)
             self._idle.remove(trainer)
-            if task.job.created_at is None:
-                task.job = replace(task.job, created_at=datetime.now(UTC))
-            stream = trainer.actor.run.options(name=f"train {task.job.name}").remote(task.job)
-            self._running[stream] = trainer, task
+            for one in tasks:
+                self._waiting.remove(one)
+                if one.job.created_at is None:
+                    one.job = replace(one.job, created_at=datetime.now(UTC))
+            more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
+            run = trainer.actor.run.options(name=f"train {task.job.name}{more}")
+            stream = run.remote([one.job for one in tasks])
+            self._running[stream] = _Group(trainer, {one.job.name: one for one in tasks})
+
+    def _group_of(self, task: _Task, request: TrainerRequest) -> list[_Task]:
+        """Choose the waiting jobs that are trained with one, at most as many as leave enough for the other trainers.
+
+        A job that was lost with its trainer is alone: it may be the reason.
+        """
+        if task.failures:
+            return [task]
+        fresh = [other for other in self._waiting if not other.failures]
+        trainers = sum(request.count_in(node.resources) for node in self._nodes.values() if request.is_met_by(node))
+        return fresh[: min(request.jobs, math.ceil(len(fresh) / max(trainers, 1)))]
 
     def _start_trainers(self) -> None:
         """Ask for as many trainers as fit, and one more, while jobs have none."""
@@ -194,7 +223,8 @@ class _Fleet:
     def _start(self, request: TrainerRequest) -> None:
         self._started += 1
         options = {**request.options(), "name": f"trainer {self._started} ({self._id})"}
-        actor = ray.remote(Trainer).options(**options).remote(*self._settings, request.cpus, request.device)
+        trainer = ray.remote(Trainer).options(**options)
+        actor = trainer.remote(*self._settings, request.cpus, request.device, memory_share=request.memory_share)
         self._starting[actor.ready.remote()] = _TrainerHandle(actor, request)
 
     def _release_superfluous(self) -> None:
@@ -224,21 +254,25 @@ class _Fleet:
     def _collect(self) -> Iterator[Progress]:
         """Pass on the reports that have arrived."""
         for stream in _arrived(self._running):
-            trainer, task = self._running[stream]
+            group = self._running[stream]
             try:
                 progress: Progress = ray.get(next(stream), timeout=_GET_S)
             except RayError as error:
                 del self._running[stream]
-                if _is_of_the_job(error):
-                    self._idle.append(trainer)
-                    yield Progress(task.job.name, Stage.FAILED, 0, 1, _explain(task.job, error))
+                if _is_of_the_jobs(error):
+                    self._idle.append(group.trainer)
+                    for task in group.tasks.values():
+                        yield _logged(failure(task.job, getattr(error, "cause", None), str(error)), task.job)
                 else:
-                    yield self._lose(trainer, task, _cause(error))
+                    yield from self._lose(group, _cause(error))
             else:
-                if progress.stage is Stage.DONE:  # the stream's end is not awaited: the trainer may be lost before it
+                job = group.tasks[progress.job].job
+                if progress.stage in (Stage.DONE, Stage.FAILED):
+                    del group.tasks[progress.job]
+                if not group.tasks:  # the stream's end is not awaited: the trainer may be lost before it
                     del self._running[stream]
-                    self._idle.append(trainer)
-                yield self._read_back(progress, trainer, task.job)
+                    self._idle.append(group.trainer)
+                yield self._read_back(_logged(progress, job), group.trainer, job)
 
     def _drop_lost_nodes(self) -> Iterator[Progress]:
         """Give up the trainers of nodes that the driver no longer reaches."""
@@ -248,14 +282,19 @@ class _Fleet:
         for trainer in [trainer for trainer in self._idle if trainer.node in lost]:
             self._idle.remove(trainer)
             _kill(trainer)
-        for stream, (trainer, task) in list(self._running.items()):
-            if trainer.node in lost:
+        for stream, group in list(self._running.items()):
+            if group.trainer.node in lost:
                 del self._running[stream]
-                yield self._lose(trainer, task, "the node does not answer")
+                yield from self._lose(group, "the node does not answer")
 
-    def _lose(self, trainer: _TrainerHandle, task: _Task, reason: str) -> Progress:
+    def _lose(self, group: _Group, reason: str) -> Iterator[Progress]:
+        """Kill a lost trainer and retry its jobs."""
+        _kill(group.trainer)
+        for task in reversed(group.tasks.values()):  # each is put before those that wait
+            yield self._retry(task, group.trainer, reason)
+
+    def _retry(self, task: _Task, trainer: _TrainerHandle, reason: str) -> Progress:
         """Retry the job of a lost trainer, unless its version is there already or it was lost too often."""
-        _kill(trainer)
         job = task.job
         task.failures += 1
         task.avoided_nodes.add(trainer.node)
@@ -351,18 +390,17 @@ def _written_version(job: TrainingJob) -> ModelManifest | None:
     return None
 
 
-def _is_of_the_job(error: RayError) -> bool:
-    """Whether the job itself raised the error: it would do so anywhere, so that it is not retried."""
-    return isinstance(error, RayTaskError) and not isinstance(getattr(error, "cause", None), RayError)
-
-
-def _explain(job: TrainingJob, error: RayError) -> str:
-    """Describe a job's error in one line for the terminal; log bugs with their traceback."""
+def _is_of_the_jobs(error: RayError) -> bool:
+    """Whether the trainer's code raised the error: it would do so anywhere, so that its jobs are not retried."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, FlawstreamError):
-        return str(cause)
-    _log.error("%s: %s", job.name, error, extra={"category": job.data.name})
-    return f"{type(cause).__name__}: {one_line(cause)}"
+    return isinstance(error, RayTaskError) and not isinstance(cause, RayError | DeviceLostError)
+
+
+def _logged(progress: Progress, job: TrainingJob) -> Progress:
+    """Log a bug with its traceback, and pass the report on."""
+    if progress.traceback:
+        _log.error("%s: %s", job.name, progress.traceback, extra={"category": job.data.name})
+    return progress
 
 
 def _cause(error: RayError) -> str:

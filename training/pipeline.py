@@ -38,7 +38,7 @@ from training.datasets.samples import CategoryData, Sample
 from training.report.report import TrainingCourse, judge, training_report
 from training.steps.evaluate import Evaluation, ImageScorer, ScoredImage
 from training.steps.features import FeatureCache, FeatureExtractor
-from training.steps.fit import fit_head, split_rows
+from training.steps.fit import CategoryFit, FitProgress, fit_heads, prepare_fit, split_rows
 from training.steps.trials import Judged, choose_candidate, make_candidates
 from training.work import Recipe
 
@@ -70,6 +70,7 @@ class Progress:
         manifest: The published version, at the end.
         epoch: The current epoch in `Stage.TRAINING`, from 1.
         loss: Mean loss of the current epoch, nats per value summed over the scales.
+        traceback: Of a bug, in `Stage.FAILED`.
     """
 
     job: str
@@ -80,6 +81,7 @@ class Progress:
     manifest: ModelManifest | None = None
     epoch: int = 0
     loss: float = float("nan")
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,47 @@ class TrainingJob:
         return f"{self.data.name} {self.label}".rstrip()
 
 
+class PendingFit:
+    """The fit that a job waits for. The caller of `run_stages` carries it out with `fit_heads`, and reports its steps.
+
+    Args:
+        job: The training job.
+        fit: Its head, and what that is trained on.
+
+    Attributes:
+        fit: The same.
+        losses: Mean loss of each epoch, so far.
+        images: Images processed, so far.
+    """
+
+    def __init__(self, job: TrainingJob, fit: CategoryFit) -> None:
+        self._job, self.fit = job, fit
+        self.losses = [float("nan")] * job.training.epochs
+        self.images = 0
+
+    def report(self, step: FitProgress) -> Progress:
+        """Record a step of the fit; return the job's progress."""
+        self.losses[step.epoch - 1], self.images = step.loss, step.images
+        epochs = len(self.losses)
+        note = f"epoch {step.epoch}/{epochs}  loss {step.loss:.3f}"
+        total = epochs * len(self.fit.rows)
+        return Progress(self._job.name, Stage.TRAINING, step.images, total, note, epoch=step.epoch, loss=step.loss)
+
+
 def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> Iterator[Progress]:
-    """Train, calibrate, evaluate and publish one category.
+    """Run all stages of one job; `training.groups` runs several."""
+    for step in run_stages(job, extractor, engine):
+        if isinstance(step, PendingFit):
+            for _, progress in fit_heads([step.fit]):
+                yield step.report(progress)
+        else:
+            yield step
+
+
+def run_stages(
+    job: TrainingJob, extractor: FeatureExtractor, engine: Engine
+) -> Generator[Progress | PendingFit, None, None]:
+    """Train, calibrate, evaluate and publish one category, except for the fit.
 
     Args:
         job: The training job.
@@ -119,7 +160,7 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
         engine: The engine that will serve, with the same backbone, used for calibration and evaluation.
 
     Yields:
-        Progress; the last one has the manifest.
+        Progress; the last one has the manifest. And once the fit, which has ended when the next is asked for.
 
     Raises:
         DatasetError: An image or a mask cannot be read, or there are too few images.
@@ -175,18 +216,16 @@ def run_job(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> It
 
 def _fit(
     job: TrainingJob, extractor: FeatureExtractor, head: FastFlowHead, rows: NDArray[np.int64]
-) -> Generator[Progress, None, list[float]]:
-    """Compute features and train the head in place; return the loss of each epoch. Frees the features' disk space."""
-    images, epochs = job.data.train, job.training.epochs
+) -> Generator[Progress | PendingFit, None, list[float]]:
+    """Compute features, and have the head trained; return the loss of each epoch. Frees the features' disk space."""
+    images = job.data.train
     features = FeatureCache(Path(tempfile.gettempdir()), images, extractor)
     for done in features.fill():
         yield Progress(job.name, Stage.FEATURES, done, len(images))
-    losses = [float("nan")] * epochs
-    for step in fit_head(head, features, rows, job.training):
-        loss = losses[step.epoch - 1] = step.loss
-        note = f"epoch {step.epoch}/{epochs}  loss {loss:.3f}"
-        yield Progress(job.name, Stage.TRAINING, step.images, epochs * len(rows), note, epoch=step.epoch, loss=loss)
-    return losses
+    pending = PendingFit(job, prepare_fit(head, features, rows, job.training))
+    del features  # with few images, the fit has white ones in place of them
+    yield pending
+    return pending.losses
 
 
 def _report(model: str, data: CategoryData, losses: Sequence[float], evaluated: "EvaluatedVersion") -> bytes:

@@ -54,6 +54,7 @@ class TrainerRequest:
         gpus: GPUs, or a share of one.
         memory_gb: Memory, 10^9 bytes.
         labels: Ray's label selector.
+        jobs: Categories that it trains together, at most.
     """
 
     device: Device
@@ -61,6 +62,12 @@ class TrainerRequest:
     gpus: float
     memory_gb: float
     labels: Mapping[str, str]
+    jobs: int = 1
+
+    @property
+    def memory_share(self) -> float:
+        """Share of a GPU's memory: a trainer uses one GPU at most."""
+        return min(self.gpus, 1.0)
 
     def options(self) -> dict[str, Any]:
         """Return the request as options of a Ray actor."""
@@ -118,7 +125,9 @@ def make_requests(training: TrainingSettings, nodes: Sequence[Node]) -> list[Tra
     on_gpu = training.device in ("gpu", "both") or (training.device == "auto" and (gpu_exists or training.num_gpus > 0))
     on_cpu = training.device in ("cpu", "both") or not on_gpu
     common = (training.memory_gb, training.labels)
-    requests = [TrainerRequest("cuda", training.threads, training.num_gpus or 1.0, *common)] if on_gpu else []
+    gpus = training.num_gpus or 1.0
+    together = max(1, int(training.categories_per_gpu * min(gpus, 1.0)))
+    requests = [TrainerRequest("cuda", training.threads, gpus, *common, together)] if on_gpu else []
     return [*requests, TrainerRequest("cpu", training.threads, 0.0, *common)] if on_cpu else requests
 
 

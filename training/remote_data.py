@@ -3,7 +3,7 @@
 Every file is read once from the storage, though training reads it several times.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 
 from flawstream.engines.protocol import Engine
@@ -12,11 +12,13 @@ from training.datasets.check import Severity, check_content, exclusion_reason
 from training.datasets.decoding import decode_files
 from training.datasets.local_copy import LocalCopy
 from training.datasets.samples import CategoryData
-from training.pipeline import Progress, Stage, TrainingJob, run_job
+from training.pipeline import PendingFit, Progress, Stage, TrainingJob, run_stages
 from training.steps.features import FeatureExtractor
 
 
-def run_on_copy(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -> Iterator[Progress]:
+def run_on_copy(
+    job: TrainingJob, extractor: FeatureExtractor, engine: Engine
+) -> Generator[Progress | PendingFit, None, None]:
     """Run a job; if its images are URLs, on copies of them, after the check that local ones pass before training.
 
     Args:
@@ -25,11 +27,11 @@ def run_on_copy(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -
         engine: The engine that will serve.
 
     Yields:
-        Progress; the last one has the manifest.
+        As `run_stages`.
 
     Raises:
-        DatasetError: The storage fails, or the data has errors; or as `run_job`.
-        ConfigError: The disk for temporary files is full; or as `run_job`.
+        DatasetError: The storage fails, or the data has errors; or as `run_stages`.
+        ConfigError: The disk for temporary files is full; or as `run_stages`.
     """
     with LocalCopy(job.data) as copy:
         files, copied = len(job.data.files()), 0
@@ -39,7 +41,7 @@ def run_on_copy(job: TrainingJob, extractor: FeatureExtractor, engine: Engine) -
         try:
             if copied:
                 _check(data, extractor)
-            yield from run_job(replace(job, data=data), extractor, engine)
+            yield from run_stages(replace(job, data=data), extractor, engine)
         except DatasetError as error:
             raise DatasetError(copy.with_urls(str(error))) from error
 

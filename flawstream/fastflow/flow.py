@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_DAMPING = 0.1
+DAMPING = 0.1
 """Subnet outputs start small, so that a new step is close to the identity."""
 _SOFTPLUS_BETA = 0.5
 _SCALE_FACTOR = 0.1
+
+
+def global_scale(raw_scale: Tensor) -> Tensor:
+    """Compute the positive factors of a global affine from their parameters, of any shape."""
+    return _SCALE_FACTOR * functional.softplus(raw_scale, beta=_SOFTPLUS_BETA)
 
 
 class _Reorder(torch.autograd.Function):
@@ -69,11 +74,11 @@ class FlowStep(nn.Module):
 
     def global_scale(self) -> Tensor:
         """Compute the (1, C, 1, 1) positive factor of the global affine."""
-        return _SCALE_FACTOR * functional.softplus(self.raw_scale, beta=_SOFTPLUS_BETA)
+        return global_scale(self.raw_scale)
 
     def coupling(self, passive: Tensor) -> tuple[Tensor, Tensor]:
         """Compute log scale and shift of the active half from the passive one, both (B, C // 2, H, W)."""
-        log_scale, shift = torch.split(_DAMPING * self.subnet(passive), self.active, dim=1)
+        log_scale, shift = torch.split(DAMPING * self.subnet(passive), self.active, dim=1)
         return self.clamp * torch.tanh(log_scale), shift
 
     def folded_layer(self) -> tuple[Tensor, Tensor]:
@@ -87,7 +92,7 @@ class FlowStep(nn.Module):
         assert isinstance(last, nn.Conv2d)  # noqa: S101 - __init__ made it so
         assert last.bias is not None  # noqa: S101 - the same
         scale, offset = self.global_scale()[0, self.passive :, 0, 0], self.offset[0, self.passive :, 0, 0]
-        gain = _DAMPING * torch.cat([torch.ones_like(scale), scale])
+        gain = DAMPING * torch.cat([torch.ones_like(scale), scale])
         return last.weight * gain[:, None, None, None], last.bias * gain + functional.pad(offset, (self.active, 0))
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from pydantic import Field
 from schemas.settings.model import BitDepth
 from schemas.settings.section import Fraction, Section
 
-PLACEMENT = frozenset({"num_gpus", "device", "labels", "memory_gb", "wait_for_nodes"})
+PLACEMENT = frozenset({"num_gpus", "categories_per_gpu", "device", "labels", "memory_gb", "wait_for_nodes"})
 """The fields that say where training runs; all others are the recipe, on which weights and thresholds depend."""
 
 
@@ -48,10 +48,19 @@ class TrainingSettings(Section):
         "with one. Weights of the two differ: the manifest says which a version was trained on.",
     )
     num_gpus: float = Field(
-        0.0, ge=0, description="GPUs, or a share of one, that Ray reserves for a category; 0: one, where GPUs train."
+        0.0, ge=0, description="GPUs, or a share of one, that Ray reserves for a trainer; 0: one, where GPUs train."
+    )
+    categories_per_gpu: int = Field(
+        8,
+        ge=1,
+        description="Categories that train together on a GPU, at most: fewer where its memory is short, where "
+        "`num_gpus` is a share, and where other GPUs would have none. On CPUs each category has a trainer of its own.",
     )
     memory_gb: float = Field(
-        1.0, ge=0, description="Memory that Ray reserves for a category, 10^9 bytes; 0 reserves none."
+        1.0,
+        ge=0,
+        description="Memory that Ray reserves for a category, or for those that train together on a GPU, 10^9 bytes; "
+        "0 reserves none.",
     )
     labels: dict[str, str] = Field(
         {}, description="Only nodes with these labels train: Ray's label selector, by key, for example `{zone: a}`."

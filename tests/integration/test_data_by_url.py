@@ -22,6 +22,7 @@ from schemas.errors import DatasetError
 from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, Settings, TrainingSettings
 from training.datasets.local_copy import LocalCopy
 from training.datasets.open import open_dataset
+from training.groups import run_group
 from training.pipeline import TrainingJob
 from training.remote_data import run_on_copy
 from training.steps.features import FeatureExtractor
@@ -221,7 +222,7 @@ def test_training_and_evaluation_by_url_equal_those_of_the_folder_and_read_each_
     for root, registry in ((url, tmp_path / "by_url"), (folder, tmp_path / "local")):
         (data,) = open_dataset(root, ["bottle"])
         requests = count_requests(monkeypatch)
-        *_, last = run_on_copy(TrainingJob(data, MODEL, RECIPE, str(registry)), *trainer)
+        *_, last = run_group([TrainingJob(data, MODEL, RECIPE, str(registry))], *trainer)
         assert last.manifest is not None
         assert requests == ({"get_object": 18} if root == url else {})
         manifests.append(last.manifest)

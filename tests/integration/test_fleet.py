@@ -32,6 +32,7 @@ from schemas.settings import DetectorSettings, LimitSettings, ModelSettings, Set
 from training.datasets.samples import CategoryData, Sample
 from training.fleet import train_fleet
 from training.pipeline import Progress, Stage, TrainingJob, run_job
+from training.placement import TrainerRequest
 from training.steps.features import FeatureExtractor
 
 MODEL = ModelSettings(strides=(16, 32), input_size=64, flow_steps=2, hidden_ratio=0.2)
@@ -231,6 +232,61 @@ def test_job_that_always_kills_its_trainer_fails_alone_after_three_retries(clust
     assert ends["deadly"].note.endswith("so were 3 before it")
     assert ends["bottle"].stage is Stage.DONE
     assert Registry(jobs[0].registry_root).categories() == ["bottle"]
+
+
+@pytest.fixture
+def groups_of_three(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trainer, which takes three jobs at once, as on a GPU."""
+    request = TrainerRequest("cpu", int(cluster.cpus), gpus=0.0, memory_gb=1.0, labels={}, jobs=3)
+    monkeypatch.setattr(training.fleet, "make_requests", lambda *_: [request])
+
+
+@pytest.mark.usefixtures("groups_of_three")
+def test_damaged_category_of_a_group_fails_alone(tmp_path: Path) -> None:
+    jobs = [make_job(tmp_path, name, seed) for seed, name in enumerate(("bottle", "corrupt", "cable"))]
+    jobs[1].data.train[5].write_bytes(b"no image")
+    progress = list(fleet(jobs))
+    ends = {one.job: one for one in progress}
+    assert [ends[job.name].stage for job in jobs] == [Stage.DONE, Stage.FAILED, Stage.DONE]
+    assert "train-05.png" in ends["corrupt"].note
+    stages = [one.stage for one in progress]
+    last_features = max(number for number, stage in enumerate(stages) if stage is Stage.FEATURES)
+    assert last_features < stages.index(Stage.TRAINING)  # they were trained together
+    backbone = Backbone(MODEL)
+    opened = FeatureExtractor(backbone, LIMITS, threads=1), make_local_engine(DETECTOR, lambda: backbone, threads=1)
+    for job in (jobs[0], jobs[2]):
+        *_, alone = run_job(replace(job, registry_root=str(tmp_path / "alone")), *opened)
+        manifest = ends[job.name].manifest
+        assert alone.manifest is not None
+        assert manifest is not None
+        expected = safetensors.torch.load(Registry(str(tmp_path / "alone")).read_file(alone.manifest, WEIGHTS_FILE))
+        found = safetensors.torch.load(Registry(job.registry_root).read_file(manifest, WEIGHTS_FILE))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # the number of threads changes the last bits
+
+
+@pytest.mark.usefixtures("groups_of_three")
+def test_each_job_of_a_lost_group_is_retried_alone(cluster: Cluster, tmp_path: Path) -> None:
+    jobs = [make_job(tmp_path, name, epochs=3000) for name in ("bottle", "cable")]
+    killed: set[int] = set()
+    retried: list[Progress] = []
+    after: set[str] = set()
+    last: dict[str, Stage] = {}
+    with contextlib.closing(fleet(jobs)) as progress:
+        for one in progress:
+            last[one.job] = one.stage
+            if not killed and list(last.values()) == [Stage.TRAINING] * 2:
+                killed = trainers(cluster)
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+            if one.stage is Stage.WAITING:
+                retried.append(one)
+            elif len(retried) == 2:
+                after.add(one.job)
+                if one.stage is Stage.TRAINING:
+                    break
+    assert [one.job for one in retried] == ["cable", "bottle"]
+    assert all(one.note.startswith("retry 1 of 3: its trainer on ") for one in retried)
+    assert after == {"bottle"}
 
 
 @pytest.mark.usefixtures("cluster")

@@ -1,5 +1,7 @@
-"""Fit of one category's head on cached features. Knows no Ray, no image files and no test images."""
+"""Fit of heads on cached features, of one category or of several together. Knows no Ray, image files or test images."""
 
+import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,14 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flawstream.engines.cuda.errors import cuda_errors
 from flawstream.engines.device import open_device
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.loss import negative_log_likelihood
 from flawstream.fastflow.statistics import FeatureStatistics
-from schemas.errors import ConfigError, DatasetError
+from schemas.errors import DatasetError
 from schemas.settings import TrainingSettings
 from training.steps.features import FeatureStore
-from training.steps.graphed import GraphedStep, one_cycle
+from training.steps.graphed import one_cycle
+from training.steps.stacked import CategoryStep, StackedTraining
 
 _WARM_UP_SHARE = 0.3
 _MIN_TRAINING_IMAGES = 2
@@ -64,35 +68,41 @@ def split_rows(count: int, settings: TrainingSettings) -> tuple[NDArray[np.int64
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def fit_head(
-    head: FastFlowHead,
-    features: FeatureStore,
-    rows: NDArray[np.int64],
-    settings: TrainingSettings,
-    device: torch.device | None = None,
-) -> Iterator[FitProgress]:
-    """Train `head` in place, for a fixed number of epochs without early stopping.
+@dataclass(frozen=True, slots=True)
+class CategoryFit:
+    """A head that has its statistics, and what its flows are trained on.
 
-    AdamW with a one-cycle learning rate and clipped gradients (docs/decisions/0002). With few images, features are
-    whitened across folds and the trained flow is shrunk towards the identity (docs/decisions/0006).
+    Attributes:
+        head: A new head.
+        features: Features of the category's images; white ones if the training images are few.
+        rows: Rows of the training images in `features`.
+        white: Whether the features are white.
+        settings: The recipe.
+    """
+
+    head: FastFlowHead
+    features: FeatureStore
+    rows: NDArray[np.int64]
+    white: bool
+    settings: TrainingSettings
+
+
+def prepare_fit(
+    head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], settings: TrainingSettings
+) -> CategoryFit:
+    """Compute the head's statistics; with few images, whiten features across folds (docs/decisions/0006).
 
     Args:
         head: A new head.
         features: Features of the category's normal images.
         rows: Rows of the training images, at least two.
         settings: The recipe.
-        device: Where to train; None chooses the GPU if there is one.
-
-    Yields:
-        The progress after each optimiser step; on a GPU after each epoch.
 
     Raises:
         DatasetError: The training images are alike.
-        ConfigError: The features do not fit in the memory of a GPU.
+        ConfigError: The disk has too little space.
     """
-    device = device or open_device()
-    statistics = [module for module in head.statistics if isinstance(module, FeatureStatistics)]
-    assert len(statistics) == len(head.flows)  # noqa: S101 - trained heads have them for all scales
+    statistics = statistics_of(head)
     for scale, module in enumerate(statistics):
         module.set_from(partial(features.grid_rows, scale, rows))
     if all(module.deviation.mean() <= _LEAST_VARIATION * module.mean.abs().mean() for module in statistics):
@@ -100,45 +110,75 @@ def fit_head(
             f"the {len(rows)} normal training images are alike, so there is no variation to learn; check that the "
             "camera was not covered and the files are not copies of one, and record different parts"
         )
-    few_images = len(rows) < _MANY_IMAGES
-    if few_images:
-        features = whiten_across_folds(statistics, features, rows, settings.seed)
-        rows = np.arange(len(rows))
-    epochs = _epochs_on_gpu if device.type == "cuda" else _epochs_on_cpu
-    try:
-        yield from epochs(head, features, rows, settings, white=few_images, device=device)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the GPU has no memory to train on {len(rows)} images ({error}); train on fewer images, with a smaller "
-            "model.input_size or training.batch_size, or on another GPU"
-        ) from error
-    if few_images:
-        head.shrink_flows(_SHRINK_SHARE)
-    head.eval()
+    if len(rows) >= _MANY_IMAGES:
+        return CategoryFit(head, features, rows, white=False, settings=settings)
+    white = whiten_across_folds(statistics, features, rows, settings.seed)
+    return CategoryFit(head, white, np.arange(len(rows)), white=True, settings=settings)
 
 
-def _epochs_on_cpu(
+def statistics_of(head: FastFlowHead) -> list[FeatureStatistics]:
+    """Return the normalisation of each scale of a head that is trained here."""
+    statistics = [module for module in head.statistics if isinstance(module, FeatureStatistics)]
+    assert len(statistics) == len(head.flows)  # noqa: S101 - trained heads have them for all scales
+    return statistics
+
+
+def fit_head(
     head: FastFlowHead,
     features: FeatureStore,
     rows: NDArray[np.int64],
     settings: TrainingSettings,
-    *,
-    white: bool,
-    device: torch.device,
+    device: torch.device | None = None,
 ) -> Iterator[FitProgress]:
+    """Train one head in place: `prepare_fit` and `fit_heads`."""
+    for _, progress in fit_heads([prepare_fit(head, features, rows, settings)], device):
+        yield progress
+
+
+def fit_heads(fits: Sequence[CategoryFit], device: torch.device | None = None) -> Iterator[tuple[int, FitProgress]]:
+    """Train heads in place, for a fixed number of epochs without early stopping; several in one pass a step.
+
+    AdamW with a one-cycle learning rate and clipped gradients (docs/decisions/0002). With few images, the trained flow
+    is shrunk towards the identity (docs/decisions/0006). Each category becomes what it becomes alone: one with fewer
+    images has fewer steps, and then stays as it is; one whose loss is NaN changes no other.
+
+    Args:
+        fits: Of one configuration and one recipe, except for its seed. Heads are not changed if this fails.
+        device: Where to train; None chooses the GPU if there is one.
+
+    Yields:
+        The number of a category, and its progress after each epoch; on a CPU, of one category, after each step.
+
+    Raises:
+        MemoryError: The GPU has too little memory.
+        DeviceLostError: The GPU failed; this process cannot use it any more.
+    """
+    device = device or open_device()
+    if device.type == "cpu" and len(fits) == 1:  # a stack of one has other weights in the last bits, and is slower
+        yield from ((0, progress) for progress in _epochs(fits[0]))
+    else:
+        with cuda_errors():
+            yield from _stacked_epochs(fits, device)
+    for fit in fits:
+        if fit.white:
+            fit.head.shrink_flows(_SHRINK_SHARE)
+        fit.head.eval()
+
+
+def _epochs(fit: CategoryFit) -> Iterator[FitProgress]:
     """Read the features of every step from their store; report every step."""
-    del device
+    head, settings = fit.head, fit.settings
     head.train()
     optimiser = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.learning_rate, total_steps=_steps(len(rows), settings), pct_start=_WARM_UP_SHARE
+        optimiser, settings.learning_rate, total_steps=_steps(len(fit.rows), settings), pct_start=_WARM_UP_SHARE
     )
     images = 0
-    for epoch, batches in _shuffled(rows, settings):
+    for epoch, batches in _shuffled(fit.rows, settings):
         total_loss, seen = 0.0, 0
         for batch in batches:
-            scales = features.take(batch)
-            loss = negative_log_likelihood(*(head.transform(scales) if white else head(scales)))
+            scales = fit.features.take(batch)
+            loss = negative_log_likelihood(*(head.transform(scales) if fit.white else head(scales)))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch
             nn.utils.clip_grad_norm_(head.parameters(), settings.clip_norm)
@@ -150,54 +190,60 @@ def _epochs_on_cpu(
             yield FitProgress(images, epoch, total_loss / seen)
 
 
-def _epochs_on_gpu(
-    head: FastFlowHead,
-    features: FeatureStore,
-    rows: NDArray[np.int64],
-    settings: TrainingSettings,
-    *,
-    white: bool,
-    device: torch.device,
-) -> Iterator[FitProgress]:
-    """Keep white features on the device; each step is one graph, and the host waits once an epoch, to report."""
-    head.to(device)
-    head.to(memory_format=torch.channels_last)
-    head.train()
-    total = _steps(len(rows), settings)
-    rates, momenta = one_cycle(settings.learning_rate, total, _WARM_UP_SHARE)
-    on_device = _white_on_device(head, features, rows, white=white, device=device)
-    step = GraphedStep(head, on_device, settings.weight_decay, settings.clip_norm)
-    position_of = np.zeros(int(rows.max()) + 1, np.int64)
-    position_of[rows] = np.arange(len(rows))
-    number = images = 0
-    for epoch, batches in _shuffled(rows, settings):
-        for batch in batches:
-            step.run(position_of[batch], rates[number], momenta[number])
-            number += 1
-            images += len(batch)
-        yield FitProgress(images, epoch, step.take_total_loss() / len(rows))
-    head.to("cpu")
-    head.to(memory_format=torch.contiguous_format)
+def _stacked_epochs(fits: Sequence[CategoryFit], device: torch.device) -> Iterator[tuple[int, FitProgress]]:
+    """Take the steps of all categories together; the host waits once an epoch of the largest, to report."""
+    settings = fits[0].settings
+    counts = [len(fit.rows) for fit in fits]
+    starts = [0, *itertools.accumulate(counts)]
+    steps = StackedTraining(
+        [fit.head.flows for fit in fits],
+        _white_features(fits, starts, device),
+        batch_size=min(settings.batch_size, max(counts)),
+        epochs=settings.epochs,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+    plans = [
+        _plan(np.arange(start, end), fit.settings)
+        for fit, (start, end) in zip(fits, itertools.pairwise(starts), strict=True)
+    ]
+    longest = max(map(len, plans))
+    reported = [0] * len(fits)
+    for number in range(longest):
+        steps.run([plan[number] if number < len(plan) else None for plan in plans])
+        if (number + 1) % (longest // settings.epochs):
+            continue
+        sums = steps.total_losses()
+        for category, (count, plan) in enumerate(zip(counts, plans, strict=True)):
+            finished = min(number + 1, len(plan)) * settings.epochs // len(plan)
+            for epoch in range(reported[category] + 1, finished + 1):
+                yield category, FitProgress(epoch * count, epoch, float(sums[category, epoch - 1]) / count)
+            reported[category] = finished
+    steps.write()
+
+
+def _plan(rows: NDArray[np.int64], settings: TrainingSettings) -> list[CategoryStep]:
+    """List all steps of a category."""
+    rates, momenta = one_cycle(settings.learning_rate, _steps(len(rows), settings), _WARM_UP_SHARE)
+    batches = [(epoch - 1, batch) for epoch, parts in _shuffled(rows, settings) for batch in parts]
+    return [
+        CategoryStep(*batch, *cycle) for batch, cycle in zip(batches, zip(rates, momenta, strict=True), strict=True)
+    ]
 
 
 @torch.no_grad()
-def _white_on_device(
-    head: FastFlowHead, features: FeatureStore, rows: NDArray[np.int64], *, white: bool, device: torch.device
-) -> list[Tensor]:
-    """Copy features to the device and whiten them there: one (N, C_s, H_s, W_s) float32 tensor per scale."""
-    whole: list[Tensor] = []
-    for start in range(0, len(rows), _COPIED_IMAGES):
-        chunk = [scale.to(device) for scale in features.take(rows[start : start + _COPIED_IMAGES])]
-        if not white:
-            chunk = [statistics(scale) for statistics, scale in zip(head.statistics, chunk, strict=True)]
-        if not whole:
-            whole = [
-                torch.empty((len(rows), *scale.shape[1:]), device=device, memory_format=torch.channels_last)
-                for scale in chunk
-            ]
-        for all_images, scale in zip(whole, chunk, strict=True):
-            all_images[start : start + len(scale)] = scale
-    return whole
+def _white_features(fits: Sequence[CategoryFit], starts: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Copy the features of all categories to the device, white: one (N, C_s, H_s, W_s) float32 tensor per scale."""
+    white = [torch.empty((starts[-1], *one.mean.shape), device=device) for one in statistics_of(fits[0].head)]
+    for fit, start in zip(fits, starts[:-1], strict=True):
+        statistics = [] if fit.white else [copy.deepcopy(one).to(device) for one in statistics_of(fit.head)]
+        for first in range(0, len(fit.rows), _COPIED_IMAGES):
+            chunk = [scale.to(device) for scale in fit.features.take(fit.rows[first : first + _COPIED_IMAGES])]
+            if statistics:
+                chunk = [one(scale) for one, scale in zip(statistics, chunk, strict=True)]
+            for all_images, scale in zip(white, chunk, strict=True):
+                all_images[start + first : start + first + len(scale)] = scale
+    return white
 
 
 def _steps(images: int, settings: TrainingSettings) -> int:

@@ -1,28 +1,22 @@
-"""Steps of the optimiser as CUDA graphs: one launch in place of a thousand, and no wait for the device.
+"""The step of the optimiser as a CUDA graph: one launch in place of a thousand, and no wait for the device.
 
 A graph repeats the same kernels on the same memory, so what changes from step to step lies on the device: the rows of
 the batch, the learning rate and the momentum. Torch's optimisers take the momentum as a number, which a graph would
-freeze; AdamW is therefore written out here and tested against torch's. On a CPU the same steps run without a graph.
+freeze; AdamW is therefore written out here and tested against torch's. On a CPU the same step runs without a graph.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from flawstream.engines.cuda.capture import capture
-from flawstream.fastflow.head import FastFlowHead
-from flawstream.fastflow.loss import negative_log_likelihood
 
 _EAGER_STEPS = 2
-"""Steps of each batch size before its graph is captured: libraries choose their kernels and allocate in them."""
-_CONVOLUTION_DIMENSIONS = 4
+"""Steps before the graph is captured: libraries choose their kernels and allocate in them."""
 _SECOND_MOMENTUM, _EPSILON = 0.999, 1e-8
 """Defaults of torch's AdamW."""
-_SMALLEST_NORM = 1e-6
+SMALLEST_NORM = 1e-6
 """As torch's `clip_grad_norm_` adds to the norm."""
 
 
@@ -43,56 +37,26 @@ def one_cycle(highest_rate: float, steps: int, warm_up_share: float) -> tuple[li
     return rates, momenta
 
 
-class FlatParameters:
-    """The parameters of a module as views of one tensor, and their gradients of another.
-
-    So that what is done to all of them is one kernel. Convolutions' weights stay in the channels-last memory format.
-
-    Args:
-        parameters: Made views, in place.
-
-    Attributes:
-        values: All parameters, one behind the other.
-        gradients: All gradients, in the same order; autograd adds to them.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        count = sum(parameter.numel() for parameter in parameters)
-        self.values, self.gradients = (torch.zeros(count, device=parameters[0].device) for _ in range(2))
-        start = 0
-        for parameter in parameters:
-            end = start + parameter.numel()
-            view = _view(self.values[start:end], parameter.shape)
-            view.copy_(parameter.detach())
-            parameter.data = view
-            parameter.grad = _view(self.gradients[start:end], parameter.shape)
-            start = end
-
-
-def _view(flat: Tensor, shape: torch.Size) -> Tensor:
-    if len(shape) != _CONVOLUTION_DIMENSIONS:
-        return flat.view(shape)
-    return flat.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-
-
 class DeviceAdamW:
     """AdamW whose rate, momentum and step number are tensors.
 
     Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2.
 
     Args:
-        parameters: What to optimise.
+        values: (K, P): what to optimise, the parameters of each category.
+        gradients: Of the same shape.
         weight_decay: Decoupled decay.
 
     Attributes:
-        rate: Learning rate, a scalar.
-        momentum: First momentum, a scalar.
+        rate: (K, 1) learning rates; parameters at rate 0 do not change.
+        momentum: (K, 1) first momenta.
     """
 
-    def __init__(self, parameters: FlatParameters, weight_decay: float) -> None:
-        self._values, self._gradients = parameters.values, parameters.gradients
+    def __init__(self, values: Tensor, gradients: Tensor, weight_decay: float) -> None:
+        self._values, self._gradients = values, gradients
         self._weight_decay = weight_decay
-        self.rate, self.momentum, self._number = (torch.zeros((), device=self._values.device) for _ in range(3))
+        self.rate, self.momentum = (torch.zeros((len(values), 1), device=values.device) for _ in range(2))
+        self._number = torch.zeros((), device=values.device)
         self._first, self._second = torch.zeros_like(self._values), torch.zeros_like(self._values)
 
     @torch.no_grad()
@@ -104,73 +68,39 @@ class DeviceAdamW:
         self._second.mul_(_SECOND_MOMENTUM).addcmul_(self._gradients, self._gradients, value=1 - _SECOND_MOMENTUM)
         root = self._second.sqrt() / (1 - _SECOND_MOMENTUM**self._number).sqrt()
         size = self.rate / (1 - self.momentum**self._number)
-        self._values.sub_(size * self._first / (root + _EPSILON))
+        change = size * self._first / (root + _EPSILON)
+        self._values.sub_(torch.where(self.rate > 0, change, 0.0))  # exactly 0, also where a gradient is NaN
 
 
 class GraphedStep:
-    """One step of training: loss, gradients, clipping and the optimiser.
+    """Runs a step on a stream of its own: twice as it is, then as a captured graph. On a CPU there is no graph.
 
     Args:
-        head: In training mode, on its device. Its flows' parameters become views of one tensor.
-        features: White features of all images, one (N, C_s, H_s, W_s) tensor per scale, on the device.
-        weight_decay: Of the optimiser.
-        clip_norm: Largest norm of the gradients.
+        device: Where the step computes.
     """
 
-    def __init__(self, head: FastFlowHead, features: list[Tensor], weight_decay: float, clip_norm: float) -> None:
-        self._head, self._features, self._clip_norm = head, features, clip_norm
-        self._parameters = FlatParameters(list(head.flows.parameters()))
-        self._optimiser = DeviceAdamW(self._parameters, weight_decay)
-        self._device = self._parameters.values.device
-        self._total_loss = torch.zeros((), device=self._device)
-        self._rows: dict[int, Tensor] = {}
-        self._runs: dict[int, int] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._runs = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # which filled what is above
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which filled what the step reads
 
-    def run(self, rows: NDArray[np.int64], rate: float, momentum: float) -> None:
-        """Take one step; does not wait for the device.
+    def stream(self) -> torch.cuda.StreamContext:
+        """Enter the stream of the step; does nothing on a CPU."""
+        return torch.cuda.stream(self._stream)
 
-        Args:
-            rows: (B,) rows of the features.
-            rate: Learning rate.
-            momentum: First momentum of AdamW.
-        """
-        size = len(rows)
-        with torch.cuda.stream(self._stream):  # does nothing without one
-            if size not in self._rows:
-                self._rows[size] = torch.zeros(size, dtype=torch.int64, device=self._device)
-            chosen = torch.from_numpy(rows)
-            self._rows[size].copy_(chosen.pin_memory() if self._stream else chosen, non_blocking=True)
-            self._optimiser.rate.fill_(rate)
-            self._optimiser.momentum.fill_(momentum)
-            self._runs[size] = self._runs.get(size, 0) + 1
-            if self._stream is None or self._runs[size] <= _EAGER_STEPS:
-                self._step(size)
-                return
-            if size not in self._graphs:
-                self._graphs[size] = capture(partial(self._step, size), self._stream)
-            self._graphs[size].replay()
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy from the host without a wait for the device."""
+        target.copy_(source.pin_memory() if self._stream else source, non_blocking=True)
 
-    def take_total_loss(self) -> float:
-        """Wait for the steps so far, and return the sum of their images' losses since the last call."""
-        with torch.cuda.stream(self._stream):  # does nothing without one
-            total = float(self._total_loss)
-            self._total_loss.zero_()
-        return total
-
-    def _step(self, size: int) -> None:
-        batch = [
-            part.index_select(0, self._rows[size]).contiguous(memory_format=torch.channels_last)
-            for part in self._features
-        ]
-        loss = negative_log_likelihood(*self._head.transform(batch))
-        gradients = self._parameters.gradients.zero_()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch
-        with torch.no_grad():
-            gradients.mul_((self._clip_norm / (gradients.norm() + _SMALLEST_NORM)).clamp(max=1.0))
-        self._optimiser.step()
-        self._total_loss += loss.detach() * size
+    def run(self, step: Callable[[], None]) -> None:
+        """Run the step, which is the same at each call; does not wait for the device."""
+        self._runs += 1
+        if self._stream is None or self._runs <= _EAGER_STEPS:
+            step()
+            return
+        if self._graph is None:
+            self._graph = capture(step, self._stream)
+        self._graph.replay()

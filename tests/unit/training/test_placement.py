@@ -48,6 +48,21 @@ def test_threads_never_follow_the_cluster() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "jobs"),
+    [
+        ({}, 8),
+        ({"categories_per_gpu": 1}, 1),
+        ({"categories_per_gpu": 12, "num_gpus": 0.25}, 3),
+        ({"categories_per_gpu": 2, "num_gpus": 0.25}, 1),
+        ({"categories_per_gpu": 5, "num_gpus": 2}, 5),  # a trainer uses one
+    ],
+)
+def test_categories_together_are_in_proportion_to_the_share_of_a_gpu(settings: dict[str, float], jobs: int) -> None:
+    training = TrainingSettings.model_validate({"device": "both", **settings})
+    assert [one.jobs for one in make_requests(training, [CPU_NODE, GPU_NODE])] == [jobs, 1]
+
+
+@pytest.mark.parametrize(
     ("asked", "resources", "count"),
     [
         (request(), {"CPU": 4, "memory": 8e9}, 4),

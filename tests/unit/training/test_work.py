@@ -52,6 +52,7 @@ def test_what_changes_a_version_is_other_work(other: Recipe) -> None:
     "same",
     [
         recipe(training={"num_gpus": 0.5}),
+        recipe(training={"categories_per_gpu": 1}),
         recipe(training={"memory_gb": 4.0}),
         recipe(training={"labels": {"zone": "a"}}),
         recipe(training={"wait_for_nodes": True}),
