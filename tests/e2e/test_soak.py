@@ -40,11 +40,11 @@ def test_every_image_ends_once_and_in_time_though_everything_is_killed_cut_off_a
 
 
 def test_no_simulated_fault_loses_doubles_blames_or_holds_up_an_image() -> None:
-    report = run("simulation", "--episodes", "24")
+    report = run("simulation", "--episodes", "12")
     failures = ("lost", "duplicates", "falsely_dead", "falsely_good", "stuck")
     assert [report[name] for name in failures] == [0, 0, 0, 0, 0]
-    assert report["endings"] == 24_000
-    assert report["faults"] > 200
+    assert report["endings"] == 12_000
+    assert report["faults"] > 100
     assert len(report["kinds"]) == SIMULATED_FAULTS
 
 
@@ -56,7 +56,7 @@ def test_malformed_entries_are_dead_lettered_for_the_right_reason_and_harm_nobod
 
 def test_memory_of_a_trainer_and_of_detectors_stays_as_it_is() -> None:
     """Few categories and loads; `make test-leaks` does 200 and 1,000. The program fails where memory grows."""
-    report = run("leaks", "--categories", "12", "--loads", "30", "--engines", "openvino", "ncnn")
+    report = run("leaks", "--categories", "8", "--loads", "20", "--engines", "openvino", "ncnn")
     assert report["ok"]
     assert set(report) >= {"trainer", "openvino", "ncnn"}
 
