@@ -82,6 +82,7 @@ class _Header:
         passes: How often a decoder goes over all pixels.
         wide: Whether a sample has 16 bits.
         white_is_zero: Whether the lowest level of a TIFF is white.
+        grey: Whether one of 16 bits has a single channel: it takes a third of the memory.
         jpeg: What a JPEG says of itself.
         png: What a PNG says of itself.
     """
@@ -93,6 +94,7 @@ class _Header:
     passes: int = 1
     wide: bool = False
     white_is_zero: bool = False
+    grey: bool = False
     jpeg: JpegHeader | None = None
     png: PngHeader | None = None
 
@@ -189,8 +191,7 @@ def _read_header(data: bytes) -> _Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that our own limits refuse
             if data.startswith(_PNG_SIGNATURE):
-                header = read_png_header(data)
-                return _Header("PNG", header.width, header.height, header.unpacked_bytes, wide=header.wide, png=header)
+                return _read_png_header(data)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 pixels = image.width * image.height
                 if image.info.get("compression") in _BMP_RUN_LENGTHS:
@@ -205,6 +206,7 @@ def _read_header(data: bytes) -> _Header:
                         layout.passes,
                         wide=layout.wide,
                         white_is_zero=layout.white_is_zero,
+                        grey=layout.grey,
                     )
                 return _Header(str(image.format), image.width, image.height, len(image.getbands()) * pixels)
     except UnidentifiedImageError:
@@ -215,6 +217,12 @@ def _read_header(data: bytes) -> _Header:
         ) from None
 
 
+def _read_png_header(data: bytes) -> _Header:
+    header = read_png_header(data)
+    size = header.width, header.height
+    return _Header("PNG", *size, header.unpacked_bytes, wide=header.wide, grey=header.grey, png=header)
+
+
 def _read_jpeg_header(data: bytes) -> _Header:
     header = read_jpeg_header(data)
     coefficients = 0 if header.scan else 2 * header.components * header.width * header.height
@@ -223,7 +231,8 @@ def _read_jpeg_header(data: bytes) -> _Header:
 
 def _decode_wide(data: bytes, form: PixelForm, header: _Header) -> DecodedImage:
     """Decode samples of 16 bits. OpenCV reports a damaged strip of such a TIFF; as RGB it would give garbage."""
-    stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_BGR | cv2.IMREAD_ANYDEPTH)
+    channels = cv2.IMREAD_GRAYSCALE if header.grey else cv2.IMREAD_COLOR_BGR
+    stored = cv2.imdecode(np.frombuffer(data, np.uint8), channels | cv2.IMREAD_ANYDEPTH)
     if stored is None:
         raise ValueError("it cannot be decoded")
     bgr, levels = to_eight_bits(stored, form.bits, white_is_zero=header.white_is_zero)

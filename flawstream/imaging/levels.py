@@ -37,12 +37,12 @@ def to_eight_bits(stored: NDArray[Any], bits: BitDepth, *, white_is_zero: bool) 
     """Keep the upper eight of the bits that are filled.
 
     Args:
-        stored: (H, W, 3) uint16, or int16, which have one bit less.
+        stored: (H, W) or (H, W, 3) uint16, or int16, which have one bit less.
         bits: How many of the lower bits are filled.
         white_is_zero: Whether the lowest level is white.
 
     Returns:
-        (H, W, 3) pixels, and their levels.
+        Pixels of the same shape, and their levels.
     """
     filled: int = bits if stored.dtype == np.uint16 else min(bits, _SIGNED_BITS)
     levels = Levels(int(stored.min()), int(stored.max()), bits)

@@ -9,7 +9,8 @@ import zlib
 from dataclasses import dataclass
 
 _SIGNATURE_BYTES = 8
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_GREY = 0
+_CHANNELS = {_GREY: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By colour type: grey, RGB, palette, grey with alpha, RGB with alpha."""
 _BITS_AT, _WIDE_BITS = 24, 16
 _FRAME_BYTES = 12  # length, type and checksum of a chunk
@@ -27,6 +28,7 @@ class PngHeader:
         height: Pixels.
         unpacked_bytes: Of the pixels as stored, before they are converted.
         wide: Whether a sample has 16 bits.
+        grey: Whether it has one channel of grey levels.
         ancillary: Start and end of each chunk that is not needed for the pixels.
     """
 
@@ -34,6 +36,7 @@ class PngHeader:
     height: int
     unpacked_bytes: int
     wide: bool
+    grey: bool
     ancillary: tuple[tuple[int, int], ...]
 
 
@@ -50,7 +53,7 @@ def read_png_header(data: bytes) -> PngHeader:
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     bits = data[_BITS_AT]
     unpacked_bytes = (width * _CHANNELS[data[25]] * bits + 7) // 8 * height
-    return PngHeader(width, height, unpacked_bytes, bits == _WIDE_BITS, ancillary)
+    return PngHeader(width, height, unpacked_bytes, bits == _WIDE_BITS, data[25] == _GREY, ancillary)
 
 
 def without_damaged_texts(data: bytes, header: PngHeader) -> bytes:

@@ -12,6 +12,7 @@ from scipy import sparse
 
 from flawstream.imaging.pixels import PixelForm, Pixels
 
+_COLOUR = 3  # dimensions
 _BLOCK_COLUMNS = 4096
 """Columns converted to float32 at a time: all of a large image would take four times its memory."""
 
@@ -20,15 +21,14 @@ def resize(pixels: NDArray[np.uint8], form: PixelForm) -> Pixels:
     """Resize an image to a square, stretching it.
 
     Args:
-        pixels: (H, W, 3).
+        pixels: (H, W, 3), or (H, W) grey, which becomes three equal channels.
         form: Size and filter.
 
     Returns:
         (S, S, 3) of the form's dtype.
     """
-    if form.resize == "antialias":
-        return _antialias(pixels, form.side_px)
-    return _area(pixels, form.side_px)
+    resized = _antialias(pixels, form.side_px) if form.resize == "antialias" else _area(pixels, form.side_px)
+    return resized if pixels.ndim == _COLOUR else cv2.cvtColor(resized, cv2.COLOR_GRAY2RGB)
 
 
 def _area(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -47,15 +47,15 @@ def _antialias(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
 
     Source: the triangle filter of Pillow's `BILINEAR`, as in torchvision, without rounding in between.
     """
-    height, width, _ = pixels.shape
-    columns = pixels.reshape(height, width * 3)
+    height, width, *colours = pixels.shape
+    columns = pixels.reshape(height, -1)
     down, across = _triangle_weights(height, side), _triangle_weights(width, side)
     blocks = [
         down @ columns[:, start : start + _BLOCK_COLUMNS].astype(np.float32)
-        for start in range(0, width * 3, _BLOCK_COLUMNS)
+        for start in range(0, columns.shape[1], _BLOCK_COLUMNS)
     ]
-    transposed = cv2.transpose(np.hstack(blocks).reshape(side, width, 3))  # several times faster than NumPy
-    resized: NDArray[np.float32] = cv2.transpose((across @ transposed.reshape(width, side * 3)).reshape(side, side, 3))
+    transposed = cv2.transpose(np.hstack(blocks).reshape(side, width, *colours))  # several times faster than NumPy
+    resized: NDArray[np.float32] = cv2.transpose((across @ transposed.reshape(width, -1)).reshape(side, side, *colours))
     return resized
 
 

@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 256, 257, 258, 25
 _STRIP_OFFSETS, _ROWS_PER_STRIP, _STRIP_BYTES = 273, 278, 279
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _JPEG_COMPRESSIONS = (6, 7)
-_WHITE_IS_ZERO = 0
+_WHITE_IS_ZERO, _BLACK_IS_ZERO = 0, 1
 _WIDE_BITS = 16
 _READ_BITS = (1, 2, 4, 8, _WIDE_BITS)
 _FAX_GROUP_4 = 4
@@ -31,12 +31,14 @@ class TiffLayout:
         passes: Most scans of a JPEG inside; 1 without one.
         wide: Whether a sample has 16 bits.
         white_is_zero: Whether the lowest level is white.
+        grey: Whether it has one channel of grey levels.
     """
 
     unpacked_bytes: int
     passes: int
     wide: bool
     white_is_zero: bool
+    grey: bool
 
 
 def read_tiff_layout(image: Image.Image, data: bytes) -> TiffLayout:
@@ -74,4 +76,5 @@ def read_tiff_layout(image: Image.Image, data: bytes) -> TiffLayout:
         max(passes, 1),
         wide=bits == _WIDE_BITS,
         white_is_zero=tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO,
+        grey=samples == 1 and tags.get(_PHOTOMETRIC) in (_WHITE_IS_ZERO, _BLACK_IS_ZERO),
     )

@@ -13,8 +13,9 @@ from torchvision.transforms.v2 import functional
 from flawstream.fastflow.backbone import Backbone
 from flawstream.imaging.decode import decode_image
 from flawstream.imaging.pixels import PixelForm
+from flawstream.imaging.resize import resize
 from schemas.manifest import BackboneSpec
-from schemas.settings import LimitSettings, ModelSettings
+from schemas.settings import LimitSettings, ModelSettings, Resize
 
 SIDE = 96
 FORM = PixelForm(SIDE, "antialias")
@@ -90,3 +91,11 @@ def test_manifest_of_before_has_the_resize_of_before() -> None:
     spec = Backbone(ModelSettings(input_size=SIDE)).spec
     assert BackboneSpec.model_validate(spec.model_dump(exclude={"resize"})) == spec
     assert spec.resize == "area"
+
+
+@pytest.mark.parametrize("resize_by", ["area", "antialias"])
+@pytest.mark.parametrize("shape", [(48, 80), (300, 200), (97, 31), (64, 64), (513, 1027), (20, 20)])
+def test_grey_gives_the_same_as_three_equal_channels(shape: tuple[int, int], resize_by: Resize) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    form = PixelForm(32, resize_by)
+    assert np.array_equal(resize(grey, form), resize(np.dstack([grey] * 3), form))
