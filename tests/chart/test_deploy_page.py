@@ -296,8 +296,10 @@ def check_helm(words: list[str], cluster: Cluster) -> None:
         assert rest == ["k8s/flawstream"]
         report = lint(CHART, yaml.safe_load(FILES["plant.yaml"]), strict=True)
         assert not report["errors"]
-    elif what in {"package", "show"}:
+    elif what == "package":
         assert rest == ["k8s/flawstream"]
+    elif what == "show":
+        assert rest == ["chart", "k8s/flawstream"]
     else:
         assert what in {"test", "history", "rollback", "uninstall"}
         assert rest[0] in cluster.releases
