@@ -24,7 +24,10 @@ OF_OTHERS = {
 """Metrics that are not ours, with the labels that we know of them."""
 OF_SCRAPES = {"namespace", "job", "instance"}
 """Labels that Prometheus adds."""
-NOT_SHOWN: dict[str, str] = {}
+NOT_SHOWN = dict.fromkeys(
+    (name for name in OURS if name.startswith("flawstream_capture_")),
+    "of `flawstream capture` alone, which runs beside a camera, outside the installation that a board shows",
+)
 """Metrics that are on no board, and why."""
 QUERIES = queries()
 

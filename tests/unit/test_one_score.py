@@ -12,6 +12,7 @@ from helpers.tiny_models import FLOW, INFINITE, NOT_A_NUMBER, SPEC, TOO_LARGE, T
 from flawstream.engines.protocol import Engine
 from flawstream.fastflow.head import FastFlowHead
 from flawstream.fastflow.score import HIGHEST_SCORE
+from flawstream.imaging.pixels import PixelForm
 from flawstream.registry.registry import Registry
 from schemas.messages import Verdict
 from schemas.settings import DetectorSettings, LimitSettings
@@ -68,7 +69,7 @@ async def test_calibration_scores_are_those_that_are_served(tmp_path: Path, path
     """Each held-out image, pushed once more, has the very p-value that its own score stands for."""
     registry = Registry(str(tmp_path / "models"))
     data = EvaluationData(held_out=paths[:6], test=(), int8_images=(), top_fraction=0.0, false_alarm_rate=0.3)
-    extractor = SimpleNamespace(limits=LimitSettings())  # only int8 needs the backbone
+    extractor = SimpleNamespace(limits=LimitSettings(), form=PixelForm.of(SPEC))  # only int8 needs the backbone
     found = returned(evaluate_version("bottle", extractor, TinyEngine(), FastFlowHead(SPEC, FLOW).eval(), data))  # type: ignore[arg-type]
     write_version(registry, "bottle")
     served = await serve(registry, TinyEngine())
