@@ -48,8 +48,8 @@ class CategoryRouter(LocalityMixin, RequestRouter):  # type: ignore[misc]  # Ray
 
 
 def _categories(request: PendingRequest | None) -> list[str]:
-    """Return the categories of a call of `detect(images, categories)`; after `routing.split` all go to one replica."""
+    """Return the categories of a call of `detect(images, categories, depths)`, which all go to one replica."""
     if request is None or request.metadata.call_method != "detect":
         return []
-    _, categories = request.args
+    _, categories, _ = request.args
     return list(categories)
