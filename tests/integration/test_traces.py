@@ -93,7 +93,7 @@ async def test_a_dead_letter_is_a_span_with_an_error(
         await work_off(redis_settings, raw, tracer)
     (image,) = named(receiver.spans, "image")
     assert (image.parent_span_id.hex(), image.status.code) == (PARENT, Status.STATUS_CODE_ERROR)
-    assert "are not a supported image" in image.status.message
+    assert "4 bytes that start with 6e 6f 6e 65 are text" in image.status.message
     assert receiver.paths == {"/v1/traces"}
 
 
