@@ -43,12 +43,11 @@ def open_path(root: str | Path) -> Path:
         return Path(bare)
     with url_errors(root, repr(root)):
         path = UPath(root.rstrip("/"), protocol=protocol, **(S3_OPTIONS if protocol in {"s3", "s3a"} else {}))
-        path.fs.invalidate_cache()
     return cast("Path", path)
 
 
 def list_once(root: Path) -> None:
-    """List all that is below a URL in few requests; its paths answer from this list. Nothing for a local path.
+    """List all that is below a URL anew, in few requests; its paths answer from this list. Nothing for a local path.
 
     Raises:
         DatasetError: Nothing is there, or the storage fails.
@@ -56,6 +55,7 @@ def list_once(root: Path) -> None:
     if not is_url(root):
         return
     with storage_errors(root):
+        _fs(root).invalidate_cache()
         if not _fs(root).find(_key(root), withdirs=True):
             _fs(root).info(_key(root))  # raises the error that `find` hides
 

@@ -62,14 +62,16 @@ def _has_marker(folder: Path, is_marker: IsMarker) -> bool:
 
 def _load_category(name: str, folder: Path) -> CategoryData:
     reader = _Reader()
-    for part in reader.folders(folder):
-        if part.name not in _PARTS:
+    parts = {part.name: part for part in reader.folders(folder)}
+    for part_name, part in parts.items():
+        if part_name not in _PARTS:
             reader.skip(part)
     train = tuple(image for part in _TRAIN for image in reader.normal_images(folder / part))
     kinds: defaultdict[str, _Kind] = defaultdict(_Kind)
     for part_name in _TEST:
-        reader.read_images(folder / part_name, kinds)
-        reader.read_masks(folder / part_name / _MASKS, kinds)
+        if part_name in parts:  # in a store, what is below a missing folder would be asked for
+            reader.read_images(folder / part_name, kinds)
+            reader.read_masks(folder / part_name / _MASKS, kinds)
     reader.read_masks(folder / _MASKS, kinds)
     samples: list[Sample] = []
     orphans: list[Path] = []
