@@ -42,7 +42,7 @@ def test_no_replica_runs_on_the_head(tmp_path: Path) -> None:
     settings = Settings.model_validate(
         {
             "registry": {"root": str(tmp_path)},
-            "api": {"port": free_port(), "replicas": 2},
+            "api": {"port": free_port()},
             "worker": {"replicas": 0},
             "detector": {"engine": "torch", "num_cpus": 1},
         }
@@ -57,5 +57,5 @@ def test_no_replica_runs_on_the_head(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {name: len(nodes) for name, nodes in found["nodes"].items()} == {"Api": 2, "Detector": 1}
+    assert {name: len(nodes) for name, nodes in found["nodes"].items()} == {"Api": 1, "Detector": 1}
     assert found["head"] not in {node for nodes in found["nodes"].values() for node in nodes}
