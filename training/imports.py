@@ -75,8 +75,7 @@ def run_import(job: ImportJob) -> Iterator[Progress]:
         )
     backbone = job.model.make_backbone()
     head = job.model.make_head(backbone)
-    extractor = FeatureExtractor(backbone, job.limits)
-    extractor.read_depth(find_bit_depth(images, job.limits))
+    extractor = FeatureExtractor(backbone, job.limits).at_depth(find_bit_depth(images, job.limits))
     engine = make_local_engine(job.detector, lambda: backbone)
     data = EvaluationData(
         held_out=images.train,

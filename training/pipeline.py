@@ -170,7 +170,7 @@ def run_stages(
     started_s = time.monotonic()
     images, recipe = job.data.train, job.training
     train_rows, held_out_rows = split_rows(len(images), recipe)
-    extractor.read_depth(recipe.bit_depths.get(job.data.name) or find_bit_depth(job.data, extractor.limits))
+    extractor = extractor.at_depth(recipe.bit_depths.get(job.data.name) or find_bit_depth(job.data, extractor.limits))
     head = FastFlowHead(extractor.spec, FlowSpec.of(job.model), seed=recipe.seed)
     losses = yield from _fit(job, extractor, head, train_rows)
     data = EvaluationData(

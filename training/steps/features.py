@@ -3,6 +3,7 @@
 Shape legend: B images, C channels, H W height and width of a scale's grid, s a scale.
 """
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,7 @@ class FeatureExtractor:
         spec: Its description.
         threads: CPU threads.
         limits: Maximum size and aspect ratio of images.
-        form: Form of the pixels that the backbone takes; `read_depth` sets how files of 16 bits become them.
+        form: Form of the pixels that the backbone takes, and how files of 16 bits become them.
     """
 
     def __init__(self, backbone: Backbone, limits: LimitSettings, threads: int = 0) -> None:
@@ -53,26 +54,13 @@ class FeatureExtractor:
         self.threads = threads
         self.limits = limits
         self.form = PixelForm.of(backbone.spec)
+        self._compiled = _CompiledBackbone(backbone, self.form, threads)
 
-    def read_depth(self, bits: BitDepth) -> None:
-        """Read files of 16 bits by so many of them from now on: each category has its own depth."""
-        self.form = replace(self.form, bits=bits)
-
-    @cached_property
-    def _run(self) -> Callable[[Pixels], list[Tensor]]:
-        """The compiled backbone; compiled only if features are needed, which imports do not."""
-        device = open_device()
-        if device.type == "cpu" and openvino_is_installed():
-            dtype = getattr(torch, self.form.dtype)
-            compiled = CompiledModule(self.backbone, [self.form.shape], dtype=dtype, threads=self.threads)
-            return lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
-        network = self.backbone.to(device).to(memory_format=torch.channels_last)
-
-        @torch.inference_mode()  # not around a `yield`, which would set it for the caller too
-        def run(images: Pixels) -> list[Tensor]:
-            return network(torch.from_numpy(images).to(device))  # type: ignore[no-any-return]
-
-        return run
+    def at_depth(self, bits: BitDepth) -> "FeatureExtractor":
+        """Return one with the same compiled backbone that reads files of 16 bits by so many: a category's own depth."""
+        other = copy.copy(self)
+        other.form = replace(self.form, bits=bits)
+        return other
 
     def batches(self, paths: Sequence[Path]) -> Iterator[tuple[list[DecodedImage], list[Tensor]]]:
         """Compute features in batches; the next batch is decoded meanwhile.
@@ -84,7 +72,38 @@ class FeatureExtractor:
             DatasetError: A file cannot be read or is not an image.
         """
         for images in decode_batches(paths, self.form, self.limits):
-            yield images, self._run(np.stack([image.pixels for image in images]))
+            yield images, self._compiled.run(np.stack([image.pixels for image in images]))
+
+
+class _CompiledBackbone:
+    """Compiles the backbone when features are first needed, which imports never do.
+
+    Args:
+        backbone: The frozen network.
+        form: Form of the pixels that it takes, whatever the depth of their files.
+        threads: CPU threads; 0: all.
+    """
+
+    def __init__(self, backbone: Backbone, form: PixelForm, threads: int) -> None:
+        self._backbone = backbone
+        self._form = form
+        self._threads = threads
+
+    @cached_property
+    def run(self) -> Callable[[Pixels], list[Tensor]]:
+        """Map (B, S, S, 3) pixels to one (B, C_s, H_s, W_s) float32 tensor per scale."""
+        device = open_device()
+        if device.type == "cpu" and openvino_is_installed():
+            dtype = getattr(torch, self._form.dtype)
+            compiled = CompiledModule(self._backbone, [self._form.shape], dtype=dtype, threads=self._threads)
+            return lambda images: [torch.from_numpy(scale) for scale in compiled(images)]
+        network = self._backbone.to(device).to(memory_format=torch.channels_last)
+
+        @torch.inference_mode()  # not around a `yield`, which would set it for the caller too
+        def run(images: Pixels) -> list[Tensor]:
+            return network(torch.from_numpy(images).to(device))  # type: ignore[no-any-return]
+
+        return run
 
 
 def decode_batches(paths: Sequence[Path], form: PixelForm, limits: LimitSettings) -> Iterator[list[DecodedImage]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import safetensors.torch
@@ -100,6 +101,21 @@ def test_damaged_category_fails_alone_and_the_others_are_trained_as_alone(run: R
     epochs = [(one.job, one.epoch) for one in progress if one.stage is Stage.TRAINING]
     assert sorted(epochs) == [(name, epoch) for name in ("bottle", "tile") for epoch in (1, 2)]
     assert_trained_as_alone(run, [jobs[0], jobs[2]], found)
+
+
+def test_each_category_of_a_group_has_its_own_depth(run: Run, jobs: list[TrainingJob]) -> None:
+    for job, highest in zip(jobs, (1000, 4000, 250), strict=True):
+        for path in job.data.train:
+            pixels = np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), np.float64)
+            cv2.imwrite(str(path), (pixels * highest / pixels.max()).astype(np.uint16))
+    found = ends(run(jobs))
+    assert [found[name].manifest.bit_depth for name in NAMES] == [10, 12, 8]  # type: ignore[union-attr]
+    for job in jobs:
+        alone = ends(run([replace(job, registry_root=f"{job.registry_root}-alone")]))[job.name].manifest
+        together = found[job.name].manifest
+        assert alone is not None
+        assert together is not None
+        assert together.calibration.scores == pytest.approx(alone.calibration.scores, rel=1e-3)
 
 
 def test_bug_in_one_category_s_statistics_is_its_own(
