@@ -208,14 +208,14 @@ async def test_a_full_backlog_delays_files_and_drops_none(
     client: Redis, redis_settings: RedisSettings, root: Path
 ) -> None:
     names = write_files(root, 9)
-    told: list[str] = []
+    messages: list[str] = []
     seen: list[str] = []
     async with Producer(redis_settings, backlog=BacklogSettings(max_images=4)) as producer:
         with Ledger(root.parent / "ledger.sqlite") as ledger:
-            running = asyncio.create_task(drain(capture_of(root, ledger, producer, report=told.append)))
+            running = asyncio.create_task(drain(capture_of(root, ledger, producer, report=messages.append)))
             while not running.done():
                 await wait_until_async(
-                    lambda: (told and True) or running.done(), "the backlog is full, or all are pushed"
+                    lambda: (messages and True) or running.done(), "the backlog is full, or all are pushed"
                 )
                 for entry_id, fields in await rows(client, IMAGES):
                     seen.append(fields[b"file"].decode())
@@ -224,7 +224,7 @@ async def test_a_full_backlog_delays_files_and_drops_none(
             await running
     seen += [fields[b"file"].decode() for _, fields in await rows(client, IMAGES)]
     assert sorted(seen) == names
-    assert sum("images wait on" in text for text in told) >= 1
+    assert sum("images wait on" in text for text in messages) >= 1
 
 
 @pytest.mark.anyio
@@ -250,16 +250,16 @@ async def test_what_the_stream_would_never_take_is_refused_once_and_left_where_i
 ) -> None:
     write_files(root, 1)
     (root / "bottle/large.png").write_bytes(bytes(5000))
-    told: list[str] = []
+    messages: list[str] = []
     async with Producer(redis_settings) as producer:
         for _ in range(2):
             with Ledger(root.parent / "ledger.sqlite") as ledger:
                 await drain(
-                    capture_of(root, ledger, producer, Deletion(root), max_image_bytes=4096, report=told.append)
+                    capture_of(root, ledger, producer, Deletion(root), max_image_bytes=4096, report=messages.append)
                 )
     assert images(root) == ["large.png"]
     assert await client.xlen(IMAGES) == 1
-    (text,) = told
+    (text,) = messages
     assert text.startswith("refused: bottle/large.png: 5,000 bytes and 4,096 are allowed")
 
 
@@ -312,16 +312,16 @@ async def test_while_the_ledger_cannot_be_written_nothing_more_is_pushed(
     client: Redis, redis_settings: RedisSettings, root: Path
 ) -> None:
     write_files(root, 20)
-    told: list[str] = []
+    messages: list[str] = []
     async with Producer(redis_settings) as producer:
         with _FullDisk(root.parent / "ledger.sqlite") as ledger:
-            capture = capture_of(root, ledger, producer, report=told.append)
+            capture = capture_of(root, ledger, producer, report=messages.append)
             first = asyncio.create_task(drain(capture))
-            await wait_until_async(lambda: told, "the ledger cannot be written")
+            await wait_until_async(lambda: messages, "the ledger cannot be written")
             assert await client.xlen(IMAGES) == 16  # a batch
             await first
             assert (capture.stats.pushed, len(ledger)) == (20, 20)
-    assert told == ["waiting: database or disk is full"]
+    assert messages == ["waiting: database or disk is full"]
     assert await client.xlen(IMAGES) == 20
 
 
@@ -332,10 +332,10 @@ async def test_a_pushed_file_that_cannot_be_moved_is_not_pushed_again_and_is_mov
     write_files(root, 2)
     done = root.parent / "done"
     done.write_bytes(b"no folder")
-    told: list[str] = []
+    messages: list[str] = []
     async with Producer(redis_settings) as producer:
         with Ledger(root.parent / "ledger.sqlite") as ledger:
-            capture = capture_of(root, ledger, producer, Move(root, done), report=told.append)
+            capture = capture_of(root, ledger, producer, Move(root, done), report=messages.append)
             await drain(capture)
             await drain(capture)
             assert (await client.xlen(IMAGES), capture.stats.pushed, len(ledger)) == (2, 2, 2)
@@ -343,8 +343,8 @@ async def test_a_pushed_file_that_cannot_be_moved_is_not_pushed_again_and_is_mov
             await drain(capture)
             assert (await client.xlen(IMAGES), len(ledger)) == (2, 0)
     assert images(done) == ["0000.png", "0001.png"]
-    assert len(told) == 1
-    assert "pushed, and cannot be removed from the folder: bottle/0000.png" in told[0]
+    assert len(messages) == 1
+    assert "pushed, and cannot be removed from the folder: bottle/0000.png" in messages[0]
 
 
 @pytest.mark.anyio
@@ -399,19 +399,19 @@ async def test_a_folder_that_goes_away_and_comes_back_is_read_again(
     client: Redis, redis_settings: RedisSettings, root: Path
 ) -> None:
     stop = asyncio.Event()
-    told: list[str] = []
+    messages: list[str] = []
     async with Producer(redis_settings) as producer:
         with Ledger(root.parent / "ledger.sqlite") as ledger:
             with pytest.raises(SourceUnavailableError):
                 await drain(capture_of(root, ledger, producer))
-            running = asyncio.create_task(capture_of(root, ledger, producer, report=told.append).run(stop, 0.01))
-            await wait_until_async(lambda: told, "the folder is found missing")
+            running = asyncio.create_task(capture_of(root, ledger, producer, report=messages.append).run(stop, 0.01))
+            await wait_until_async(lambda: messages, "the folder is found missing")
             write_files(root, 1)
             await wait_until_async(lambda: client.xlen(IMAGES), "its file is pushed")
             stop.set()
             await running
-    assert len(told) == 1
-    assert "cannot be read: No such file" in told[0]
+    assert len(messages) == 1
+    assert "cannot be read: No such file" in messages[0]
 
 
 @pytest.fixture(scope="module")
@@ -429,8 +429,8 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_frames_are_pushed_in_order_and_the_camera_is_opened_again_when_its_stream_ends(
     client: Redis, redis_settings: RedisSettings, video: Path
 ) -> None:
-    told: list[str] = []
-    camera = Camera(str(video), Selection(count=2 * FRAMES), told.append)
+    messages: list[str] = []
+    camera = Camera(str(video), Selection(count=2 * FRAMES), messages.append)
     async with Producer(redis_settings) as producer:
         capture = FrameCapture(camera, "camera7", "bottle", producer, queue_frames=2 * FRAMES)
         await capture.run(asyncio.Event())
@@ -441,7 +441,7 @@ async def test_frames_are_pushed_in_order_and_the_camera_is_opened_again_when_it
         "refused": 0,
         "reconnects": 1,
     }
-    assert told == ["the camera's stream has ended; it is opened again"]
+    assert messages == ["the camera's stream has ended; it is opened again"]
     found = sorted((fields for _, fields in await rows(client, IMAGES)), key=lambda fields: fields[b"captured_at"])
     times = [datetime.fromisoformat(fields[b"captured_at"].decode()) for fields in found]
     assert all(before < after for before, after in pairwise(times))

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from flawstream.imaging.decode import read_levels
 from flawstream.imaging.levels import Levels, bit_depth_of
-from schemas.errors import DatasetError, MessageError
 from schemas.settings import BitDepth, LimitSettings
 from training.datasets.samples import CategoryData
-from training.datasets.storage import read_file
+from training.datasets.storage import image_errors, read_file
 
 _ALL_BITS: BitDepth = 16
 
@@ -69,9 +68,5 @@ def _depth_of(wide: Sequence[Levels]) -> BitDepth:
 
 
 def _read_levels(path: Path, limits: LimitSettings) -> Levels | None:
-    try:
+    with image_errors(path):
         return read_levels(read_file(path), limits)
-    except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
-    except MessageError as error:
-        raise DatasetError(f"{path}: {error}; repair or remove the file") from error

@@ -17,7 +17,7 @@ from schemas.settings import BitDepth, LimitSettings, TrainingSettings
 from training.datasets.bit_depth import warn_of_depth
 from training.datasets.decoding import FileCheck, ImageCheck, MaskCheck, UnreadableFile
 from training.datasets.folders import image_files, is_normal
-from training.datasets.samples import CategoryData, Sample, Skip, Skipped
+from training.datasets.samples import NO_VARIATION, CategoryData, Sample, Skip, Skipped
 from training.datasets.storage import missing_files
 
 MIN_TRAIN_IMAGES = 10
@@ -339,8 +339,7 @@ def _check_alike(data: CategoryData, images: dict[Path, ImageCheck]) -> list[Fin
             data.name,
             DatasetProblem.ALL_ALIKE,
             None,
-            f"all {len(digests)} normal training images have the same pixels, so there is no variation to learn; check "
-            "that the camera was not covered and the files are not copies of one, and record different parts",
+            f"all {len(digests)} normal training images have the same pixels, {NO_VARIATION}",
             len(digests),
         )
     ]

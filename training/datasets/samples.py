@@ -14,6 +14,11 @@ NORMAL = "good"
 """The label of normal images, as in MVTec AD."""
 NORMAL_NAMES = frozenset({NORMAL, "normal", "ok"})
 """What folders and labels of normal images are called, in lower case."""
+NO_VARIATION = (
+    "so there is no variation to learn; check that the camera was not covered and the files are not copies of one, and "
+    "record different parts"
+)
+"""Cause and cure where training images are alike: what the check and training say."""
 
 _SEED = 0
 _Name = TypeVar("_Name", str, Path)

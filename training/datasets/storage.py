@@ -16,7 +16,7 @@ from fsspec.core import split_protocol
 from upath import UPath
 
 from flawstream.storage import S3_OPTIONS, url_errors
-from schemas.errors import DatasetError, FlawstreamError
+from schemas.errors import DatasetError, FlawstreamError, MessageError
 
 READS_AT_ONCE = 16
 """Concurrent requests to a store."""
@@ -100,6 +100,21 @@ def read_digests(paths: Sequence[Path]) -> Iterator[bytes]:
     for path in paths:
         with path.open("rb") as file:
             yield hashlib.file_digest(file, "sha256").digest()
+
+
+@contextlib.contextmanager
+def image_errors(path: Path) -> Iterator[None]:
+    """Report an image that cannot be read or decoded in the context with its path and cure.
+
+    Raises:
+        DatasetError: It cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
+    except MessageError as error:
+        raise DatasetError(f"{path}: {error}; repair or remove the file") from error
 
 
 @contextlib.contextmanager

@@ -22,9 +22,9 @@ from flawstream.engines.openvino.compile import CompiledModule, openvino_is_inst
 from flawstream.fastflow.backbone import Backbone
 from flawstream.imaging.decode import DecodedImage, decode_image
 from flawstream.imaging.pixels import PixelForm, Pixels
-from schemas.errors import ConfigError, DatasetError, MessageError
+from schemas.errors import ConfigError
 from schemas.settings import BitDepth, LimitSettings
-from training.datasets.storage import READS_AT_ONCE, is_url, read_file
+from training.datasets.storage import READS_AT_ONCE, image_errors, is_url, read_file
 
 _BATCH = 16
 _DECODE_THREADS = 2
@@ -134,12 +134,8 @@ def read_image(path: Path, form: PixelForm, limits: LimitSettings) -> DecodedIma
     Raises:
         DatasetError: The file cannot be read or is not an image.
     """
-    try:
+    with image_errors(path):
         return decode_image(read_file(path), form, limits)
-    except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
-    except MessageError as error:
-        raise DatasetError(f"{path}: {error}; repair or remove the file") from error
 
 
 class FeatureStore:

@@ -18,6 +18,7 @@ from flawstream.fastflow.loss import negative_log_likelihood
 from flawstream.fastflow.statistics import FeatureStatistics
 from schemas.errors import DatasetError
 from schemas.settings import TrainingSettings
+from training.datasets.samples import NO_VARIATION
 from training.steps.features import FeatureStore
 from training.steps.graphed import one_cycle
 from training.steps.stacked import CategoryStep, StackedTraining
@@ -106,10 +107,7 @@ def prepare_fit(
     for scale, module in enumerate(statistics):
         module.set_from(partial(features.grid_rows, scale, rows))
     if all(module.deviation.mean() <= _LEAST_VARIATION * module.mean.abs().mean() for module in statistics):
-        raise DatasetError(
-            f"the {len(rows)} normal training images are alike, so there is no variation to learn; check that the "
-            "camera was not covered and the files are not copies of one, and record different parts"
-        )
+        raise DatasetError(f"the {len(rows)} normal training images are alike, {NO_VARIATION}")
     if len(rows) >= _MANY_IMAGES:
         return CategoryFit(head, features, rows, white=False, settings=settings)
     white = whiten_across_folds(statistics, features, rows, settings.seed)

@@ -42,18 +42,18 @@ def draw(
     folder: Path, drawn: DetectionResult, images: Path | None = None, limits: LimitSettings | None = None
 ) -> tuple[NDArray[Any] | None, list[str]]:
     """Return the (H, W, 3) BGR pixels of a result's picture, if there is one, and the messages."""
-    told: list[str] = []
-    OverlayFolder(folder, images, 10, limits or LimitSettings(), told.append).write("1-0", drawn)
+    messages: list[str] = []
+    OverlayFolder(folder, images, 10, limits or LimitSettings(), messages.append).write("1-0", drawn)
     files = list(folder.iterdir())
     assert len(files) <= 1
-    return (cv2.imread(str(files[0])) if files else None), told
+    return (cv2.imread(str(files[0])) if files else None), messages
 
 
 @pytest.mark.parametrize("codec", [MapCodec.GRID_F16, MapCodec.PNG16, MapCodec.HEATMAP_JPEG])
 def test_the_picture_has_the_size_of_the_image_and_shows_image_map_and_boxes(tmp_path: Path, codec: MapCodec) -> None:
     write_original(tmp_path / "in/a.png")
-    picture, told = draw(tmp_path / "out", result(map=make_map(codec), boxes=(BOX,)), tmp_path / "in")
-    assert told == []
+    picture, messages = draw(tmp_path / "out", result(map=make_map(codec), boxes=(BOX,)), tmp_path / "in")
+    assert messages == []
     assert picture is not None
     assert picture.shape == (HEIGHT, WIDTH, 3)
     blue, _, red = picture[50, 80].astype(int)
@@ -67,8 +67,8 @@ def test_the_picture_has_the_size_of_the_image_and_shows_image_map_and_boxes(tmp
 
 
 def test_a_map_alone_is_drawn_at_the_size_that_the_result_states(tmp_path: Path) -> None:
-    picture, told = draw(tmp_path / "out", result())
-    assert told == []
+    picture, messages = draw(tmp_path / "out", result())
+    assert messages == []
     assert picture is not None
     assert picture.shape == (HEIGHT, WIDTH, 3)
     assert picture[50, 80, 2] > 100 > picture[50, 80, 0]
@@ -83,8 +83,8 @@ def test_without_map_and_original_the_boxes_are_drawn(tmp_path: Path) -> None:
 
 def test_an_original_of_12_bits_in_16_is_not_black(tmp_path: Path) -> None:
     write_original(tmp_path / "in/a.png", np.full((HEIGHT, WIDTH), 4095, np.uint16))
-    picture, told = draw(tmp_path / "out", result(map=AnomalyMap(codec=MapCodec.NONE)), tmp_path / "in")
-    assert told == []
+    picture, messages = draw(tmp_path / "out", result(map=AnomalyMap(codec=MapCodec.NONE)), tmp_path / "in")
+    assert messages == []
     assert picture is not None
     assert picture.min() > 240
 
@@ -92,8 +92,8 @@ def test_an_original_of_12_bits_in_16_is_not_black(tmp_path: Path) -> None:
 def test_the_original_is_found_by_the_field_file_of_any_bytes(tmp_path: Path) -> None:
     write_original(Path(str(tmp_path / "in") + "/x/" + b"\xff.png".decode("utf-8", "surrogateescape")))
     drawn = result("7", map=AnomalyMap(codec=MapCodec.NONE), extra={"file": b"x/\xff.png"})
-    picture, told = draw(tmp_path / "out", drawn, tmp_path / "in")
-    assert told == []
+    picture, messages = draw(tmp_path / "out", drawn, tmp_path / "in")
+    assert messages == []
     assert picture is not None
     assert picture.min() > 190
 
@@ -105,9 +105,9 @@ def test_nothing_outside_the_folder_of_originals_is_read(tmp_path: Path, file: b
     (tmp_path / "in/link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "in/folder").symlink_to(tmp_path)
     drawn = result(map=AnomalyMap(codec=MapCodec.NONE), extra={"file": file})
-    picture, told = draw(tmp_path / "out", drawn, tmp_path / "in")
-    assert len(told) == 1
-    assert "is drawn without its original" in told[0]
+    picture, messages = draw(tmp_path / "out", drawn, tmp_path / "in")
+    assert len(messages) == 1
+    assert "is drawn without its original" in messages[0]
     assert picture is not None
     assert picture.max() == 0
 
@@ -115,17 +115,17 @@ def test_nothing_outside_the_folder_of_originals_is_read(tmp_path: Path, file: b
 def test_an_absolute_name_of_an_original_is_not_read(tmp_path: Path) -> None:
     write_original(tmp_path / "secret.png")
     (tmp_path / "in").mkdir()
-    _, told = draw(tmp_path / "out", result(str(tmp_path / "secret.png")), tmp_path / "in")
-    assert "has no file of that name" in told[0]
+    _, messages = draw(tmp_path / "out", result(str(tmp_path / "secret.png")), tmp_path / "in")
+    assert "has no file of that name" in messages[0]
 
 
 def test_an_original_of_another_size_or_no_image_is_not_used(tmp_path: Path) -> None:
     write_original(tmp_path / "in/a.png", np.zeros((5, 5, 3), np.uint8))
     (tmp_path / "in/b.png").write_bytes(b"no image")
-    _, told = draw(tmp_path / "out", result(), tmp_path / "in")
-    assert "an image of another size" in told[0]
-    _, told = draw(tmp_path / "other", result("b.png"), tmp_path / "in")
-    assert "drawn without its original: 8 bytes" in told[0]
+    _, messages = draw(tmp_path / "out", result(), tmp_path / "in")
+    assert "an image of another size" in messages[0]
+    _, messages = draw(tmp_path / "other", result("b.png"), tmp_path / "in")
+    assert "drawn without its original: 8 bytes" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_an_original_of_another_size_or_no_image_is_not_used(tmp_path: Path) -> 
     ids=str,
 )
 def test_what_cannot_be_drawn_is_reported_and_nothing_is_written(tmp_path: Path, changes: dict[str, Any]) -> None:
-    picture, told = draw(tmp_path / "out", result(**changes))
+    picture, messages = draw(tmp_path / "out", result(**changes))
     assert picture is None
-    assert len(told) == 1
-    assert told[0].startswith("a.png is not drawn: ")
+    assert len(messages) == 1
+    assert messages[0].startswith("a.png is not drawn: ")
 
 
 @pytest.mark.parametrize(

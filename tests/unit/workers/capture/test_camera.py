@@ -74,7 +74,7 @@ def test_frames_of_a_camera_with_ten_a_second_that_are_kept(selection: Selection
     found = []
     for number in range(20):
         reader.frames = number + 1
-        if reader._is_kept(number / 10):  # noqa: SLF001 - the camera itself cannot be told the time
+        if reader._is_kept(number / 10):  # noqa: SLF001 - the camera itself has no clock to set
             found.append(number)
     assert found == kept
 

@@ -27,7 +27,7 @@ def test_category_by_path(categories: Categories, path: str, category: str | Non
 
 
 @pytest.mark.parametrize(
-    ("category", "rule", "told"),
+    ("category", "rule", "error"),
     [
         ("../x", None, "cannot be a category"),
         ("{part}", None, "cannot be a category"),
@@ -37,6 +37,6 @@ def test_category_by_path(categories: Categories, path: str, category: str | Non
         ("{part", "(?P<part>x)", "cannot be read"),
     ],
 )
-def test_what_gives_no_category_is_refused_at_the_start(category: str | None, rule: str | None, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_gives_no_category_is_refused_at_the_start(category: str | None, rule: str | None, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
         Categories(category, rule)
